@@ -1,0 +1,17 @@
+"""Train the dense FFN baseline, export it, and measure it in PyTorch and ONNX Runtime.
+
+    python baseline_mnist.py                    # about 98.9 % test accuracy in under a minute
+    python baseline_mnist.py --recipe quick     # about 98 % in seconds
+"""
+
+from mnist_lab.cli import Options, run_script
+from mnist_lab.rows import ffn_baseline
+from mnist_lab.session import make_and_print
+
+
+def main(options: Options) -> None:
+    make_and_print(options, ffn_baseline(suffix=options.suffix))
+
+
+if __name__ == "__main__":
+    run_script(main, Options, __doc__)

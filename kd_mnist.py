@@ -1,0 +1,33 @@
+"""Distil a trained teacher into the small FFN student, export it, and measure it.
+
+    python kd_mnist.py                          # the MoE teaches
+    python kd_mnist.py --teacher ffn            # the baseline teaches
+    python kd_mnist.py --no-distillation        # the control: same student, labels only
+    python kd_mnist.py --temperature 10         # becomes KD_FFN_Student-T10
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mnist_lab.cli import Options, run_script
+from mnist_lab.compress.distill import DistillationConfig
+from mnist_lab.rows import student
+from mnist_lab.session import make_and_print
+
+
+@dataclass(frozen=True)
+class KDOptions(Options):
+    teacher: Literal["moe", "ffn"] = "moe"
+    """Trained model that teaches."""
+    distillation: bool = True
+    """Learn from the teacher; with --no-distillation from the labels alone."""
+    softening: DistillationConfig = field(default_factory=DistillationConfig)
+
+
+def main(options: KDOptions) -> None:
+    distillation = options.softening if options.distillation else None
+    make_and_print(options, student(options.teacher, distillation, suffix=options.suffix))
+
+
+if __name__ == "__main__":
+    run_script(main, KDOptions, __doc__)

@@ -1,0 +1,71 @@
+"""Checkpoints: one safetensors file per model, written atomically, read without pickle."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+
+from mnist_lab.errors import UserError
+from mnist_lab.files import write_atomically
+from mnist_lab.models import build_model, config_from_dict
+from mnist_lab.models.ffn import FFN
+from mnist_lab.models.moe import SparseMoE
+
+FORMAT = "mnist-lab-1"
+
+
+class Checkpoint(NamedTuple):
+    model: FFN | SparseMoE
+    metadata: dict[str, Any]
+
+
+def save_checkpoint(path: Path, model: FFN | SparseMoE, metadata: dict[str, Any]) -> None:
+    """Write weights, architecture and `metadata` (anything JSON can hold) to `path`, whole or not at all.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    fields = {"format": FORMAT, "architecture": asdict(model.config), **metadata}
+    strings = {key: json.dumps(value, sort_keys=True) for key, value in sorted(fields.items())}
+    tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
+    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=strings))
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a checkpoint says of itself, without its weights.
+
+    Raises:
+        UserError: the file is missing, truncated, or not one of this suite's checkpoints.
+    """
+    if not path.is_file():
+        raise UserError(f"no checkpoint at {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
+    except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
+        raise UserError(f"{path} is truncated or not a checkpoint ({error}). Delete it and train again.") from error
+    if metadata.get("format") != FORMAT:
+        raise UserError(f"{path} is not a checkpoint of this suite. Move it away and train again.")
+    return metadata
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Rebuild the model from its file, in evaluation mode.
+
+    Raises:
+        UserError: as `read_metadata`, or the weights do not fit the architecture in the file.
+    """
+    metadata = read_metadata(path)
+    try:
+        # Only the layout matters here: every weight is overwritten below.
+        with torch.random.fork_rng():
+            model = build_model(config_from_dict(metadata["architecture"]))
+        with safetensors.safe_open(path, framework="pt") as file:
+            model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+    except (KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
+        raise UserError(f"{path} does not hold the model that it describes ({error}). Train it again.") from error
+    return Checkpoint(model.eval(), metadata)

@@ -1,0 +1,109 @@
+"""What the scripts share on the command line: common options, messages, exit codes."""
+
+import math
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+import torch
+import tyro
+
+from mnist_lab.data import DatasetName
+from mnist_lab.errors import TrainingDiverged, UserError
+from mnist_lab.models import PresetName
+from mnist_lab.rows import departures
+from mnist_lab.training import RECIPES, Recipe, RecipeName
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every training and converting script takes."""
+
+    preset: PresetName = "compact"
+    """Set of architectures."""
+    recipe: RecipeName = "standard"
+    """Training budget: quick (seconds a model), standard (a minute or so), best (as good as it gets)."""
+    dataset: DatasetName | None = None
+    """Data set; when not given, MNIST, or the bundled digits where MNIST can be neither found nor downloaded."""
+    data_dir: Path | None = None
+    """Folder that holds MNIST/raw/ and the like; when not given, $MNIST_LAB_DATA, else ./data (downloaded into)."""
+    seed: int = 0
+    """Seed of initial weights, batches, augmentation and router noise."""
+    epochs: int | None = None
+    """Passes over the training images, in place of the recipe's."""
+    batch_size: int | None = None
+    """Images per training step, in place of the recipe's."""
+    threads: int = 1
+    """CPU threads for measuring latency; training uses all cores."""
+    device: str = "cpu"
+    """Device for training, by torch's name (cpu, cuda); measuring is on the CPU."""
+    checkpoints: Path = Path("checkpoints")
+    """Folder for trained and converted models."""
+    results: Path = Path("results")
+    """Folder for records, tables and plots."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed} must lie between 0 and {2**32 - 1}")
+        check_positive("--epochs", self.epochs)
+        check_positive("--batch-size", self.batch_size)
+        check_positive("--threads", self.threads)
+        cores = os.cpu_count() or 1
+        if self.threads > cores:
+            raise UserError(f"--threads {self.threads} is more than this machine's {cores} cores")
+        try:
+            torch.empty(0, device=self.device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            raise UserError(f"--device {self.device} cannot be used here: {str(error).splitlines()[0]}") from error
+
+    def make_recipe(self) -> Recipe:
+        """The named recipe with this run's departures."""
+        recipe = RECIPES[self.recipe]
+        return replace(recipe, epochs=self.epochs or recipe.epochs, batch_size=self.batch_size or recipe.batch_size)
+
+    @property
+    def suffix(self) -> str:
+        """How departures from the recipe show in the names of this run's models."""
+        return departures(self.make_recipe(), {"epochs": "epochs", "batch_size": "batch"}, default=RECIPES[self.recipe])
+
+
+def check_positive(name: str, value: float | None) -> None:
+    """Reject zero, negative and non-finite numbers; None is an option not given.
+
+    Raises:
+        UserError: with the option's name.
+    """
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise UserError(f"{name} {value} must be a number above 0")
+
+
+def run_script(main: Callable[[T], None], options_type: type[T], description: str) -> NoReturn:
+    """Parse the command line into `options_type`, call `main`, and leave with the suite's exit codes.
+
+    0 done; 1 the run failed; 2 the user's input is wrong; 130 interrupted.
+    """
+    try:
+        options = tyro.cli(
+            options_type,
+            description=description,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
+        )
+        main(options)
+    except UserError as error:
+        _leave(f"error: {error}", 2)
+    except TrainingDiverged as error:
+        _leave(f"failed: {error}", 1)
+    except KeyboardInterrupt:
+        _leave("interrupted; finished models and rows are kept", 130)
+    sys.exit(0)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    sys.stdout.flush()
+    print(message, file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,58 @@
+"""Knowledge distillation: a small student learns from a teacher's softened probabilities."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mnist_lab.errors import UserError
+from mnist_lab.training import LossTerms, Objective, StepLoss
+
+
+@dataclass(frozen=True)
+class DistillationConfig:
+    """How soft the teacher's targets are, and how much they count against the labels."""
+
+    temperature: float = 3.0
+    """Divides the logits of teacher and student before the softmax; no unit."""
+    alpha: float = 0.7
+    """Weight of the distillation term, from 0 to 1; the labels' cross-entropy gets 1 - alpha."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.temperature) and self.temperature > 0):
+            raise UserError(f"--temperature {self.temperature} must be a finite number above 0")
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"--alpha {self.alpha} must lie between 0 and 1")
+
+
+def distillation_terms(
+    student_logits: Tensor, teacher_logits: Tensor, labels: Tensor, config: DistillationConfig
+) -> LossTerms:
+    """α·T²·KL(p_teacher(T) ‖ p_student(T)) + (1 − α)·CE (Hinton et al. 2015, arXiv:1503.02531).
+
+    The divergence is averaged per image. T² keeps its gradient at the scale of the labels' at any T.
+    """
+    divergence = F.kl_div(
+        F.log_softmax(student_logits / config.temperature, dim=1),
+        F.log_softmax(teacher_logits / config.temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return {
+        "distillation": config.alpha * config.temperature**2 * divergence,
+        "cross_entropy": (1 - config.alpha) * F.cross_entropy(student_logits, labels),
+    }
+
+
+def distillation_objective(teacher: nn.Module, config: DistillationConfig, *, device: str) -> Objective:
+    """Train on what `teacher`, frozen and in evaluation mode, says of the same augmented images."""
+    teacher = teacher.to(device).eval()
+
+    def objective(student: nn.Module, pixels: Tensor, labels: Tensor) -> StepLoss:
+        with torch.no_grad():
+            teacher_logits = teacher(pixels)
+        return StepLoss(distillation_terms(student(pixels), teacher_logits, labels, config))
+
+    return objective

@@ -1,0 +1,80 @@
+"""The architectures: two presets of the dense FFN, the sparse MoE and the distilled student."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from mnist_lab.models.ffn import FFN, FFNConfig
+from mnist_lab.models.moe import RoutingConfig, SparseMoE, SparseMoEConfig
+
+PresetName = Literal["compact", "wide"]
+ModelConfig = FFNConfig | SparseMoEConfig
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Widths of one set of models."""
+
+    ffn_widths: tuple[int, ...]
+    student_widths: tuple[int, ...]
+    moe_widths: tuple[int, int, int]  # model, expert, expert output
+    moe_head_widths: tuple[int, ...]
+
+    def ffn(self, mean: float, std: float) -> FFNConfig:
+        return FFNConfig(self.ffn_widths, mean, std)
+
+    def student(self, mean: float, std: float) -> FFNConfig:
+        return FFNConfig(self.student_widths, mean, std)
+
+    def moe(self, mean: float, std: float, routing: RoutingConfig) -> SparseMoEConfig:
+        return SparseMoEConfig(*self.moe_widths, self.moe_head_widths, routing, mean, std)
+
+
+PRESETS: dict[PresetName, Preset] = {
+    "compact": Preset((256, 128), (128,), (256, 256, 256), ()),
+    "wide": Preset((512, 256, 128), (256, 128), (512, 256, 256), (128,)),
+}
+
+
+def build_model(config: ModelConfig) -> FFN | SparseMoE:
+    """A freshly initialised model; the weights come from torch's default generator."""
+    return SparseMoE(config) if isinstance(config, SparseMoEConfig) else FFN(config)
+
+
+def config_from_dict(fields: dict[str, Any]) -> ModelConfig:
+    """Undo `dataclasses.asdict` on a model's configuration.
+
+    Raises:
+        TypeError, KeyError: the fields are not those of a known architecture.
+    """
+    if fields["kind"] == "moe":
+        return SparseMoEConfig(
+            **{
+                **fields,
+                "head_widths": tuple(fields["head_widths"]),
+                "routing": RoutingConfig(**fields["routing"]),
+            }
+        )
+    return FFNConfig(**{**fields, "widths": tuple(fields["widths"])})
+
+
+def inference_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that inference needs: all but the router's noise."""
+    return {name: parameter for name, parameter in model.named_parameters() if name != "router.noise"}
+
+
+def count_parameters(model: FFN | SparseMoE) -> tuple[int, int]:
+    """Parameters that inference needs, and those that one image uses (K of E experts)."""
+    sizes = {name: parameter.numel() for name, parameter in inference_parameters(model).items()}
+    total = sum(sizes.values())
+    if not isinstance(model, SparseMoE):
+        return total, total
+    routing = model.config.routing
+    in_experts = sum(size for name, size in sizes.items() if name.startswith("experts."))
+    return total, total - in_experts + in_experts // routing.num_experts * routing.top_k
+
+
+def parameter_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters that inference needs."""
+    return sum(parameter.nbytes for parameter in inference_parameters(model).values())

@@ -1,0 +1,252 @@
+"""Noisy top-K sparse Mixture of Experts (Shazeer et al. 2017, arXiv:1701.06538).
+
+The router decides, dispatch moves rows, the experts compute, combine moves the rows back.
+
+Shapes: B batch, D model width, H expert width, O expert output width, E experts, K experts per
+input, N = B·K (input, expert) pairs, sorted by expert.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mnist_lab.data import NUM_CLASSES
+from mnist_lab.errors import UserError
+from mnist_lab.models.ffn import Normalize, linear_chain, relu_chain
+
+Balance = Literal["entropy", "switch", "cv", "none"]
+
+
+@dataclass(frozen=True)
+class RoutingConfig:
+    """How many experts there are, how many each image visits, and how their load is evened out."""
+
+    num_experts: int = 4
+    """Experts in the mixture."""
+    top_k: int = 2
+    """Experts that each image visits; equal to --num-experts it is the dense MoE."""
+    balance: Balance = "entropy"
+    """Load-balancing loss added to the cross-entropy."""
+    balance_weight: float = 0.02
+    """Weight of the load-balancing loss."""
+    capacity_factor: float | None = None
+    """Rows an expert takes per training batch, as a multiple of an even share; none drops nothing."""
+
+    def __post_init__(self) -> None:
+        if self.num_experts < 1:
+            raise UserError(f"--num-experts {self.num_experts} must be at least 1")
+        if not 1 <= self.top_k <= self.num_experts:
+            raise UserError(f"--top-k {self.top_k} must lie between 1 and --num-experts {self.num_experts}")
+        if not (math.isfinite(self.balance_weight) and self.balance_weight >= 0):
+            raise UserError(f"--balance-weight {self.balance_weight} must be a finite number, 0 or more")
+        if self.capacity_factor is not None and not (math.isfinite(self.capacity_factor) and self.capacity_factor > 0):
+            raise UserError(f"--capacity-factor {self.capacity_factor} must be a finite number above 0")
+
+
+@dataclass(frozen=True)
+class SparseMoEConfig:
+    """Widths: 784 -> `model_width` -> experts (`expert_width` -> `output_width`) -> `head_widths` -> logits."""
+
+    model_width: int
+    expert_width: int
+    output_width: int
+    head_widths: tuple[int, ...]
+    routing: RoutingConfig
+    mean: float
+    std: float
+    kind: Literal["moe"] = "moe"
+
+
+class Routing(NamedTuple):
+    """The router's decision for a batch."""
+
+    weights_BK: Tensor  # of the chosen experts, summing to 1
+    experts_BK: Tensor  # the chosen experts, best first
+    logits_BE: Tensor  # with noise in training
+    clean_logits_BE: Tensor
+    noise_std_BE: Tensor | None  # None in evaluation
+
+
+class Routed(NamedTuple):
+    """What a forward pass of the MoE decided on its way to the logits."""
+
+    logits: Tensor  # (B, C)
+    router_probs: Tensor  # (B, E), softmax over all experts
+    experts: Tensor  # (B, K), the chosen ones
+    weights: Tensor  # (B, K), softmax over the chosen ones
+    auxiliary: dict[str, Tensor]  # the raw parts of the load-balancing loss
+    auxiliary_loss: Tensor  # their sum times the balance weight
+    expert_load: Tensor  # (E,), pairs that chose each expert, before any was dropped
+    dropped_share: float  # of all pairs, for lack of capacity
+
+
+class Router(nn.Module):
+    """Keep the K largest logits, then softmax over those K; in training the logits carry learned noise."""
+
+    def __init__(self, width: int, num_experts: int, top_k: int) -> None:
+        super().__init__()
+        self.top_k = top_k
+        self.gate = nn.Parameter(torch.randn(width, num_experts) / math.sqrt(width))
+        self.noise = nn.Parameter(torch.zeros(width, num_experts))
+
+    def forward(self, hidden_BD: Tensor) -> Routing:
+        clean_BE = hidden_BD @ self.gate
+        logits_BE, std_BE = clean_BE, None
+        if self.training:
+            std_BE = F.softplus(hidden_BD @ self.noise)
+            logits_BE = clean_BE + torch.randn_like(clean_BE) * std_BE
+        top_BK, experts_BK = logits_BE.topk(self.top_k, dim=-1)
+        return Routing(top_BK.softmax(dim=-1), experts_BK, logits_BE, clean_BE, std_BE)
+
+
+class Experts(nn.Module):
+    """E two-layer networks D -> H -> O with stacked weights, applied to rows that are sorted by expert."""
+
+    def __init__(self, num_experts: int, width: int, hidden_width: int, output_width: int) -> None:
+        super().__init__()
+        self.weight_in = nn.Parameter(torch.randn(num_experts, width, hidden_width) * math.sqrt(2 / width))
+        self.bias_in = nn.Parameter(torch.zeros(num_experts, hidden_width))
+        self.weight_out = nn.Parameter(
+            torch.randn(num_experts, hidden_width, output_width) * math.sqrt(2 / hidden_width)
+        )
+        self.bias_out = nn.Parameter(torch.zeros(num_experts, output_width))
+
+    def forward(self, rows_ND: Tensor, load_E: Tensor) -> Tensor:
+        if self.training:
+            ends_E = load_E.cumsum(0, dtype=torch.int32)
+            expert_N = torch.repeat_interleave(load_E)
+            hidden_NH = F.grouped_mm(rows_ND, self.weight_in, offs=ends_E) + self.bias_in.index_select(0, expert_N)
+            # grouped_mm's backward needs a contiguous gradient, which adding the bias hands on.
+            return F.grouped_mm(hidden_NH.relu(), self.weight_out, offs=ends_E) + self.bias_out.index_select(0, expert_N)
+        outputs = [
+            torch.addmm(b_out, torch.addmm(b_in, rows, w_in).relu_(), w_out)
+            for rows, w_in, b_in, w_out, b_out in zip(
+                rows_ND.split(load_E.tolist()),
+                self.weight_in.unbind(),
+                self.bias_in.unbind(),
+                self.weight_out.unbind(),
+                self.bias_out.unbind(),
+                strict=True,
+            )
+        ]
+        return torch.cat(outputs)
+
+
+class SparseMoE(nn.Module):
+    """Linear + ReLU, a sparse mixture of experts + ReLU, a linear head: pixels (B, 1, 28, 28) -> logits (B, C)."""
+
+    def __init__(self, config: SparseMoEConfig) -> None:
+        super().__init__()
+        self.config = config
+        routing = config.routing
+        self.normalize = Normalize(config.mean, config.std)
+        self.stem = linear_chain(28 * 28, config.model_width)[0]
+        self.router = Router(config.model_width, routing.num_experts, routing.top_k)
+        self.experts = Experts(routing.num_experts, config.model_width, config.expert_width, config.output_width)
+        self.head = nn.ModuleList(linear_chain(config.output_width, *config.head_widths, NUM_CLASSES))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        hidden_BD = self.stem(self.normalize(pixels)).relu_()
+        return self._mix(hidden_BD, self.router(hidden_BD))[0]
+
+    def routed(self, pixels: Tensor) -> Routed:
+        """The same forward pass, with the router's decisions and the load-balancing loss."""
+        hidden_BD = self.stem(self.normalize(pixels)).relu_()
+        routing = self.router(hidden_BD)
+        logits, load_E, dropped_share = self._mix(hidden_BD, routing)
+        parts = balance_parts(routing, load_E, self.config.routing.balance)
+        total = sum(parts.values(), start=logits.new_zeros(()))
+        return Routed(
+            logits=logits,
+            router_probs=routing.logits_BE.softmax(dim=-1),
+            experts=routing.experts_BK,
+            weights=routing.weights_BK,
+            auxiliary=parts,
+            auxiliary_loss=self.config.routing.balance_weight * total,
+            expert_load=load_E,
+            dropped_share=dropped_share,
+        )
+
+    def _mix(self, hidden_BD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, float]:
+        """Dispatch, compute, combine, classify. Returns the logits, the load per expert, the dropped share."""
+        num_experts, top_k = self.config.routing.num_experts, self.config.routing.top_k
+        expert_N = routing.experts_BK.flatten()
+        load_E = torch.bincount(expert_N, minlength=num_experts)
+        order_N = expert_N.argsort(stable=True)
+        kept_load_E, dropped_share = load_E, 0.0
+        if self.training and self.config.routing.capacity_factor is not None:
+            order_N, kept_load_E = limit_capacity(order_N, load_E, self.config.routing.capacity_factor)
+            dropped_share = 1 - order_N.numel() / expert_N.numel()
+        row_N = order_N // top_k
+        output_NO = self.experts(hidden_BD.index_select(0, row_N), kept_load_E)
+        output_NO = output_NO * routing.weights_BK.flatten()[order_N].unsqueeze(1)
+        mixed_BO = output_NO.new_zeros(len(hidden_BD), output_NO.shape[1]).index_add_(0, row_N, output_NO)
+        return relu_chain(self.head, mixed_BO.relu_()), load_E, dropped_share
+
+
+def limit_capacity(order_N: Tensor, load_E: Tensor, capacity_factor: float) -> tuple[Tensor, Tensor]:
+    """Keep at most ⌈c·N/E⌉ pairs per expert, in batch order.
+
+    Args:
+        order_N: pairs sorted by expert, in batch order within each expert.
+        load_E: how many of them each expert has.
+
+    Returns:
+        The kept pairs in the same order, and how many of them each expert has.
+    """
+    capacity = math.ceil(capacity_factor * order_N.numel() / load_E.numel())
+    starts_E = load_E.cumsum(0) - load_E
+    position_N = torch.arange(order_N.numel(), device=order_N.device) - starts_E.repeat_interleave(load_E)
+    return order_N[position_N < capacity], load_E.clamp(max=capacity)
+
+
+def balance_parts(routing: Routing, load_E: Tensor, balance: Balance) -> dict[str, Tensor]:
+    """The raw parts of a load-balancing loss, by name; each is smallest when the load is even."""
+    if balance == "entropy":
+        return {"entropy": entropy_loss(routing.logits_BE)}
+    if balance == "switch":
+        return {"switch": switch_loss(routing.logits_BE, load_E)}
+    if balance == "cv":
+        importance_E = routing.weights_BK.new_zeros(load_E.numel()).index_add(
+            0, routing.experts_BK.flatten(), routing.weights_BK.flatten()
+        )
+        return {"importance_cv2": squared_cv(importance_E), "load_cv2": squared_cv(smooth_load(routing))}
+    return {}
+
+
+def entropy_loss(logits_BE: Tensor) -> Tensor:
+    """log E − H(P), P the router's mean probability over the batch: 0 exactly when P is even."""
+    mean_log_E = logits_BE.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits_BE))
+    return math.log(logits_BE.shape[1]) + (mean_log_E.exp() * mean_log_E).sum()
+
+
+def switch_loss(logits_BE: Tensor, load_E: Tensor) -> Tensor:
+    """E·Σ f_i·P_i (arXiv:2101.03961, eq. 4): f the share of pairs, P the mean probability; 1 when even."""
+    share_E = load_E / load_E.sum()
+    return logits_BE.shape[1] * (share_E * logits_BE.softmax(dim=-1).mean(dim=0)).sum()
+
+
+def squared_cv(amount_E: Tensor) -> Tensor:
+    """Squared coefficient of variation, variance / mean² (arXiv:1701.06538, eq. 7); 0 when even."""
+    return amount_E.var(unbiased=False) / (amount_E.mean().square() + 1e-10)
+
+
+def smooth_load(routing: Routing) -> Tensor:
+    """Expected number of images per expert under a fresh draw of its noise (arXiv:1701.06538, eqs. 8–10).
+
+    Differentiable where the plain count is not. Without noise (evaluation), or with every expert
+    chosen, it is the plain count.
+    """
+    logits_BE, top_k = routing.logits_BE, routing.experts_BK.shape[1]
+    if routing.noise_std_BE is None or top_k == logits_BE.shape[1]:
+        return torch.bincount(routing.experts_BK.flatten(), minlength=logits_BE.shape[1]).to(logits_BE.dtype)
+    top = logits_BE.topk(top_k + 1, dim=-1).values
+    is_chosen_BE = logits_BE >= top[:, top_k - 1 : top_k]
+    # The bar that an expert must pass: the K-th largest logit among the others.
+    bar_BE = torch.where(is_chosen_BE, top[:, top_k : top_k + 1], top[:, top_k - 1 : top_k])
+    standard_normal = torch.distributions.Normal(0.0, 1.0)
+    return standard_normal.cdf((routing.clean_logits_BE - bar_BE) / (routing.noise_std_BE + 1e-6)).sum(dim=0)

@@ -1,0 +1,290 @@
+"""One run's record, and the table that gathers them: their schema, files and statistics. No torch here.
+
+`results/<dataset>-<preset>-<recipe>/runs/<model>-seed<k>.json` holds a record; beside it a small
+.npz holds the test predictions. Accuracy is a fraction, losses are nats, latencies milliseconds.
+"""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from tabulate import tabulate
+
+from mnist_lab.errors import UserError
+from mnist_lab.files import sha256, write_atomically
+
+SCHEMA = 1
+BASELINE = "FFN_baseline"
+TABLE_BATCHES = (1, 64, 1024)
+COLUMNS = [
+    "model",
+    "technique",
+    "precision",
+    "runtime",
+    "seeds",
+    "test_acc",
+    "test_acc_ci95",
+    "train_acc",
+    "train_loss",
+    "test_loss",
+    "ece",
+    "params_total",
+    "params_active",
+    "size_mib",
+    "file_mb",
+    *(f"latency_ms_b{batch}" for batch in TABLE_BATCHES),
+    "threads",
+]
+
+
+@dataclass
+class Measurement:
+    """What one runtime made of one trained model."""
+
+    version: str  # of the runtime
+    test_acc: float
+    test_loss: float
+    test_ece: float
+    train_acc: float  # evaluation mode, no augmentation
+    train_loss: float
+    size_mib: float  # parameters as stored
+    file_mb: float  # the deployed file, 10^6 bytes
+    bins: dict[str, list[float]]  # test images by confidence: count, confidence_sum, correct
+    confusion: list[list[int]]  # test images, [true][predicted]
+    threads: int | None = None  # of the latencies
+    latency_ms: dict[str, dict[str, float]] = field(default_factory=dict)  # batch -> median, q1, q3, num_calls
+    latency_session: str = ""  # latencies of one session were measured by turns, and compare
+
+
+@dataclass
+class Record:
+    """One model, one seed: how it came to be, and every figure measured on it."""
+
+    model: str
+    technique: str
+    precision: str
+    dataset: str
+    preset: str
+    recipe: str
+    seed: int
+    order: int  # of its row in the table
+    config: dict[str, Any]
+    parent: dict[str, str] | None  # model and sha256
+    checkpoint: dict[str, str]  # file name and sha256
+    artifact: dict[str, str]  # file name and sha256
+    params_total: int
+    params_active: int
+    validation_acc: float
+    validation_loss: float
+    train_seconds: float | None
+    train_threads: int
+    curves: list[dict[str, Any]]  # one entry per epoch; empty for a converted model
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    measurements: dict[str, Measurement]  # by runtime
+    expert_by_class: list[list[float]] | None = None  # [class][expert], share of the class's test pairs
+    proof: dict[str, Any] | None = None  # that an INT8 model runs in integers
+    schema: int = SCHEMA
+
+    @property
+    def run_name(self) -> str:
+        return f"{self.model}-seed{self.seed}"
+
+
+def save_record(folder: Path, record: Record) -> None:
+    """Write `runs/<model>-seed<k>.json` below a results folder, atomically."""
+    text = json.dumps(asdict(record), indent=1, allow_nan=False)
+    write_atomically(folder / "runs" / f"{record.run_name}.json", lambda path: path.write_text(text + "\n"))
+
+
+def load_record(path: Path) -> Record:
+    """Read one record.
+
+    Raises:
+        UserError: the file is missing, truncated, or of another schema.
+    """
+    try:
+        fields = json.loads(path.read_text())
+        if fields["schema"] != SCHEMA:
+            raise UserError(f"{path} has schema {fields['schema']}, this version reads {SCHEMA}. Run it again.")
+        fields["measurements"] = {name: Measurement(**values) for name, values in fields["measurements"].items()}
+        return Record(**fields)
+    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is not a record of this suite ({error}). Delete it and run the model again.") from error
+
+
+def load_records(folder: Path) -> list[Record]:
+    """All records below a results folder, in the order of the table, then by seed."""
+    records = [load_record(path) for path in sorted((folder / "runs").glob("*.json"))]
+    return sorted(records, key=lambda record: (record.order, record.model, record.seed))
+
+
+def save_predictions(folder: Path, run_name: str, logits: npt.NDArray[np.float32]) -> None:
+    """Keep the test predictions, as probabilities in half precision (N, C), for plots and paired tests."""
+    exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
+    probabilities = (exponentials / exponentials.sum(axis=1, keepdims=True)).astype(np.float16)
+    predicted = logits.argmax(axis=1).astype(np.uint8)  # exact, where rounded probabilities may tie
+
+    def write(path: Path) -> None:
+        with path.open("wb") as file:
+            np.savez_compressed(file, probabilities=probabilities, predicted=predicted)
+
+    write_atomically(folder / "runs" / f"{run_name}.npz", write)
+
+
+def load_predictions(folder: Path, run_name: str) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.uint8]]:
+    """Test probabilities (N, C) and predicted classes (N,) of one run."""
+    with np.load(folder / "runs" / f"{run_name}.npz") as arrays:
+        return arrays["probabilities"], arrays["predicted"]
+
+
+def build_table(records: Iterable[Record]) -> pd.DataFrame:
+    """One row per model and runtime, baseline first; means over seeds, latency of the first seed.
+
+    What was not measured is blank (NaN).
+    """
+    by_row: dict[tuple[int, str, str], list[Record]] = {}
+    for record in records:
+        for runtime in record.measurements:
+            by_row.setdefault((record.order, record.model, runtime), []).append(record)
+    rows = [_table_row(group, runtime) for (_, _, runtime), group in sorted(by_row.items(), key=_row_order)]
+    return pd.DataFrame(rows, columns=[*COLUMNS, "fp32_model"])
+
+
+def _row_order(item: tuple[tuple[int, str, str], object]) -> tuple[int, str, bool, str]:
+    (order, model, runtime), _ = item
+    return order, model, runtime != "pytorch", runtime
+
+
+def _table_row(records: list[Record], runtime: str) -> dict[str, Any]:
+    first = min(records, key=lambda record: record.seed)
+    measured = [record.measurements[runtime] for record in records]
+    timed = first.measurements[runtime]
+    accuracies = [measurement.test_acc for measurement in measured]
+    return {
+        "model": first.model,
+        "technique": first.technique,
+        "precision": first.precision,
+        "runtime": runtime,
+        "seeds": len(records),
+        "test_acc": np.mean(accuracies),
+        "test_acc_ci95": confidence_interval(accuracies),
+        "train_acc": np.mean([measurement.train_acc for measurement in measured]),
+        "train_loss": np.mean([measurement.train_loss for measurement in measured]),
+        "test_loss": np.mean([measurement.test_loss for measurement in measured]),
+        "ece": np.mean([measurement.test_ece for measurement in measured]),
+        "params_total": first.params_total,
+        "params_active": first.params_active,
+        "size_mib": timed.size_mib,
+        "file_mb": timed.file_mb,
+        **{
+            f"latency_ms_b{batch}": timed.latency_ms.get(str(batch), {}).get("median_ms", np.nan)
+            for batch in TABLE_BATCHES
+        },
+        "threads": timed.threads,
+        "fp32_model": first.parent["model"] if first.precision == "INT8" and first.parent else None,
+    }
+
+
+def confidence_interval(values: list[float]) -> float:
+    """Half-width of the Student-t 95 % interval of the mean; NaN for a single value."""
+    from scipy import stats
+
+    if len(values) < 2:
+        return float("nan")
+    return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values))
+
+
+def compare(table: pd.DataFrame) -> pd.DataFrame:
+    """Every row against its own FP32 model, and against the baseline, in the same runtime.
+
+    Accuracy difference in percentage points, parameter storage as a share, speed-up as a factor per
+    batch size. NaN where there is nothing to compare with.
+    """
+    by_key = table.set_index(["model", "runtime"])
+    columns: dict[str, pd.Series] = {"model": table["model"], "precision": table["precision"], "runtime": table["runtime"]}
+    for label, reference in (("fp32", table["fp32_model"]), ("baseline", pd.Series(BASELINE, index=table.index))):
+        keys = pd.MultiIndex.from_arrays([reference, table["runtime"]])
+        other = by_key.reindex(keys).set_index(table.index)
+        columns[f"acc_points_vs_{label}"] = (table["test_acc"] - other["test_acc"]) * 100
+        columns[f"size_vs_{label}"] = table["size_mib"] / other["size_mib"]
+        for batch in TABLE_BATCHES:
+            column = f"latency_ms_b{batch}"
+            columns[f"speedup_b{batch}_vs_{label}"] = other[column] / table[column]
+    return pd.DataFrame(columns)
+
+
+def usable_records(records: Iterable[Record], checkpoints: Path, cpu: str) -> tuple[list[Record], list[str]]:
+    """The records that a table of this machine may take, and one line for each that it may not.
+
+    Those were made on another CPU, or their checkpoint is gone or has changed since.
+    """
+    usable, left_out = [], []
+    for record in records:
+        path = checkpoints / record.checkpoint["file"]
+        if record.machine["cpu"] != cpu:
+            left_out.append(f"{record.run_name}: made on another CPU ({record.machine['cpu']})")
+        elif not path.is_file() or sha256(path) != record.checkpoint["sha256"]:
+            left_out.append(f"{record.run_name}: its checkpoint {path} is gone or has changed")
+        else:
+            usable.append(record)
+    return usable, left_out
+
+
+def write_table(folder: Path, table: pd.DataFrame, *, title: str) -> None:
+    """Write `table.csv` and `table.md`; the latter adds the comparisons."""
+    write_atomically(folder / "table.csv", lambda path: table.to_csv(path, index=False))
+    text = f"# {title}\n\n{format_table(table)}\n\n{COMPARISON_LEGEND}\n\n{format_comparison(table)}\n"
+    write_atomically(folder / "table.md", lambda path: path.write_text(text))
+
+
+COMPARISON_LEGEND = (
+    "Differences: `acc` in percentage points, `size` as a share of parameter storage, `x b1` … the speed-up at that "
+    "batch size; against the row's own FP32 model and against the baseline, both in the same runtime."
+)
+SIGNIFICANT_DIGITS = {"size_mib": ".3f", "file_mb": ".3f"} | {f"latency_ms_b{batch}": ".3f" for batch in TABLE_BATCHES}
+FRACTIONS = ("test_acc", "test_acc_ci95", "train_acc", "train_loss", "test_loss", "ece")
+
+
+def format_table(table: pd.DataFrame, *, style: str = "github") -> str:
+    """The table as aligned text, in one of tabulate's styles; blank cells stay blank."""
+    formats = SIGNIFICANT_DIGITS | dict.fromkeys(FRACTIONS, ".4f") | {"params_total": ",d", "params_active": ",d"}
+    return _format(table[COLUMNS].rename(columns=_short_header), {_short_header(c): f for c, f in formats.items()}, style)
+
+
+def format_comparison(table: pd.DataFrame, *, style: str = "github") -> str:
+    """`compare` as aligned text."""
+    comparison = compare(table)
+    formats = {column: "+.2f" for column in comparison if column.startswith("acc")} | {
+        column: ".2f" for column in comparison if column.startswith(("size", "speedup"))
+    }
+    headers = {
+        column: column.replace("_points", "").replace("speedup_", "x ").replace("_vs_", " vs ") for column in comparison
+    }
+    return _format(comparison.rename(columns=headers), {headers[c]: f for c, f in formats.items()}, style)
+
+
+def _short_header(column: str) -> str:
+    return column.replace("latency_ms_", "ms ")
+
+
+def _format(table: pd.DataFrame, formats: dict[str, str], style: str) -> str:
+    def cell(column: str, value: Any) -> str:
+        if pd.isna(value):
+            return ""
+        return format(int(value) if formats.get(column) == ",d" else value, formats.get(column, ""))
+
+    rows = [[cell(column, value) for column, value in row.items()] for _, row in table.iterrows()]
+    is_text = [column in {"model", "technique", "precision", "runtime"} for column in table]
+    return tabulate(
+        rows,
+        headers=list(table.columns),
+        tablefmt=style,
+        disable_numparse=True,
+        colalign=["left" if text else "right" for text in is_text],
+    )

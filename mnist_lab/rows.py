@@ -1,0 +1,125 @@
+"""The rows of the table: what each model is, and how an option that departs from the default names it."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from mnist_lab.compress.distill import DistillationConfig
+from mnist_lab.compress.quantize import Mode
+from mnist_lab.models.moe import RoutingConfig
+
+ModelName = Literal["ffn", "moe", "student"]
+CALIBRATION_SIZE = 1000
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A row that is trained: its architecture, and from whom a student learns."""
+
+    model: str
+    technique: str
+    architecture: ModelName
+    routing: RoutingConfig = RoutingConfig()
+    parent: str | None = None  # the teacher
+    distillation: DistillationConfig | None = None
+
+    precision = "FP32"
+    runtimes = ("pytorch", "onnxruntime")
+    extension = "safetensors"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A row that is converted from a trained one."""
+
+    model: str
+    technique: str
+    parent: str
+    mode: Mode
+    calibration_size: int = CALIBRATION_SIZE  # training images; static mode only
+
+    precision = "INT8"
+    runtimes = ("onnxruntime",)
+    extension = "onnx"
+
+
+Row = Trained | Quantized
+
+
+def ffn_baseline(*, suffix: str = "") -> Trained:
+    """The dense FFN, against which everything is read."""
+    return Trained(f"FFN_baseline{suffix}", "dense", "ffn")
+
+
+def sparse_moe(routing: RoutingConfig = RoutingConfig(), *, suffix: str = "") -> Trained:
+    """The noisy top-K mixture of experts."""
+    labels = {"num_experts": "E", "top_k": "K", "balance": "", "balance_weight": "w", "capacity_factor": "c"}
+    return Trained(f"Sparse_MoE{departures(routing, labels)}{suffix}", "moe", "moe", routing)
+
+
+def student(
+    teacher: Literal["moe", "ffn"] = "moe",
+    distillation: DistillationConfig | None = DistillationConfig(),
+    *,
+    suffix: str = "",
+) -> Trained:
+    """The small FFN, taught by the MoE or the baseline; with `distillation=None` by the labels alone."""
+    if distillation is None:
+        return Trained(f"FFN_Student_no_KD{suffix}", "dense", "student")
+    name = {"moe": "KD_FFN_Student", "ffn": "KD_FFN_Student_from_FFN"}[teacher]
+    parent = trained(teacher, suffix=suffix).model
+    suffix = departures(distillation, {"temperature": "T", "alpha": "a"}) + suffix
+    return Trained(name + suffix, "kd", "student", parent=parent, distillation=distillation)
+
+
+def trained(model: ModelName, *, suffix: str = "") -> Trained:
+    """The default row of an architecture."""
+    return {"ffn": ffn_baseline, "moe": sparse_moe, "student": student}[model](suffix=suffix)
+
+
+def quantized(
+    model: ModelName, mode: Mode | None = None, calibration_size: int = CALIBRATION_SIZE, *, suffix: str = ""
+) -> Quantized:
+    """The INT8 form of a trained model; static by default, for the MoE dynamic."""
+    parent = trained(model, suffix=suffix)
+    default_mode: Mode = "dynamic" if model == "moe" else "static"
+    mode = mode or default_mode
+    if model == "moe":
+        name = {"dynamic": "Sparse_MoE_INT8", "static": "Sparse_MoE_PTQ"}[mode]
+    else:
+        name = {"ffn": "FFN_PTQ_INT8", "student": "KD_FFN_Student_INT8"}[model]
+        name += "" if mode == default_mode else f"-{mode}"
+    if mode == "static" and calibration_size != CALIBRATION_SIZE:
+        name += f"-cal{calibration_size}"
+    technique = f"{mode} ptq" if model == "ffn" else f"{parent.technique} + {mode} ptq"
+    return Quantized(name + suffix, technique, parent.model, mode, calibration_size)
+
+
+def table_rows(*, suffix: str = "") -> list[Row]:
+    """All nine models, every parent before its children."""
+    return [
+        ffn_baseline(suffix=suffix),
+        quantized("ffn", suffix=suffix),
+        sparse_moe(suffix=suffix),
+        quantized("moe", suffix=suffix),
+        quantized("moe", "static", suffix=suffix),
+        student("moe", suffix=suffix),
+        student("ffn", suffix=suffix),
+        student(distillation=None, suffix=suffix),
+        quantized("student", suffix=suffix),
+    ]
+
+
+def place_in_table(model: str) -> int:
+    """Rank of a model in the table: that of the row it is, or that it departs from."""
+    names = [row.model for row in table_rows()]
+    return names.index(model.partition("-")[0])
+
+
+def departures(config: Any, labels: dict[str, str], *, default: Any = None) -> str:
+    """`-T10` for each field of `config` that differs from its default; `labels` maps field to `T`."""
+    default = type(config)() if default is None else default
+    changed = {field: getattr(config, field) for field in labels if getattr(config, field) != getattr(default, field)}
+    return "".join(
+        f"-{labels[field]}{value:g}" if isinstance(value, float) else f"-{labels[field]}{value}"
+        for field, value in changed.items()
+    )

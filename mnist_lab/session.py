@@ -1,0 +1,161 @@
+"""What a script does around its row: open the lab, say what happens, print the figures."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Literal, get_args
+
+import torch
+
+from mnist_lab import experiments
+from mnist_lab.cli import Options
+from mnist_lab.data import load_dataset
+from mnist_lab.errors import UserError
+from mnist_lab.experiments import Lab
+from mnist_lab.files import ensure_writable
+from mnist_lab.machine import cpu_model
+from mnist_lab.records import (
+    COMPARISON_LEGEND,
+    Record,
+    build_table,
+    format_comparison,
+    format_table,
+    load_records,
+    usable_records,
+    write_table,
+)
+from mnist_lab.rows import Row, table_rows
+
+Mode = Literal["train", "load"]
+
+
+@contextmanager
+def open_lab(options: Options) -> Iterator[Lab]:
+    """The data and folders that the options name; says at start and end where the data is not MNIST.
+
+    Raises:
+        UserError: the data cannot be had, or a folder cannot be written.
+    """
+    dataset = load_dataset(options.dataset, options.data_dir)
+    folder = f"{dataset.name}-{options.preset}-{options.recipe}"
+    lab = Lab(
+        dataset=dataset,
+        preset=options.preset,
+        recipe_name=options.recipe,
+        recipe=options.make_recipe(),
+        device=options.device,
+        threads=options.threads,
+        checkpoints=options.checkpoints / folder,
+        results=options.results / folder,
+    )
+    ensure_writable(lab.checkpoints)
+    ensure_writable(lab.results)
+    _print_notice(dataset.notice)
+    print(f"{folder}: {len(dataset.train):,} training images, {torch.get_num_threads()} training threads", flush=True)
+    yield lab
+    _print_notice(dataset.notice)
+
+
+def make_and_print(options: Options, row: Row, *, beside: Row | None = None) -> list[Record]:
+    """Make one row, time it (by turns with a finished row to compare with), and print the figures."""
+    with open_lab(options) as lab:
+        rows, records = [row], [experiments.make_row(lab, row, options.seed)]
+        if beside is not None:
+            rows.append(beside)
+            records.append(experiments.load_or_make_row(lab, beside, options.seed))
+        experiments.measure_latencies(lab, rows, records)
+        print_table(records)
+        print(f"\nmodel: {lab.output(row, options.seed)}\nto deploy: {lab.artifact(row.model, options.seed)}")
+        print(f"record: {lab.record(row.model, options.seed)}")
+    return records
+
+
+def print_table(records: list[Record]) -> None:
+    """The table and its comparisons, as plain aligned text that a pipe keeps whole."""
+    table = build_table(records)
+    print(f"\n{format_table(table, style='simple')}\n\n{format_comparison(table, style='simple')}", flush=True)
+
+
+def print_expert_load(record: Record) -> None:
+    """How evenly the router spread the images, per epoch."""
+    print("\nepoch  share of (image, expert) pairs per expert            dropped")
+    for epoch in record.curves:
+        shares = " ".join(f"{share:6.1%}" for share in epoch["expert_load"])
+        print(f"{epoch['epoch']:5d}  {shares}  {epoch['dropped_share']:.2%}")
+
+
+def print_proof(record: Record) -> None:
+    """What the engine's optimized graph executes."""
+    assert record.proof is not None
+    products = ", ".join(f"{count} {name}" for name, count in record.proof["integer_products"].items())
+    floats = ", ".join(record.proof["float_products"]) or "none"
+    weights = "7-bit weights, as this CPU has no VNNI" if record.proof["reduced_range"] else "8-bit weights"
+    print(f"integer products: {products}; in float: {floats}; {weights}")
+    print(f"same class as FP32 on {record.proof['same_class_as_fp32']:.2%} of the test images")
+
+
+def run_table(options: Options, *, mode: Mode | None, seeds: range) -> None:
+    """All rows for all seeds, then the table and the plots."""
+    with open_lab(options) as lab:
+        rows = table_rows(suffix=options.suffix)
+        jobs = [(row, seed) for seed in seeds for row in rows]
+        print_checkpoints(lab, jobs)
+        mode = mode or ask_mode()
+        make = experiments.make_row if mode == "train" else experiments.load_or_make_row
+        start = time.perf_counter()
+        records = []
+        for number, (row, seed) in enumerate(jobs, start=1):
+            record = make(lab, row, seed)
+            records.append(record)
+            elapsed = time.perf_counter() - start
+            print(
+                f"[{number}/{len(jobs)}] {record.run_name}: validation {record.validation_acc:.2%}, {elapsed:.0f} s so far",
+                flush=True,
+            )
+        experiments.measure_latencies(lab, rows, records[: len(rows)])
+        write_results(lab)
+
+
+def print_checkpoints(lab: Lab, jobs: Sequence[tuple[Row, int]]) -> None:
+    """Which models are on disk and up to date."""
+    print("checkpoints:")
+    for row, seed in jobs:
+        reason = experiments.find_reason_to_make(lab, row, seed)
+        print(f"  {row.model}-seed{seed}: {reason or 'found'}", flush=True)
+
+
+def ask_mode() -> Mode:
+    """Ask on the terminal, or read a pipe's answer.
+
+    Raises:
+        UserError: the input ends without an answer.
+    """
+    while True:
+        try:
+            answer = input("train all anew, or load what is up to date? [train/load] ").strip().lower()
+        except EOFError as error:
+            raise UserError("the input ended before an answer; pass --mode train or --mode load") from error
+        for mode in get_args(Mode):
+            if answer and mode.startswith(answer):
+                return mode
+        print(f"'{answer}' is neither train nor load")
+
+
+def write_results(lab: Lab) -> None:
+    """Table and plots from the records on disk."""
+    from mnist_lab.plots import draw_all
+
+    usable, left_out = usable_records(load_records(lab.results), lab.checkpoints, cpu_model())
+    for line in left_out:
+        print(f"not in the table: {line}")
+    table = build_table(usable)
+    write_table(lab.results, table, title=f"{lab.dataset.name}, {lab.preset} models, {lab.recipe_name} recipe")
+    print_table(usable)
+    print(f"\n{COMPARISON_LEGEND}\n\ntable: {lab.results / 'table.csv'} and table.md")
+    for path in draw_all(lab.results, usable):
+        print(f"plot: {path}")
+
+
+def _print_notice(notice: str) -> None:
+    if notice:
+        print(f"\nNOTE: {notice}\n", flush=True)

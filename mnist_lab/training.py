@@ -1,0 +1,198 @@
+"""fit(): the only training loop, and the recipes that say how long and with what it trains."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mnist_lab import measure
+from mnist_lab.data import Augmentation, Dataset, augment, iterate_batches
+from mnist_lab.errors import TrainingDiverged
+from mnist_lab.models.moe import SparseMoE
+
+RecipeName = Literal["quick", "standard", "best"]
+# Named, weighted terms whose sum is minimised, from a training batch.
+LossTerms = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Budget and schedule, shared by every model of a table so that rows differ only in the technique."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float = 2e-3  # at its peak: linear warm-up, then linearly to zero
+    warmup_share: float = 0.15  # of all steps
+    weight_decay: float = 0.02
+    augmentation: Augmentation | None = None
+
+
+RECIPES: dict[RecipeName, Recipe] = {
+    "quick": Recipe(epochs=6, batch_size=256, learning_rate=4e-3),
+    "standard": Recipe(epochs=40, batch_size=256, learning_rate=3e-3, augmentation=Augmentation()),
+    "best": Recipe(epochs=150, batch_size=256, learning_rate=3e-3, augmentation=Augmentation()),
+}
+
+
+@dataclass
+class StepLoss:
+    """What one training step minimises, and what the router did on the way (MoE only)."""
+
+    terms: LossTerms
+    expert_load: Tensor | None = None  # (E,) pairs that chose each expert
+    dropped_share: float = 0.0
+
+
+Objective = Callable[[nn.Module, Tensor, Tensor], StepLoss]  # model, pixels, labels
+
+
+@dataclass(frozen=True)
+class EpochMetrics:
+    """One point of the learning curves. Training figures are means over the epoch as it ran, with noise,
+    augmentation and changing weights; validation figures are in evaluation mode."""
+
+    epoch: int
+    learning_rate: float
+    train_terms: dict[str, float]
+    validation_loss: float
+    validation_acc: float
+    expert_load: list[float] = field(default_factory=list)  # share of pairs per expert
+    dropped_share: float | None = None
+
+
+def supervised_loss(model: nn.Module, pixels: Tensor, labels: Tensor) -> StepLoss:
+    """Cross-entropy, and for the MoE its weighted load-balancing loss."""
+    if not isinstance(model, SparseMoE):
+        return StepLoss({"cross_entropy": F.cross_entropy(model(pixels), labels)})
+    routed = model.routed(pixels)
+    terms = {"cross_entropy": F.cross_entropy(routed.logits, labels), "balance": routed.auxiliary_loss}
+    return StepLoss(terms, routed.expert_load, routed.dropped_share)
+
+
+def fit(
+    model: nn.Module,
+    dataset: Dataset,
+    recipe: Recipe,
+    *,
+    seed: int,
+    objective: Objective = supervised_loss,
+    device: str = "cpu",
+    name: str = "model",
+) -> list[EpochMetrics]:
+    """Train `model` in place and return its learning curves; the last epoch's weights stay in it.
+
+    The same seed and number of threads give the same bits. Torch's default generator is left as it was.
+
+    Raises:
+        TrainingDiverged: the loss is NaN or infinite.
+    """
+    model.to(device)
+    train = dataset.train.to(device)
+    validation_pixels, validation_labels = dataset.validation.numpy()
+    steps_per_epoch = math.ceil(len(train) / recipe.batch_size)
+    num_steps = recipe.epochs * steps_per_epoch
+    # Fused updates all parameters in one pass over memory.
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
+    )
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_then_decay(num_steps, recipe.warmup_share))
+    generator = torch.Generator().manual_seed(seed)
+    curves: list[EpochMetrics] = []
+    with torch.random.fork_rng(), progress_bar() as progress:
+        torch.manual_seed(seed)  # the router's noise
+        task = progress.add_task(name, total=num_steps)
+        for epoch in range(1, recipe.epochs + 1):
+            model.train()
+            sums = _EpochSums()
+            for step, rows in enumerate(iterate_batches(len(train), recipe.batch_size, generator), start=1):
+                pixels = train.pixels[rows.to(device)]
+                if recipe.augmentation is not None:
+                    pixels = augment(pixels, recipe.augmentation, generator)
+                loss = objective(model, pixels, train.labels[rows.to(device)])
+                total = torch.stack(list(loss.terms.values())).sum()
+                if not math.isfinite(total.item()):
+                    raise TrainingDiverged(
+                        f"{name}: the loss is {total.item()} at step {step} of epoch {epoch}; "
+                        "nothing was saved. A smaller learning rate or larger batch may help."
+                    )
+                optimizer.zero_grad()
+                total.backward()
+                optimizer.step()
+                schedule.step()
+                sums.add(loss, len(rows))
+                progress.advance(task)
+            logits = measure.predict(torch_predictor(model, device), validation_pixels)
+            validation_acc = measure.accuracy(logits, validation_labels)
+            validation_loss = measure.cross_entropy(logits, validation_labels)
+            curves.append(sums.metrics(epoch, schedule.get_last_lr()[0], validation_loss, validation_acc))
+            progress.update(task, description=f"{name}  val {validation_acc:.2%}")
+    model.to("cpu")
+    model.eval()
+    return curves
+
+
+def torch_predictor(model: nn.Module, device: str = "cpu") -> Callable[[measure.Array], measure.Array]:
+    """The model in evaluation mode as a function from numpy pixels to numpy logits."""
+    model.eval()
+
+    def run(pixels: measure.Array) -> measure.Array:
+        with torch.inference_mode():
+            logits: measure.Array = model(torch.from_numpy(pixels).to(device)).cpu().numpy()
+        return logits
+
+    return run
+
+
+@dataclass
+class _EpochSums:
+    """Sums over the steps of one epoch."""
+
+    num_rows: int = 0
+    terms: dict[str, float] = field(default_factory=dict)
+    load: Tensor | None = None
+    dropped: float = 0.0
+
+    def add(self, loss: StepLoss, num_rows: int) -> None:
+        self.num_rows += num_rows
+        for term, value in loss.terms.items():
+            self.terms[term] = self.terms.get(term, 0.0) + value.item() * num_rows
+        if loss.expert_load is not None:
+            self.load = loss.expert_load if self.load is None else self.load + loss.expert_load
+            self.dropped += loss.dropped_share * num_rows
+
+    def metrics(self, epoch: int, learning_rate: float, validation_loss: float, validation_acc: float) -> EpochMetrics:
+        return EpochMetrics(
+            epoch=epoch,
+            learning_rate=learning_rate,
+            train_terms={term: value / self.num_rows for term, value in self.terms.items()},
+            validation_loss=validation_loss,
+            validation_acc=validation_acc,
+            expert_load=[] if self.load is None else (self.load / self.load.sum()).tolist(),
+            dropped_share=None if self.load is None else self.dropped / self.num_rows,
+        )
+
+
+def _warm_up_then_decay(num_steps: int, warmup_share: float) -> Callable[[int], float]:
+    warmup_steps = max(1, round(num_steps * warmup_share))
+
+    def factor(step: int) -> float:
+        return min((step + 1) / warmup_steps, (num_steps - step) / max(1, num_steps - warmup_steps))
+
+    return factor
+
+
+def progress_bar() -> Progress:
+    """A bar with the time left; one line at the end where the output is no terminal."""
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )

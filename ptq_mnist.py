@@ -1,0 +1,38 @@
+"""Convert a trained model to INT8 (post-training quantization), and measure it beside its FP32 form.
+
+    python ptq_mnist.py                                 # the FFN, static: calibrated on training images
+    python ptq_mnist.py --model moe                     # the MoE, dynamic: ranges taken from each batch
+    python ptq_mnist.py --model moe --mode static       # the contrast
+"""
+
+from dataclasses import dataclass
+
+from mnist_lab.cli import Options, check_positive, run_script
+from mnist_lab.compress.quantize import Mode
+from mnist_lab.rows import CALIBRATION_SIZE, ModelName, quantized, trained
+from mnist_lab.session import make_and_print, print_proof
+
+
+@dataclass(frozen=True)
+class PTQOptions(Options):
+    model: ModelName = "ffn"
+    """Trained model to convert; student is KD_FFN_Student."""
+    mode: Mode | None = None
+    """Where activation ranges come from: static (calibration) or dynamic (each batch); when not given, static
+    for the dense models and dynamic for the MoE."""
+    calibration_size: int = CALIBRATION_SIZE
+    """Training images that static mode calibrates on."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_positive("--calibration-size", self.calibration_size)
+
+
+def main(options: PTQOptions) -> None:
+    row = quantized(options.model, options.mode, options.calibration_size, suffix=options.suffix)
+    record, _ = make_and_print(options, row, beside=trained(options.model, suffix=options.suffix))
+    print_proof(record)
+
+
+if __name__ == "__main__":
+    run_script(main, PTQOptions, __doc__)
