@@ -1,18 +1,19 @@
 """Distil a trained teacher into the small FFN student, export it, and measure it.
 
-    python kd_mnist.py                          # the MoE teaches
-    python kd_mnist.py --teacher ffn            # the baseline teaches
-    python kd_mnist.py --no-distillation        # the control: same student, labels only
-    python kd_mnist.py --temperature 10         # becomes KD_FFN_Student-T10
+python kd_mnist.py                          # the MoE teaches
+python kd_mnist.py --teacher ffn            # the baseline teaches
+python kd_mnist.py --no-distillation        # the control: same student, labels only
+python kd_mnist.py --temperature 10         # becomes KD_FFN_Student-T10
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
-from mnist_lab.cli import Options, run_script
 from mnist_lab.compress.distill import DistillationConfig
+from mnist_lab.console import make_and_print
+from mnist_lab.options import Options
 from mnist_lab.rows import student
-from mnist_lab.session import make_and_print
+from mnist_lab.scripts import run_script
 
 
 @dataclass(frozen=True)

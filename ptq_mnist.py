@@ -1,16 +1,17 @@
 """Convert a trained model to INT8 (post-training quantization), and measure it beside its FP32 form.
 
-    python ptq_mnist.py                                 # the FFN, static: calibrated on training images
-    python ptq_mnist.py --model moe                     # the MoE, dynamic: ranges taken from each batch
-    python ptq_mnist.py --model moe --mode static       # the contrast
+python ptq_mnist.py                                 # the FFN, static: calibrated on training images
+python ptq_mnist.py --model moe                     # the MoE, dynamic: ranges taken from each batch
+python ptq_mnist.py --model moe --mode static       # the contrast
 """
 
 from dataclasses import dataclass
 
-from mnist_lab.cli import Options, check_positive, run_script
 from mnist_lab.compress.quantize import Mode
+from mnist_lab.console import make_and_print, print_proof
+from mnist_lab.options import Options, check_positive
 from mnist_lab.rows import CALIBRATION_SIZE, ModelName, quantized, trained
-from mnist_lab.session import make_and_print, print_proof
+from mnist_lab.scripts import run_script
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,17 @@
 """Train or load all nine models, measure them side by side, and write the table and the plots.
 
-    python run_all_experiments.py                               # asks: train or load?
-    python run_all_experiments.py --mode load                   # uses what is there, trains the rest
-    python run_all_experiments.py --mode train --recipe quick   # everything anew in about a minute
-    python run_all_experiments.py --mode load --seeds 5         # means and 95 % intervals
+python run_all_experiments.py                               # asks: train or load?
+python run_all_experiments.py --mode load                   # uses what is there, trains the rest
+python run_all_experiments.py --mode train --recipe quick   # everything anew in about a minute
+python run_all_experiments.py --mode load --seeds 5         # means and 95 % intervals
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from mnist_lab.cli import Options, check_positive, run_script
-from mnist_lab.session import run_table
+from mnist_lab.console import run_table
+from mnist_lab.options import Options, check_positive
+from mnist_lab.scripts import run_script
 
 
 @dataclass(frozen=True)

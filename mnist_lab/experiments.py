@@ -31,7 +31,7 @@ from mnist_lab.records import TABLE_BATCHES, Measurement, Record, load_record, s
 from mnist_lab.rows import Quantized, Row, Trained, place_in_table
 from mnist_lab.runtimes import Session, open_session
 from mnist_lab.runtimes.onnxruntime import OnnxRuntimeSession
-from mnist_lab.training import Recipe, RecipeName, fit, progress_bar, supervised_loss
+from mnist_lab.training import Objective, Recipe, RecipeName, fit, progress_bar, supervised_loss
 
 LATENCY_ROUNDS = 7
 
@@ -74,6 +74,7 @@ def make_row(lab: Lab, row: Row, seed: int) -> Record:
     Raises:
         UserError: its parent's checkpoint is missing or broken; a folder cannot be written.
         TrainingDiverged: the loss is no longer finite. The previous checkpoint stays.
+
     """
     if isinstance(row, Quantized):
         quantize_row(lab, row, seed)
@@ -103,6 +104,7 @@ def find_reason_to_make(lab: Lab, row: Row, seed: int) -> str | None:
 
     Raises:
         UserError: the file is broken, or belongs to another preset or data set: it is not overwritten.
+
     """
     path = lab.output(row, seed)
     if not path.exists():
@@ -120,7 +122,8 @@ def find_reason_to_make(lab: Lab, row: Row, seed: int) -> str | None:
 
 def train_row(lab: Lab, row: Trained, seed: int) -> None:
     """Train a model and write its checkpoint and its ONNX artifact."""
-    objective, lineage = supervised_loss, {}
+    objective: Objective = supervised_loss
+    lineage = {}
     if row.parent is not None:
         assert row.distillation is not None
         teacher = _load_parent(lab, row.parent, seed)
@@ -243,19 +246,17 @@ def measure_latencies(lab: Lab, rows: Sequence[Row], records: Sequence[Record]) 
     """Time all models of one seed by turns, in every runtime and batch size, and add that to their records."""
     pixels = lab.test.numpy()[0]
     sessions = {
-        (record.run_name, runtime): _open(lab, row, record.seed, runtime, threads=lab.threads)
+        f"{record.run_name}/{runtime}": _open(lab, row, record.seed, runtime, threads=lab.threads)
         for row, record in zip(rows, records, strict=True)
         for runtime in row.runtimes
     }
     session_id = uuid.uuid4().hex
-    measured: dict[tuple[str, str], dict[str, dict[str, float]]] = {key: {} for key in sessions}
+    measured: dict[str, dict[str, dict[str, float]]] = {key: {} for key in sessions}
     with torch_threads(lab.threads), progress_bar() as progress:
         task = progress.add_task("latency", total=len(sessions) * len(TABLE_BATCHES) * LATENCY_ROUNDS)
         for batch in TABLE_BATCHES:
             images = np.resize(pixels, (batch, *pixels.shape[1:]))  # repeats a test set smaller than the batch
-            calls = {
-                key: functools.partial(session.run, session.prepare(images)) for key, session in sessions.items()
-            }
+            calls = {key: functools.partial(session.run, session.prepare(images)) for key, session in sessions.items()}
             latencies = measure.measure_latency(
                 calls, num_rounds=LATENCY_ROUNDS, on_block=functools.partial(progress.advance, task)
             )
@@ -263,7 +264,7 @@ def measure_latencies(lab: Lab, rows: Sequence[Row], records: Sequence[Record]) 
                 measured[key][str(batch)] = asdict(latency)
     for record in records:
         for runtime, measurement in record.measurements.items():
-            measurement.latency_ms = measured[record.run_name, runtime]
+            measurement.latency_ms = measured[f"{record.run_name}/{runtime}"]
             measurement.threads, measurement.latency_session = lab.threads, session_id
         save_record(lab.results, record)
 
@@ -285,7 +286,9 @@ def _open(lab: Lab, row: Row, seed: int, runtime: str, *, threads: int) -> Sessi
     )
 
 
-def _measure_quality(lab: Lab, session: Session, file: Path, model: FFN | SparseMoE) -> tuple[Measurement, measure.Array]:
+def _measure_quality(
+    lab: Lab, session: Session, file: Path, model: FFN | SparseMoE
+) -> tuple[Measurement, measure.Array]:
     train_pixels, train_labels = lab.dataset.train.numpy()
     test_pixels, test_labels = lab.test.numpy()
     train_logits = measure.predict(session.predict, train_pixels)

@@ -4,14 +4,14 @@ The normalisation is folded into the first layer. The sparse MoE is dispatched a
 `models/moe.py`: pairs sorted by expert, one product per expert on its rows, scattered back.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from torch import Tensor
+from torch import Tensor, nn
 
 from mnist_lab.artifacts import set_onnx_metadata
 from mnist_lab.data import NUM_CLASSES
@@ -32,13 +32,14 @@ def export_onnx(model: FFN | SparseMoE, path: Path, metadata: Mapping[str, Any])
 
     Raises:
         UserError: the folder cannot be written.
+
     """
     graph = _Graph()
     graph.add("Flatten", ["pixels"], "flat_pixels")
     if isinstance(model, SparseMoE):
         _add_moe(graph, model, "flat_pixels")
     else:
-        weights = [(_transposed(layer.weight), _array(layer.bias)) for layer in model.layers]
+        weights = _layer_weights(model.layers)
         weights[0] = _fold_normalization(model.normalize, *weights[0])
         _add_layers(graph, "fc", weights, "flat_pixels")
     proto = graph.to_model(metadata)
@@ -52,7 +53,7 @@ class _Graph:
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
 
-    def add(self, operator: str, inputs: list[str], *outputs: str, **attributes: int) -> str:
+    def add(self, operator: str, inputs: list[str], *outputs: str, **attributes: Any) -> str:
         self.nodes.append(helper.make_node(operator, inputs, outputs, name=outputs[0], **attributes))
         return outputs[0]
 
@@ -90,7 +91,7 @@ def _add_layers(graph: _Graph, name: str, weights: list[tuple[Array, Array]], ro
 def _add_moe(graph: _Graph, model: SparseMoE, rows: str) -> str:
     num_experts, top_k = model.config.routing.num_experts, model.config.routing.top_k
     experts, output_width = model.experts, model.config.output_width
-    stem = _fold_normalization(model.normalize, _transposed(model.stem.weight), _array(model.stem.bias))
+    stem = _fold_normalization(model.normalize, *_layer_weights([model.stem])[0])
     hidden = graph.add("Relu", [graph.gemm("stem", rows, *stem)], "hidden")
 
     router_logits = graph.add("MatMul", [hidden, graph.constant("router.gate", _array(model.router.gate))], ROUTER)
@@ -120,13 +121,14 @@ def _add_moe(graph: _Graph, model: SparseMoE, rows: str) -> str:
     # Every pair occurs once, so scattering the sorted rows overwrites all of them.
     place = graph.add("Unsqueeze", [sorted_pairs, graph.constant("last_axis", [1])], "place")
     pair_rows = graph.add("ScatterND", [sorted_rows, place, sorted_rows], "pair_rows")
-    by_image = graph.add("Reshape", [pair_rows, graph.constant("by_image_shape", [-1, top_k, output_width])], "by_image")
+    by_image = graph.add(
+        "Reshape", [pair_rows, graph.constant("by_image_shape", [-1, top_k, output_width])], "by_image"
+    )
     as_row = graph.add("Unsqueeze", [weights, graph.constant("middle_axis", [1])], "weights_as_row")
     mixed = graph.add("MatMul", [as_row, by_image], COMBINE)
     mixed = graph.add("Reshape", [mixed, graph.constant("mixed_shape", [-1, output_width])], "mixed")
     mixed = graph.add("Relu", [mixed], "mixed.relu")
-    head = [(_transposed(layer.weight), _array(layer.bias)) for layer in model.head]
-    return _add_layers(graph, "head", head, mixed)
+    return _add_layers(graph, "head", _layer_weights(model.head), mixed)
 
 
 def _fold_normalization(normalize: Normalize, weight: Array, bias: Array) -> tuple[Array, Array]:
@@ -136,8 +138,13 @@ def _fold_normalization(normalize: Normalize, weight: Array, bias: Array) -> tup
     return exact.astype(np.float32), (bias - mean * exact.sum(axis=0)).astype(np.float32)
 
 
-def _transposed(weight: Tensor) -> Array:
-    return np.ascontiguousarray(_array(weight).T)
+def _layer_weights(layers: Iterable[nn.Module]) -> list[tuple[Array, Array]]:
+    """Weight (inputs, outputs) and bias of each linear layer."""
+    return [
+        (np.ascontiguousarray(_array(layer.weight).T), _array(layer.bias))
+        for layer in layers
+        if isinstance(layer, nn.Linear)
+    ]
 
 
 def _array(tensor: Tensor) -> Array:

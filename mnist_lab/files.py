@@ -22,6 +22,7 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
     Raises:
         UserError: the folder cannot be made or written.
+
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,6 +48,7 @@ def ensure_writable(folder: Path) -> None:
 
     Raises:
         UserError: it cannot.
+
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -90,9 +90,11 @@ def expected_calibration_error(bins: ConfidenceBins) -> float:
 
 def confusion_matrix(predicted: Labels, labels: Labels, num_classes: int) -> list[list[int]]:
     """Counts [true class][predicted class]."""
-    counts: list[list[int]] = np.bincount(labels * num_classes + predicted, minlength=num_classes**2).reshape(
-        num_classes, num_classes
-    ).tolist()
+    counts: list[list[int]] = (
+        np.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+        .reshape(num_classes, num_classes)
+        .tolist()
+    )
     return counts
 
 

@@ -1,1 +1,2 @@
-def draw_all(folder, records): return []
+def draw_all(folder, records):
+    return []

@@ -82,7 +82,7 @@ class Record:
     validation_acc: float
     validation_loss: float
     train_seconds: float | None
-    train_threads: int
+    train_threads: int | None
     curves: list[dict[str, Any]]  # one entry per epoch; empty for a converted model
     machine: dict[str, Any]
     versions: dict[str, str]
@@ -107,6 +107,7 @@ def load_record(path: Path) -> Record:
 
     Raises:
         UserError: the file is missing, truncated, or of another schema.
+
     """
     try:
         fields = json.loads(path.read_text())
@@ -115,7 +116,9 @@ def load_record(path: Path) -> Record:
         fields["measurements"] = {name: Measurement(**values) for name, values in fields["measurements"].items()}
         return Record(**fields)
     except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is not a record of this suite ({error}). Delete it and run the model again.") from error
+        raise UserError(
+            f"{path} is not a record of this suite ({error}). Delete it and run the model again."
+        ) from error
 
 
 def load_records(folder: Path) -> list[Record]:
@@ -201,14 +204,21 @@ def confidence_interval(values: list[float]) -> float:
 
 
 def compare(table: pd.DataFrame) -> pd.DataFrame:
-    """Every row against its own FP32 model, and against the baseline, in the same runtime.
+    """Every row against its own FP32 model (INT8 rows), and against the baseline (the first row's model).
 
-    Accuracy difference in percentage points, parameter storage as a share, speed-up as a factor per
-    batch size. NaN where there is nothing to compare with.
+    Both in the row's own runtime. Accuracy difference in percentage points, parameter storage as a
+    share, speed-up as a factor per batch size; NaN where there is nothing to compare with.
     """
     by_key = table.set_index(["model", "runtime"])
-    columns: dict[str, pd.Series] = {"model": table["model"], "precision": table["precision"], "runtime": table["runtime"]}
-    for label, reference in (("fp32", table["fp32_model"]), ("baseline", pd.Series(BASELINE, index=table.index))):
+    columns: dict[str, pd.Series] = {
+        "model": table["model"],
+        "precision": table["precision"],
+        "runtime": table["runtime"],
+    }
+    for label, reference in (
+        ("fp32", table["fp32_model"]),
+        ("baseline", pd.Series(_baseline(table), index=table.index)),
+    ):
         keys = pd.MultiIndex.from_arrays([reference, table["runtime"]])
         other = by_key.reindex(keys).set_index(table.index)
         columns[f"acc_points_vs_{label}"] = (table["test_acc"] - other["test_acc"]) * 100
@@ -217,6 +227,12 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
             column = f"latency_ms_b{batch}"
             columns[f"speedup_b{batch}_vs_{label}"] = other[column] / table[column]
     return pd.DataFrame(columns)
+
+
+def _baseline(table: pd.DataFrame) -> str | None:
+    """The model to compare with: FFN_baseline, or where every run departs from the recipe, its variant."""
+    baselines = [model for model in table["model"] if model.partition("-")[0] == BASELINE]
+    return min(baselines, key=len, default=None)
 
 
 def usable_records(records: Iterable[Record], checkpoints: Path, cpu: str) -> tuple[list[Record], list[str]]:
@@ -247,26 +263,49 @@ COMPARISON_LEGEND = (
     "Differences: `acc` in percentage points, `size` as a share of parameter storage, `x b1` … the speed-up at that "
     "batch size; against the row's own FP32 model and against the baseline, both in the same runtime."
 )
-SIGNIFICANT_DIGITS = {"size_mib": ".3f", "file_mb": ".3f"} | {f"latency_ms_b{batch}": ".3f" for batch in TABLE_BATCHES}
+MEASURED_FORMATS = {"size_mib": ".3f", "file_mb": ".3f"} | {f"latency_ms_b{batch}": ".3f" for batch in TABLE_BATCHES}
+TEXT_COLUMNS = {"model", "technique", "precision", "runtime"}
 FRACTIONS = ("test_acc", "test_acc_ci95", "train_acc", "train_loss", "test_loss", "ece")
 
 
-def format_table(table: pd.DataFrame, *, style: str = "github") -> str:
-    """The table as aligned text, in one of tabulate's styles; blank cells stay blank."""
-    formats = SIGNIFICANT_DIGITS | dict.fromkeys(FRACTIONS, ".4f") | {"params_total": ",d", "params_active": ",d"}
-    return _format(table[COLUMNS].rename(columns=_short_header), {_short_header(c): f for c, f in formats.items()}, style)
+def format_table(table: pd.DataFrame) -> str:
+    """The table in Markdown; blank cells stay blank."""
+    formats = MEASURED_FORMATS | dict.fromkeys(FRACTIONS, ".4f") | {"params_total": ",d", "params_active": ",d"}
+    return _format(
+        table[COLUMNS].rename(columns=_short_header), {_short_header(c): f for c, f in formats.items()}, "github"
+    )
 
 
-def format_comparison(table: pd.DataFrame, *, style: str = "github") -> str:
-    """`compare` as aligned text."""
+def format_comparison(table: pd.DataFrame) -> str:
+    """`compare` in Markdown."""
     comparison = compare(table)
-    formats = {column: "+.2f" for column in comparison if column.startswith("acc")} | {
-        column: ".2f" for column in comparison if column.startswith(("size", "speedup"))
+    names = [str(column) for column in comparison]
+    formats = {name: "+.2f" if name.startswith("acc") else ".2f" for name in names if "_vs_" in name}
+    headers = {name: name.replace("_points", "").replace("speedup_", "x ").replace("_vs_", " vs ") for name in names}
+    return _format(comparison.rename(columns=headers), {headers[c]: f for c, f in formats.items()}, "github")
+
+
+SUMMARY_LEGEND = (
+    "acc: test accuracy in %, ± 95 % interval over seeds; ms b64: median milliseconds for a batch of 64; "
+    "x fp32: speed-up at batch 64 over the row's own FP32 model in the same runtime."
+)
+
+
+def format_summary(table: pd.DataFrame) -> str:
+    """The columns that fit a screen, aligned."""
+    speedup = compare(table)["speedup_b64_vs_fp32"]
+    interval = table["test_acc_ci95"].map(lambda value: "" if pd.isna(value) else f" ± {100 * value:.2f}")
+    columns = {
+        "model": table["model"],
+        "precision": table["precision"],
+        "runtime": table["runtime"],
+        "acc": table["test_acc"].map(lambda value: f"{100 * value:.2f}") + interval,
+        "MiB": table["size_mib"],
+        **{f"ms b{batch}": table[f"latency_ms_b{batch}"] for batch in TABLE_BATCHES},
+        "x fp32": speedup,
     }
-    headers = {
-        column: column.replace("_points", "").replace("speedup_", "x ").replace("_vs_", " vs ") for column in comparison
-    }
-    return _format(comparison.rename(columns=headers), {headers[c]: f for c, f in formats.items()}, style)
+    formats = {"MiB": ".3f", "x fp32": ".2f"} | {f"ms b{batch}": ".3f" for batch in TABLE_BATCHES}
+    return _format(pd.DataFrame(columns), formats, "simple")
 
 
 def _short_header(column: str) -> str:
@@ -274,17 +313,18 @@ def _short_header(column: str) -> str:
 
 
 def _format(table: pd.DataFrame, formats: dict[str, str], style: str) -> str:
-    def cell(column: str, value: Any) -> str:
+    """Aligned text in one of tabulate's styles: a format per column, blank where there is no value."""
+    names = [str(column) for column in table]
+
+    def cell(name: str, value: Any) -> str:
         if pd.isna(value):
             return ""
-        return format(int(value) if formats.get(column) == ",d" else value, formats.get(column, ""))
+        return format(int(value) if formats.get(name) == ",d" else value, formats.get(name, ""))
 
-    rows = [[cell(column, value) for column, value in row.items()] for _, row in table.iterrows()]
-    is_text = [column in {"model", "technique", "precision", "runtime"} for column in table]
     return tabulate(
-        rows,
-        headers=list(table.columns),
+        [[cell(name, value) for name, value in zip(names, row, strict=True)] for row in table.itertuples(index=False)],
+        headers=names,
         tablefmt=style,
         disable_numparse=True,
-        colalign=["left" if text else "right" for text in is_text],
+        colalign=["left" if name in TEXT_COLUMNS else "right" for name in names],
     )

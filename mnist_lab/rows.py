@@ -1,6 +1,6 @@
 """The rows of the table: what each model is, and how an option that departs from the default names it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from mnist_lab.compress.distill import DistillationConfig
@@ -18,7 +18,7 @@ class Trained:
     model: str
     technique: str
     architecture: ModelName
-    routing: RoutingConfig = RoutingConfig()
+    routing: RoutingConfig = field(default_factory=RoutingConfig)  # of the MoE
     parent: str | None = None  # the teacher
     distillation: DistillationConfig | None = None
 

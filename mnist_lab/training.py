@@ -54,7 +54,8 @@ Objective = Callable[[nn.Module, Tensor, Tensor], StepLoss]  # model, pixels, la
 @dataclass(frozen=True)
 class EpochMetrics:
     """One point of the learning curves. Training figures are means over the epoch as it ran, with noise,
-    augmentation and changing weights; validation figures are in evaluation mode."""
+    augmentation and changing weights; validation figures are in evaluation mode.
+    """
 
     epoch: int
     learning_rate: float
@@ -90,6 +91,7 @@ def fit(
 
     Raises:
         TrainingDiverged: the loss is NaN or infinite.
+
     """
     model.to(device)
     train = dataset.train.to(device)
@@ -129,7 +131,7 @@ def fit(
             logits = measure.predict(torch_predictor(model, device), validation_pixels)
             validation_acc = measure.accuracy(logits, validation_labels)
             validation_loss = measure.cross_entropy(logits, validation_labels)
-            curves.append(sums.metrics(epoch, schedule.get_last_lr()[0], validation_loss, validation_acc))
+            curves.append(sums.metrics(epoch, float(schedule.get_last_lr()[0]), validation_loss, validation_acc))
             progress.update(task, description=f"{name}  val {validation_acc:.2%}")
     model.to("cpu")
     model.eval()

@@ -43,12 +43,12 @@ def affine_parameters(r_min: float, r_max: float, *, q_min: int = 0, q_max: int 
 
 
 def affine_quantize(r: Array, scale: float, zero_point: int, *, q_min: int = 0, q_max: int = 255) -> Any:
-    """q = clip(round(r/S) + Z), rounding half to even."""
+    """Q = clip(round(r/S) + Z), rounding half to even."""
     return np.clip(np.round(r / scale) + zero_point, q_min, q_max).astype(np.int32)
 
 
 def affine_dequantize(q: Any, scale: float, zero_point: int) -> Array:
-    """r ≈ S·(q − Z)."""
+    """R ≈ S·(q − Z)."""
     values: Array = (scale * (q - zero_point)).astype(np.float32)
     return values
 
@@ -61,6 +61,7 @@ def absmax_quantize(r: Array, *, q_max: int = 127, axis: int | None = None) -> t
 
     Returns:
         q, and S with r ≈ S·q, shaped to broadcast against q.
+
     """
     kept = tuple(i for i in range(r.ndim) if i != axis) if axis is not None else None
     largest = np.abs(r).max(axis=kept, keepdims=True)
@@ -105,6 +106,7 @@ def quantize(
         RuntimeError: a layer that should be INT8 is not, or one that should be float is not. Nothing
             is written then.
         UserError: the folder cannot be written.
+
     """
     common: dict[str, Any] = {
         "per_channel": True,
@@ -144,6 +146,7 @@ def prove_integer(artifact: Path, fp32_artifact: Path, *, keep_float: Collection
 
     Raises:
         RuntimeError: a product that should be INT8 is not, or one in `keep_float` or a softmax is.
+
     """
     products = {node.name for node in onnx.load(fp32_artifact).graph.node if node.op_type in {"Gemm", "MatMul"}}
     expected_float = products & set(keep_float)

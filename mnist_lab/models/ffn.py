@@ -1,5 +1,6 @@
 """The dense feed-forward network (FFN): flatten, normalise, Linear + ReLU layers, Linear to logits."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,7 +50,7 @@ class FFN(nn.Module):
 
 def linear_chain(*widths: int) -> list[nn.Linear]:
     """Linear layers from each width to the next, He-initialised for ReLU (arXiv:1502.01852), zero biases."""
-    layers = [nn.Linear(fan_in, fan_out) for fan_in, fan_out in zip(widths, widths[1:], strict=False)]
+    layers = [nn.Linear(fan_in, fan_out) for fan_in, fan_out in itertools.pairwise(widths)]
     for layer in layers:
         nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         nn.init.zeros_(layer.bias)

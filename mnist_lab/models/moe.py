@@ -121,7 +121,9 @@ class Experts(nn.Module):
             expert_N = torch.repeat_interleave(load_E)
             hidden_NH = F.grouped_mm(rows_ND, self.weight_in, offs=ends_E) + self.bias_in.index_select(0, expert_N)
             # grouped_mm's backward needs a contiguous gradient, which adding the bias hands on.
-            return F.grouped_mm(hidden_NH.relu(), self.weight_out, offs=ends_E) + self.bias_out.index_select(0, expert_N)
+            return F.grouped_mm(hidden_NH.relu(), self.weight_out, offs=ends_E) + self.bias_out.index_select(
+                0, expert_N
+            )
         outputs = [
             torch.addmm(b_out, torch.addmm(b_in, rows, w_in).relu_(), w_out)
             for rows, w_in, b_in, w_out, b_out in zip(
@@ -197,6 +199,7 @@ def limit_capacity(order_N: Tensor, load_E: Tensor, capacity_factor: float) -> t
 
     Returns:
         The kept pairs in the same order, and how many of them each expert has.
+
     """
     capacity = math.ceil(capacity_factor * order_N.numel() / load_E.numel())
     starts_E = load_E.cumsum(0) - load_E
@@ -219,7 +222,7 @@ def balance_parts(routing: Routing, load_E: Tensor, balance: Balance) -> dict[st
 
 
 def entropy_loss(logits_BE: Tensor) -> Tensor:
-    """log E − H(P), P the router's mean probability over the batch: 0 exactly when P is even."""
+    """Log E − H(P), P the router's mean probability over the batch: 0 exactly when P is even."""
     mean_log_E = logits_BE.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits_BE))
     return math.log(logits_BE.shape[1]) + (mean_log_E.exp() * mean_log_E).sum()
 

@@ -14,6 +14,7 @@ class OnnxRuntimeSession:
 
     Raises:
         UserError: the file is missing, or is not an ONNX model.
+
     """
 
     runtime = "onnxruntime"

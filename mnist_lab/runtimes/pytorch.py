@@ -13,7 +13,7 @@ class PyTorchSession:
     """The checkpoint's model in evaluation mode."""
 
     runtime = "pytorch"
-    version = torch.__version__
+    version = str(torch.__version__)
 
     def __init__(self, checkpoint: Path) -> None:
         self.model = load_checkpoint(checkpoint).model

@@ -3,23 +3,22 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 
 from mnist_lab import experiments
-from mnist_lab.cli import Options
 from mnist_lab.data import load_dataset
 from mnist_lab.errors import UserError
 from mnist_lab.experiments import Lab
 from mnist_lab.files import ensure_writable
 from mnist_lab.machine import cpu_model
+from mnist_lab.options import Options
 from mnist_lab.records import (
-    COMPARISON_LEGEND,
+    SUMMARY_LEGEND,
     Record,
     build_table,
-    format_comparison,
-    format_table,
+    format_summary,
     load_records,
     usable_records,
     write_table,
@@ -35,6 +34,7 @@ def open_lab(options: Options) -> Iterator[Lab]:
 
     Raises:
         UserError: the data cannot be had, or a folder cannot be written.
+
     """
     dataset = load_dataset(options.dataset, options.data_dir)
     folder = f"{dataset.name}-{options.preset}-{options.recipe}"
@@ -72,8 +72,7 @@ def make_and_print(options: Options, row: Row, *, beside: Row | None = None) -> 
 
 def print_table(records: list[Record]) -> None:
     """The table and its comparisons, as plain aligned text that a pipe keeps whole."""
-    table = build_table(records)
-    print(f"\n{format_table(table, style='simple')}\n\n{format_comparison(table, style='simple')}", flush=True)
+    print(f"\n{format_summary(build_table(records))}", flush=True)
 
 
 def print_expert_load(record: Record) -> None:
@@ -107,11 +106,8 @@ def run_table(options: Options, *, mode: Mode | None, seeds: range) -> None:
         for number, (row, seed) in enumerate(jobs, start=1):
             record = make(lab, row, seed)
             records.append(record)
-            elapsed = time.perf_counter() - start
-            print(
-                f"[{number}/{len(jobs)}] {record.run_name}: validation {record.validation_acc:.2%}, {elapsed:.0f} s so far",
-                flush=True,
-            )
+            progress = f"[{number}/{len(jobs)}, {time.perf_counter() - start:.0f} s]"
+            print(f"{progress} {record.run_name}: validation accuracy {record.validation_acc:.2%}", flush=True)
         experiments.measure_latencies(lab, rows, records[: len(rows)])
         write_results(lab)
 
@@ -129,13 +125,15 @@ def ask_mode() -> Mode:
 
     Raises:
         UserError: the input ends without an answer.
+
     """
     while True:
         try:
             answer = input("train all anew, or load what is up to date? [train/load] ").strip().lower()
         except EOFError as error:
             raise UserError("the input ended before an answer; pass --mode train or --mode load") from error
-        for mode in get_args(Mode):
+        modes: tuple[Mode, ...] = ("train", "load")
+        for mode in modes:
             if answer and mode.startswith(answer):
                 return mode
         print(f"'{answer}' is neither train nor load")
@@ -151,7 +149,7 @@ def write_results(lab: Lab) -> None:
     table = build_table(usable)
     write_table(lab.results, table, title=f"{lab.dataset.name}, {lab.preset} models, {lab.recipe_name} recipe")
     print_table(usable)
-    print(f"\n{COMPARISON_LEGEND}\n\ntable: {lab.results / 'table.csv'} and table.md")
+    print(f"\n{SUMMARY_LEGEND}\n\ntable: {lab.results / 'table.csv'} and table.md")
     for path in draw_all(lab.results, usable):
         print(f"plot: {path}")
 

@@ -1,23 +1,17 @@
-"""What the scripts share on the command line: common options, messages, exit codes."""
+"""The options that every training and converting script takes."""
 
 import math
 import os
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NoReturn, TypeVar
 
 import torch
-import tyro
 
 from mnist_lab.data import DatasetName
-from mnist_lab.errors import TrainingDiverged, UserError
+from mnist_lab.errors import UserError
 from mnist_lab.models import PresetName
 from mnist_lab.rows import departures
 from mnist_lab.training import RECIPES, Recipe, RecipeName
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -77,33 +71,7 @@ def check_positive(name: str, value: float | None) -> None:
 
     Raises:
         UserError: with the option's name.
+
     """
     if value is not None and not (math.isfinite(value) and value > 0):
         raise UserError(f"{name} {value} must be a number above 0")
-
-
-def run_script(main: Callable[[T], None], options_type: type[T], description: str) -> NoReturn:
-    """Parse the command line into `options_type`, call `main`, and leave with the suite's exit codes.
-
-    0 done; 1 the run failed; 2 the user's input is wrong; 130 interrupted.
-    """
-    try:
-        options = tyro.cli(
-            options_type,
-            description=description,
-            config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes),
-        )
-        main(options)
-    except UserError as error:
-        _leave(f"error: {error}", 2)
-    except TrainingDiverged as error:
-        _leave(f"failed: {error}", 1)
-    except KeyboardInterrupt:
-        _leave("interrupted; finished models and rows are kept", 130)
-    sys.exit(0)
-
-
-def _leave(message: str, code: int) -> NoReturn:
-    sys.stdout.flush()
-    print(message, file=sys.stderr)
-    sys.exit(code)

@@ -1,0 +1,33 @@
+"""How a script starts and ends: its options from a dataclass, its exit code from what happened. No torch here."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+import tyro
+
+from mnist_lab.errors import TrainingDiverged, UserError
+
+T = TypeVar("T")
+
+
+def run_script(main: Callable[[T], None], options_type: type[T], description: str) -> NoReturn:
+    """Parse the command line into `options_type`, call `main`, and leave with the suite's exit codes.
+
+    0 done; 1 the run failed; 2 the user's input is wrong; 130 interrupted.
+    """
+    try:
+        main(tyro.cli(options_type, description=description, config=(tyro.conf.OmitArgPrefixes,)))
+    except UserError as error:
+        _leave(f"error: {error}", 2)
+    except TrainingDiverged as error:
+        _leave(f"failed: {error}", 1)
+    except KeyboardInterrupt:
+        _leave("interrupted; finished models and rows are kept", 130)
+    sys.exit(0)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    sys.stdout.flush()
+    print(message, file=sys.stderr)
+    sys.exit(code)
