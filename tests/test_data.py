@@ -1,0 +1,143 @@
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from mnist_lab import data
+from mnist_lab.data import Augmentation, augment, calibration_pixels, load_dataset
+from mnist_lab.errors import UserError
+
+
+def rows_as_set(pixels: torch.Tensor) -> set[bytes]:
+    return {image.numpy().tobytes() for image in pixels}
+
+
+def test_digits_have_their_sizes_and_the_contract_of_every_data_set() -> None:
+    dataset = load_dataset("digits")
+    test = dataset.load_test()
+    assert [len(dataset.train), len(dataset.validation), len(test)] == [1257, 180, 360]
+    for split in (dataset.train, dataset.validation, test):
+        assert split.pixels.shape[1:] == (1, 28, 28)
+        assert split.pixels.dtype == torch.float32
+        assert split.labels.dtype == torch.int64
+        assert split.pixels.min() == 0
+        assert 0.9 < split.pixels.max() <= 1
+
+
+def test_splits_share_no_image() -> None:
+    dataset = load_dataset("digits")
+    train, validation, test = map(
+        rows_as_set, (dataset.train.pixels, dataset.validation.pixels, dataset.load_test().pixels)
+    )
+    assert not train & validation
+    assert not train & test
+    assert not validation & test
+
+
+def test_mean_and_std_are_those_of_the_training_pixels() -> None:
+    dataset = load_dataset("digits")
+    assert dataset.mean == pytest.approx(dataset.train.pixels.double().mean().item(), abs=1e-7)
+    assert dataset.std == pytest.approx(dataset.train.pixels.double().std(unbiased=False).item(), abs=1e-7)
+
+
+def test_mnist_is_split_the_same_way_every_time(mnist_dir: Path) -> None:
+    first, second = load_dataset("mnist", mnist_dir), load_dataset(None, mnist_dir)
+    assert second.name == "mnist"
+    assert [len(first.train), len(first.validation), len(first.load_test())] == [55_000, 5_000, 10_000]
+    assert torch.equal(first.validation.pixels, second.validation.pixels)
+    assert first.mean == pytest.approx(0.1307, abs=5e-4)
+    assert first.std == pytest.approx(0.3081, abs=5e-4)
+    assert torch.bincount(first.load_test().labels).tolist()[:3] == [980, 1135, 1032]
+
+
+def test_missing_folder_is_the_users_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="does not exist"):
+        load_dataset("mnist", tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("damage", ["truncate", "remove", "replace"])
+def test_damaged_file_is_named(tmp_path: Path, mnist_dir: Path, damage: str) -> None:
+    shutil.copytree(mnist_dir / "MNIST", tmp_path / "MNIST", copy_function=shutil.copyfile)
+    victim = tmp_path / "MNIST" / "raw" / "t10k-images-idx3-ubyte"
+    if damage == "truncate":
+        with victim.open("rb+") as file:
+            file.truncate(1_000_000)
+    elif damage == "remove":
+        victim.unlink()
+    else:
+        victim.write_bytes(b"hello")
+    with pytest.raises(UserError, match="t10k-images-idx3-ubyte"):
+        load_dataset(None, tmp_path)
+
+
+def test_folder_of_the_environment_counts_as_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MNIST_LAB_DATA", str(tmp_path / "gone"))
+    with pytest.raises(UserError, match="gone"):
+        load_dataset()
+
+
+class TestWithoutNetwork:
+    @pytest.fixture(autouse=True)
+    def no_network(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def fail(*_: object, **__: object) -> None:
+            raise RuntimeError("no mirror")
+
+        monkeypatch.delenv("MNIST_LAB_DATA", raising=False)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(data.TORCHVISION_CLASSES["mnist"], "download", self.leave_folders_and_fail)
+
+    @staticmethod
+    def leave_folders_and_fail(dataset: object) -> None:
+        Path(dataset.raw_folder).mkdir(parents=True)  # type: ignore[attr-defined]
+        raise RuntimeError("no mirror")
+
+    def test_unnamed_data_set_becomes_digits_with_a_notice(self) -> None:
+        dataset = load_dataset()
+        assert dataset.name == "digits"
+        assert "MNIST" in dataset.notice
+        assert "--data-dir" in dataset.notice
+
+    def test_named_data_set_is_an_error(self) -> None:
+        with pytest.raises(UserError, match="cannot be downloaded"):
+            load_dataset("mnist")
+
+    def test_failed_download_leaves_nothing(self, tmp_path: Path) -> None:
+        load_dataset()
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_augmentation_of_no_range_changes_nothing() -> None:
+    pixels = torch.rand(5, 1, 28, 28)
+    still = Augmentation(rotation_degrees=0, shift_pixels=0, scale=0, shear=0)
+    torch.testing.assert_close(augment(pixels, still, torch.Generator()), pixels, atol=1e-5, rtol=0)
+
+
+def test_augmentation_moves_each_image_its_own_way_and_repeats_with_its_seed() -> None:
+    pixels = load_dataset("digits").train.pixels[:1].repeat(8, 1, 1, 1)
+    once = augment(pixels, Augmentation(), torch.Generator().manual_seed(1))
+    again = augment(pixels, Augmentation(), torch.Generator().manual_seed(1))
+    assert torch.equal(once, again)
+    assert len(rows_as_set(once)) == 8
+    assert once.min() >= 0
+    assert once.max() <= 1
+
+
+def test_augmentation_shifts_by_whole_pixels() -> None:
+    pixels = torch.zeros(200, 1, 28, 28)
+    pixels[:, :, 14, 14] = 1
+    moved = augment(
+        pixels, Augmentation(rotation_degrees=0, shift_pixels=3, scale=0, shear=0), torch.Generator().manual_seed(0)
+    )
+    rows = (moved.sum(dim=(1, 3)) * torch.arange(28)).sum(dim=1) - 14
+    assert rows.abs().max() <= 3.001
+    assert rows.min() < -2
+    assert rows.max() > 2
+
+
+def test_calibration_takes_training_images_only() -> None:
+    dataset = load_dataset("digits")
+    chosen = calibration_pixels(dataset.train, 50, seed=0)
+    assert len(rows_as_set(chosen) & rows_as_set(dataset.train.pixels)) == len(rows_as_set(chosen))
+    with pytest.raises(UserError, match="1257|1,257"):
+        calibration_pixels(dataset.train, 1258, seed=0)

@@ -1,0 +1,88 @@
+import time
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics
+from torchmetrics.functional.classification import multiclass_calibration_error
+
+from mnist_lab import measure
+
+
+@pytest.fixture
+def logits() -> measure.Array:
+    return (3 * np.random.default_rng(0).standard_normal((500, 10))).astype(np.float32)
+
+
+@pytest.fixture
+def labels(logits: measure.Array) -> measure.Labels:
+    noisy = logits + 2 * np.random.default_rng(1).standard_normal(logits.shape)
+    return noisy.argmax(axis=1).astype(np.int64)
+
+
+def test_quality_agrees_with_the_references(logits: measure.Array, labels: measure.Labels) -> None:
+    quality = measure.quality(logits, labels)
+    torch_logits, torch_labels = torch.from_numpy(logits), torch.from_numpy(labels)
+    predicted = logits.argmax(axis=1)
+    assert quality.acc == pytest.approx(metrics.accuracy_score(labels, predicted))
+    assert quality.loss == pytest.approx(torch.nn.functional.cross_entropy(torch_logits, torch_labels).item(), rel=1e-5)
+    reference = multiclass_calibration_error(torch_logits.softmax(dim=1), torch_labels, num_classes=10, n_bins=15)
+    assert quality.ece == pytest.approx(reference.item(), abs=1e-5)
+    assert quality.confusion == metrics.confusion_matrix(labels, predicted, labels=range(10)).tolist()
+
+
+def test_bins_hold_every_image(logits: measure.Array, labels: measure.Labels) -> None:
+    bins = measure.confidence_bins(logits, labels)
+    assert sum(bins.count) == 500
+    assert sum(bins.correct) == round(measure.accuracy(logits, labels) * 500)
+    for index, (count, total) in enumerate(zip(bins.count, bins.confidence_sum, strict=True)):
+        assert index / 15 * count <= total + 1e-9
+        assert total <= (index + 1) / 15 * count + 1e-9
+
+
+def test_large_logits_neither_overflow_nor_leave_the_last_bin() -> None:
+    logits = np.array([[1000.0, 0.0], [0.0, 1000.0]], np.float32)
+    quality = measure.quality(logits, np.array([0, 0]))
+    assert quality.bins.count[-1] == 2
+    assert quality.loss == pytest.approx(500)
+
+
+def test_predict_batches_and_keeps_the_order() -> None:
+    sizes = []
+
+    def run(pixels: measure.Array) -> measure.Array:
+        sizes.append(len(pixels))
+        return pixels
+
+    pixels = np.arange(2500, dtype=np.float32)[:, None]
+    assert np.array_equal(measure.predict(run, pixels), pixels)
+    assert sizes == [1000, 1000, 500]
+
+
+def test_latency_takes_turns_in_blocks_and_drops_the_first_calls() -> None:
+    order: list[str] = []
+    calls = {name: lambda name=name: (order.append(name), time.sleep(0.001)) for name in ("a", "b")}
+    blocks = 0
+
+    def on_block() -> None:
+        nonlocal blocks
+        blocks += 1
+
+    latencies = measure.measure_latency(calls, num_rounds=3, block_s=0.005, on_block=on_block)  # type: ignore[arg-type]
+    turns = [name for index, name in enumerate(order) if index == 0 or order[index - 1] != name]
+    assert turns == ["a", "b"] * 3
+    assert blocks == 6
+    for name in calls:
+        assert latencies[name].num_calls == order.count(name) - 3 * 2
+        assert 1.0 <= latencies[name].q1_ms <= latencies[name].median_ms <= latencies[name].q3_ms
+
+
+def test_latency_is_a_median_of_milliseconds() -> None:
+    durations = iter([0.0, 0.0] + [0.002] * 4 + [0.05] + [0.002] * 1000)
+    latency = measure.measure_latency({"x": lambda: time.sleep(next(durations))}, num_rounds=1, block_s=0.09)["x"]
+    assert 2.0 <= latency.median_ms < 10
+
+
+def test_signal_to_noise_of_a_tenth_is_twenty_decibels() -> None:
+    reference = np.ones((4, 4), np.float32)
+    assert measure.signal_to_noise_db(reference, reference * 0.9) == pytest.approx(20, abs=1e-4)

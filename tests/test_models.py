@@ -1,0 +1,201 @@
+import pytest
+import torch
+
+from benchmarks.mask_loop import mask_loop_forward
+from mnist_lab.errors import UserError
+from mnist_lab.models import PRESETS, PresetName, build_model, count_parameters
+from mnist_lab.models.ffn import FFN
+from mnist_lab.models.moe import (
+    RoutingConfig,
+    SparseMoE,
+    entropy_loss,
+    limit_capacity,
+    smooth_load,
+    squared_cv,
+    switch_loss,
+)
+
+
+def make_moe(routing: RoutingConfig = RoutingConfig(), seed: int = 0) -> SparseMoE:
+    torch.manual_seed(seed)
+    model = build_model(PRESETS["compact"].moe(0.13, 0.31, routing))
+    assert isinstance(model, SparseMoE)
+    torch.nn.init.normal_(model.experts.bias_in)
+    torch.nn.init.normal_(model.experts.bias_out)
+    return model.eval()
+
+
+def silence_noise(model: SparseMoE) -> None:
+    """Training mode without noise: softplus of a very negative number is zero."""
+    with torch.no_grad():
+        model.stem.bias.fill_(10.0)  # hidden activations above zero
+        model.router.noise.fill_(-100.0)
+
+
+@pytest.mark.parametrize(
+    ("preset", "ffn", "moe", "student"),
+    [("compact", 235_146, 730_890, 101_770), ("wide", 567_434, 1_226_634, 235_146)],
+)
+def test_presets_have_their_parameter_counts(preset: PresetName, ffn: int, moe: int, student: int) -> None:
+    sizes = PRESETS[preset]
+    assert count_parameters(build_model(sizes.ffn(0, 1)))[0] == ffn
+    assert count_parameters(build_model(sizes.moe(0, 1, RoutingConfig())))[0] == moe
+    assert count_parameters(build_model(sizes.student(0, 1)))[0] == student
+
+
+def test_active_parameters_leave_out_the_experts_not_chosen() -> None:
+    total, active = count_parameters(make_moe(RoutingConfig(num_experts=4, top_k=1)))
+    assert total - active == 3 * (2 * 256 * 256 + 2 * 256)
+
+
+def test_ffn_normalises_inside() -> None:
+    torch.manual_seed(0)
+    model = build_model(PRESETS["compact"].ffn(0.25, 0.5))
+    assert isinstance(model, FFN)
+    hidden = (torch.full((1, 784), 0.75) - 0.25) / 0.5
+    for layer in model.layers[:-1]:
+        hidden = layer(hidden).relu()
+    torch.testing.assert_close(model(torch.full((1, 1, 28, 28), 0.75)), model.layers[-1](hidden))
+
+
+@pytest.mark.parametrize("batch", [1, 7, 64])
+@pytest.mark.parametrize(("num_experts", "top_k"), [(4, 2), (1, 1), (8, 1), (3, 3)])
+def test_sorted_dispatch_agrees_with_the_mask_loop(num_experts: int, top_k: int, batch: int) -> None:
+    model = make_moe(RoutingConfig(num_experts=num_experts, top_k=top_k))
+    pixels = torch.rand(batch, 1, 28, 28)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(pixels), mask_loop_forward(model, pixels), atol=1e-5, rtol=1e-5)
+
+
+def test_training_and_evaluation_agree_without_noise() -> None:
+    model = make_moe()
+    silence_noise(model)
+    pixels = torch.rand(33, 1, 28, 28)
+    evaluated = model(pixels)
+    torch.testing.assert_close(model.train()(pixels), evaluated, atol=1e-4, rtol=1e-4)
+
+
+def test_training_gradients_agree_with_the_mask_loop() -> None:
+    model = make_moe().train()
+    silence_noise(model)
+    pixels = torch.rand(16, 1, 28, 28)
+    model(pixels).square().sum().backward()
+    dispatched = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    mask_loop_forward(model, pixels).square().sum().backward()
+    for name in ("router.gate", "experts.weight_in", "experts.bias_in", "experts.weight_out", "experts.bias_out"):
+        expected = model.get_parameter(name).grad
+        assert expected is not None
+        torch.testing.assert_close(dispatched[name], expected, atol=1e-3, rtol=1e-3)
+
+
+def test_routes_are_fixed_in_evaluation_and_noisy_in_training() -> None:
+    model = make_moe()
+    pixels = torch.rand(200, 1, 28, 28)
+    assert torch.equal(model.routed(pixels).experts, model.routed(pixels).experts)
+    model.train()
+    assert not torch.equal(model.routed(pixels).experts, model.routed(pixels).experts)
+
+
+def test_weights_are_the_softmax_of_the_kept_logits() -> None:
+    model = make_moe()
+    routed = model.routed(torch.rand(20, 1, 28, 28))
+    torch.testing.assert_close(routed.weights.sum(dim=1), torch.ones(20))
+    kept = routed.router_probs.gather(1, routed.experts)
+    torch.testing.assert_close(routed.weights, kept / kept.sum(dim=1, keepdim=True))
+    assert (kept.min(dim=1).values >= routed.router_probs.topk(3).values[:, 2]).all()
+
+
+def test_routed_gives_the_logits_of_forward_and_counts_every_pair() -> None:
+    model = make_moe()
+    pixels = torch.rand(50, 1, 28, 28)
+    routed = model.routed(pixels)
+    assert torch.equal(routed.logits, model(pixels))
+    assert torch.equal(routed.expert_load, torch.bincount(routed.experts.flatten(), minlength=4))
+
+
+def test_capacity_drops_the_overflow_in_batch_order() -> None:
+    experts = torch.tensor([0, 0, 1, 0, 1, 0])
+    order, load = experts.argsort(stable=True), torch.bincount(experts, minlength=2)
+    kept, kept_load = limit_capacity(order, load, capacity_factor=1.0)  # ⌈1.0·6/2⌉ = 3
+    assert kept.tolist() == [0, 1, 3, 2, 4]
+    assert kept_load.tolist() == [3, 2]
+
+
+def test_capacity_holds_in_training_only() -> None:
+    model = make_moe(RoutingConfig(capacity_factor=0.5))
+    pixels = torch.rand(64, 1, 28, 28)
+    assert model.routed(pixels).dropped_share == 0
+    assert model.train().routed(pixels).dropped_share >= 0.5
+    torch.testing.assert_close(model.eval()(pixels), mask_loop_forward(model, pixels), atol=1e-5, rtol=1e-5)
+
+
+class TestBalance:
+    even = torch.zeros(8, 4)
+    collapsed = torch.tensor([[20.0, 0, 0, 0]]).repeat(8, 1)
+
+    def test_entropy_is_zero_when_even_and_log_e_when_collapsed(self) -> None:
+        assert entropy_loss(self.even).item() == pytest.approx(0, abs=1e-6)
+        assert entropy_loss(self.collapsed).item() == pytest.approx(torch.tensor(4.0).log().item(), abs=1e-4)
+
+    def test_entropy_of_decided_but_even_routes_is_zero(self) -> None:
+        assert entropy_loss(40 * torch.eye(4)).item() == pytest.approx(0, abs=1e-6)
+
+    def test_descending_the_entropy_loss_evens_the_load(self) -> None:
+        logits = torch.tensor([[2.0, 0, 0, 0]]).repeat(8, 1).requires_grad_()
+        entropy_loss(logits).backward()
+        assert logits.grad is not None
+        after = (logits - logits.grad).softmax(dim=1).mean(dim=0)
+        assert after.max() < logits.softmax(dim=1).mean(dim=0).max()
+
+    def test_switch_is_one_when_even_and_e_when_collapsed(self) -> None:
+        assert switch_loss(self.even, torch.tensor([4, 4, 4, 4])).item() == pytest.approx(1)
+        assert switch_loss(self.collapsed, torch.tensor([8, 0, 0, 0])).item() == pytest.approx(4, abs=1e-4)
+
+    def test_squared_cv(self) -> None:
+        assert squared_cv(torch.tensor([3.0, 3, 3])).item() == 0
+        assert squared_cv(torch.tensor([4.0, 0, 0, 0])).item() == pytest.approx(3)
+
+    def test_smooth_load_is_the_chance_of_being_chosen_with_fresh_noise(self) -> None:
+        model = make_moe().train()
+        hidden = torch.rand(1, 256)
+        torch.manual_seed(3)
+        routing = model.router(hidden)
+        assert routing.noise_std_BE is not None
+        redrawn = routing.clean_logits_BE + torch.randn(200_000, 4) * routing.noise_std_BE
+        others = routing.logits_BE.repeat(4, 1)[~torch.eye(4, dtype=torch.bool)].view(4, 3)
+        bar = others.topk(2, dim=1).values[:, 1]  # the second largest of the others
+        chance = (redrawn > bar).double().mean(dim=0)
+        torch.testing.assert_close(smooth_load(routing).double(), chance, atol=5e-3, rtol=0)
+
+    @pytest.mark.parametrize(
+        ("balance", "parts"),
+        [("entropy", {"entropy"}), ("switch", {"switch"}), ("cv", {"importance_cv2", "load_cv2"}), ("none", set())],
+    )
+    def test_auxiliary_loss_is_the_weighted_sum_and_reaches_the_router(self, balance: str, parts: set[str]) -> None:
+        model = make_moe(RoutingConfig(balance=balance, balance_weight=0.5)).train()  # type: ignore[arg-type]
+        routed = model.routed(torch.rand(64, 1, 28, 28))
+        assert set(routed.auxiliary) == parts
+        torch.testing.assert_close(routed.auxiliary_loss, 0.5 * sum(routed.auxiliary.values(), torch.zeros(())))
+        if parts:
+            routed.auxiliary_loss.backward()
+            gradient = model.router.gate.grad
+            assert gradient is not None
+            assert gradient.abs().sum() > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_experts": 2, "top_k": 3},
+        {"top_k": 0},
+        {"num_experts": 0},
+        {"balance_weight": float("nan")},
+        {"balance_weight": -1.0},
+        {"capacity_factor": 0.0},
+        {"capacity_factor": float("inf")},
+    ],
+)
+def test_impossible_routing_is_the_users_error(settings: dict[str, float]) -> None:
+    with pytest.raises(UserError):
+        RoutingConfig(**settings)  # type: ignore[arg-type]

@@ -1,0 +1,147 @@
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from mnist_lab import records
+from mnist_lab.errors import UserError
+from mnist_lab.files import sha256
+from mnist_lab.records import COLUMNS, Measurement, Record, build_table, compare
+
+
+def make_measurement(test_acc: float = 0.98, size_mib: float = 1.0, b64: float | None = 2.0) -> Measurement:
+    return Measurement(
+        version="1",
+        test_acc=test_acc,
+        test_loss=0.1,
+        test_ece=0.01,
+        train_acc=0.99,
+        train_loss=0.05,
+        size_mib=size_mib,
+        file_mb=size_mib,
+        bins={},
+        confusion=[],
+        threads=1,
+        latency_ms={} if b64 is None else {"64": {"median_ms": b64, "q1_ms": b64, "q3_ms": b64, "num_calls": 9}},
+    )
+
+
+def make_record(model: str = "FFN_baseline", seed: int = 0, order: int = 0, **measurements: Measurement) -> Record:
+    is_int8 = model.endswith("INT8")
+    return Record(
+        model=model,
+        technique="dense",
+        precision="INT8" if is_int8 else "FP32",
+        dataset="mnist",
+        preset="compact",
+        recipe="quick",
+        seed=seed,
+        order=order,
+        config={},
+        parent={"model": "FFN_baseline", "sha256": ""} if is_int8 else None,
+        checkpoint={"file": f"{model}-seed{seed}.safetensors", "sha256": ""},
+        artifact={"file": f"{model}-seed{seed}.onnx", "sha256": ""},
+        params_total=10,
+        params_active=10,
+        validation_acc=0.98,
+        validation_loss=0.1,
+        train_seconds=1.0,
+        train_threads=2,
+        curves=[],
+        machine={"cpu": "here"},
+        versions={},
+        measurements=measurements or {"onnxruntime": make_measurement()},
+    )
+
+
+def test_record_survives_the_disk(tmp_path: Path) -> None:
+    record = make_record(pytorch=make_measurement(), onnxruntime=make_measurement(b64=None))
+    records.save_record(tmp_path, record)
+    assert records.load_records(tmp_path) == [record]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 99}', '{"schema": 1}'])
+def test_broken_record_is_the_users_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "x.json").write_text(text)
+    with pytest.raises(UserError, match="x.json"):
+        records.load_records(tmp_path)
+
+
+def test_table_starts_with_the_promised_columns() -> None:
+    assert list(build_table([make_record()]).columns)[: len(COLUMNS)] == (
+        "model technique precision runtime seeds test_acc test_acc_ci95 train_acc train_loss test_loss ece params_total "
+        "params_active size_mib file_mb latency_ms_b1 latency_ms_b64 latency_ms_b1024 threads"
+    ).split()
+
+
+def test_seeds_give_mean_and_student_t_interval_and_the_first_seeds_latency() -> None:
+    values = [0.97, 0.98, 0.985]
+    runs = [
+        make_record(seed=s, onnxruntime=make_measurement(value, b64=float(s))) for s, value in zip((2, 3, 4), values)
+    ]
+    (row,) = build_table(runs[::-1]).to_dict("records")
+    assert row["seeds"] == 3
+    assert row["test_acc"] == pytest.approx(np.mean(values))
+    assert row["test_acc_ci95"] == pytest.approx(4.302653 * np.std(values, ddof=1) / math.sqrt(3), rel=1e-5)
+    assert row["latency_ms_b64"] == 2.0
+
+
+def test_what_was_not_measured_is_blank(tmp_path: Path) -> None:
+    table = build_table([make_record(onnxruntime=make_measurement(b64=None))])
+    records.write_table(tmp_path, table, title="x")
+    read = pd.read_csv(tmp_path / "table.csv")
+    assert read[["test_acc_ci95", "latency_ms_b1", "latency_ms_b64"]].isna().all(axis=None)
+    assert "nan" not in (tmp_path / "table.md").read_text().lower()
+    assert "nan" not in records.format_summary(table).lower()
+
+
+def test_baseline_comes_first_and_pytorch_before_the_others() -> None:
+    runs = [
+        make_record("Sparse_MoE", order=2),
+        make_record(order=0, onnxruntime=make_measurement(), pytorch=make_measurement()),
+    ]
+    table = build_table(runs)
+    assert table["model"].tolist() == ["FFN_baseline", "FFN_baseline", "Sparse_MoE"]
+    assert table["runtime"].tolist() == ["pytorch", "onnxruntime", "onnxruntime"]
+
+
+def test_int8_is_compared_with_its_own_fp32_in_the_same_runtime() -> None:
+    baseline = make_record(pytorch=make_measurement(b64=9.0), onnxruntime=make_measurement(0.98, b64=3.0))
+    int8 = make_record("FFN_PTQ_INT8", order=1, onnxruntime=make_measurement(0.979, size_mib=0.25, b64=1.5))
+    first, _, last = compare(build_table([baseline, int8])).to_dict("records")
+    for label in ("fp32", "baseline"):
+        assert last[f"acc_points_vs_{label}"] == pytest.approx(-0.1)
+        assert last[f"size_vs_{label}"] == pytest.approx(0.25)
+        assert last[f"speedup_b64_vs_{label}"] == pytest.approx(2.0)
+    assert math.isnan(first["speedup_b64_vs_fp32"])
+    assert math.isnan(last["speedup_b1_vs_fp32"])
+
+
+def test_runs_that_all_depart_from_the_recipe_have_their_own_baseline() -> None:
+    table = build_table([make_record("FFN_baseline-epochs1"), make_record("Sparse_MoE-epochs1", order=2)])
+    assert compare(table)["speedup_b64_vs_baseline"].tolist() == [1.0, 1.0]
+
+
+def test_table_takes_only_this_cpus_records_with_their_checkpoints(tmp_path: Path) -> None:
+    path = tmp_path / "FFN_baseline-seed0.safetensors"
+    path.write_bytes(b"weights")
+    good = make_record()
+    good.checkpoint["sha256"] = sha256(path)
+    elsewhere = replace(good, machine={"cpu": "there"})
+    changed = replace(good, checkpoint={**good.checkpoint, "sha256": "other"})
+    gone = make_record("Sparse_MoE")
+    usable, left_out = records.usable_records([good, elsewhere, changed, gone], tmp_path, "here")
+    assert usable == [good]
+    assert len(left_out) == 3
+
+
+def test_predictions_keep_the_exact_class(tmp_path: Path) -> None:
+    logits = np.array([[5.0, 5.0001, 0.0], [-3.0, 0.0, 3.0]], np.float32)
+    records.save_predictions(tmp_path, "x-seed0", logits)
+    probabilities, predicted = records.load_predictions(tmp_path, "x-seed0")
+    assert predicted.tolist() == [1, 2]
+    assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-2)

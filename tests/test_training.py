@@ -1,0 +1,87 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from mnist_lab import measure
+from mnist_lab.data import Augmentation, Dataset
+from mnist_lab.errors import TrainingDiverged
+from mnist_lab.models import PRESETS, ModelConfig, build_model
+from mnist_lab.models.moe import RoutingConfig
+from mnist_lab.training import Recipe, StepLoss, fit, torch_predictor
+
+RECIPE = Recipe(epochs=8, batch_size=32, learning_rate=3e-3, augmentation=Augmentation())
+FFN_CONFIG = PRESETS["compact"].student(0.18, 0.18)
+MOE_CONFIG = PRESETS["compact"].moe(0.18, 0.18, RoutingConfig(capacity_factor=1.0))
+
+
+def train(config: ModelConfig, dataset: Dataset, seed: int = 0, recipe: Recipe = RECIPE) -> nn.Module:
+    torch.manual_seed(seed)
+    model = build_model(config)
+    fit(model, dataset, recipe, seed=seed)
+    return model
+
+
+@pytest.mark.parametrize("config", [FFN_CONFIG, MOE_CONFIG], ids=["ffn", "moe"])
+def test_same_seed_gives_the_same_bits_and_another_seed_does_not(config: ModelConfig, toy_dataset: Dataset) -> None:
+    recipe = replace(RECIPE, epochs=2)
+    first, second, other = (train(config, toy_dataset, seed, recipe).state_dict() for seed in (0, 0, 1))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["normalize.mean"] + first[list(first)[2]], other[list(other)[2]])
+
+
+@pytest.mark.parametrize("config", [FFN_CONFIG, MOE_CONFIG], ids=["ffn", "moe"])
+def test_fit_learns_and_says_so_in_its_curves(config: ModelConfig, toy_dataset: Dataset) -> None:
+    torch.manual_seed(0)
+    model = build_model(config)
+    curves = fit(model, toy_dataset, replace(RECIPE, augmentation=None), seed=0)
+    pixels, labels = toy_dataset.validation.numpy()
+    reached = measure.accuracy(measure.predict(torch_predictor(model), pixels), labels)
+    assert reached > 0.9
+    assert curves[-1].validation_acc == reached
+    assert curves[-1].validation_loss < curves[0].validation_loss
+    assert [epoch.epoch for epoch in curves] == list(range(1, 9))
+    assert not model.training
+
+
+def test_moe_curves_carry_load_and_dropped_share(toy_dataset: Dataset) -> None:
+    torch.manual_seed(0)
+    curves = fit(build_model(MOE_CONFIG), toy_dataset, replace(RECIPE, epochs=1), seed=0)
+    assert sum(curves[0].expert_load) == pytest.approx(1)
+    assert set(curves[0].train_terms) == {"cross_entropy", "balance"}
+    assert curves[0].dropped_share is not None
+    assert 0 < curves[0].dropped_share < 1
+
+
+def test_loss_that_is_not_finite_stops_with_its_step(toy_dataset: Dataset) -> None:
+    calls = 0
+
+    def objective(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor) -> StepLoss:
+        nonlocal calls
+        calls += 1
+        return StepLoss({"cross_entropy": model(pixels).sum() * (float("nan") if calls == 13 else 0.0)})
+
+    with pytest.raises(TrainingDiverged, match="step 3 of epoch 2"):
+        fit(build_model(FFN_CONFIG), toy_dataset, RECIPE, seed=0, objective=objective)
+
+
+def test_default_generator_is_left_alone(toy_dataset: Dataset) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    fit(build_model_without_draws(), toy_dataset, replace(RECIPE, epochs=1), seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def build_model_without_draws() -> nn.Module:
+    with torch.random.fork_rng():
+        return build_model(MOE_CONFIG)
+
+
+def test_learning_rate_warms_up_then_falls_to_zero(toy_dataset: Dataset) -> None:
+    curves = fit(build_model(FFN_CONFIG), toy_dataset, replace(RECIPE, warmup_share=0.5), seed=0)
+    rates = [epoch.learning_rate for epoch in curves]
+    assert rates[:4] == sorted(rates[:4])
+    assert rates[4:] == sorted(rates[4:], reverse=True)
+    assert max(rates) <= RECIPE.learning_rate
+    assert rates[-1] < 0.02 * RECIPE.learning_rate
