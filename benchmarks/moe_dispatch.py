@@ -1,6 +1,6 @@
 """Time the MoE's sorted dispatch in PyTorch against the mask loop, by turns, on random pixels.
 
-    python -m benchmarks.moe_dispatch
+python -m benchmarks.moe_dispatch
 """
 
 import functools
@@ -31,7 +31,9 @@ def main() -> None:
             }
             latencies = measure_latency(calls, num_rounds=NUM_ROUNDS)
             for name, latency in latencies.items():
-                print(f"batch {batch:5d}  {name:16s} {latency.median_ms:8.3f} [{latency.q1_ms:.3f}, {latency.q3_ms:.3f}]")
+                print(
+                    f"batch {batch:5d}  {name:16s} {latency.median_ms:8.3f} [{latency.q1_ms:.3f}, {latency.q3_ms:.3f}]"
+                )
             ratio = latencies["mask loop"].median_ms / latencies["sorted dispatch"].median_ms
             print(f"batch {batch:5d}  speed-up {ratio:.2f}")
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import safetensors
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from mnist_lab.errors import UserError
 from mnist_lab.files import write_atomically
@@ -33,7 +33,19 @@ def save_checkpoint(path: Path, model: FFN | SparseMoE, metadata: dict[str, Any]
     fields = {"format": FORMAT, "architecture": asdict(model.config), **metadata}
     strings = {key: json.dumps(value, sort_keys=True) for key, value in sorted(fields.items())}
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-    write_atomically(path, lambda temporary: save_file(tensors, temporary, metadata=strings))
+    content = _sort_header(save(tensors, metadata=strings))
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def _sort_header(content: bytes) -> bytes:
+    """The same safetensors file with its header in sorted order: the library's own order is random.
+
+    The file is the header's length (8 bytes), the header (JSON, padded to 8 bytes), and the data.
+    """
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.dumps(json.loads(content[8:end]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + content[end:]
 
 
 def read_metadata(path: Path) -> dict[str, Any]:

@@ -62,7 +62,7 @@ def make_and_print(options: Options, row: Row, *, beside: Row | None = None) -> 
         rows, records = [row], [experiments.make_row(lab, row, options.seed)]
         if beside is not None:
             rows.append(beside)
-            records.append(experiments.load_or_make_row(lab, beside, options.seed))
+            records.append(experiments.load_or_measure_row(lab, beside, options.seed))
         experiments.measure_latencies(lab, rows, records)
         print_table(records)
         print(f"\nmodel: {lab.output(row, options.seed)}\nto deploy: {lab.artifact(row.model, options.seed)}")

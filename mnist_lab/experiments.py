@@ -88,6 +88,11 @@ def load_or_make_row(lab: Lab, row: Row, seed: int) -> Record:
     """Take what is on disk where it is up to date; make or measure the rest."""
     if find_reason_to_make(lab, row, seed):
         return make_row(lab, row, seed)
+    return load_or_measure_row(lab, row, seed)
+
+
+def load_or_measure_row(lab: Lab, row: Row, seed: int) -> Record:
+    """The record of a finished model, measured anew where it is missing or not of this file and machine."""
     try:
         record = load_record(lab.record(row.model, seed))
     except UserError:
@@ -103,7 +108,7 @@ def find_reason_to_make(lab: Lab, row: Row, seed: int) -> str | None:
     """Why a row's file must be made anew: "missing", or "stale: …"; None where it is up to date.
 
     Raises:
-        UserError: the file is broken, or belongs to another preset or data set: it is not overwritten.
+        UserError: the file is broken, or belongs to another preset, recipe or data set: it is not overwritten.
 
     """
     path = lab.output(row, seed)
@@ -377,8 +382,14 @@ def _load_parent(lab: Lab, model: str, seed: int) -> FFN | SparseMoE:
 
 
 def _check_owner(lab: Lab, path: Path, model: str, metadata: dict[str, Any]) -> None:
-    """Raise UserError where a file lies under the name of another model, preset or data set."""
-    for key, expected in (("model", model), ("preset", lab.preset), ("dataset", lab.dataset.name)):
+    """Raise UserError where a file lies in the place of another model, preset, recipe or data set."""
+    expected_owner = {
+        "model": model,
+        "preset": lab.preset,
+        "recipe": lab.recipe_name,
+        "dataset": lab.dataset.name,
+    }
+    for key, expected in expected_owner.items():
         if metadata.get(key) != expected:
             raise UserError(
                 f"{path} belongs to {key} {metadata.get(key)}, not {expected}. "

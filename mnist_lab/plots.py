@@ -9,25 +9,24 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import seaborn as sns
-from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.patheffects import withStroke
 from matplotlib.projections.polar import PolarAxes
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from mnist_lab.files import write_atomically
 from mnist_lab.measure import NUM_BINS
-from mnist_lab.records import TABLE_BATCHES, Measurement, Record, build_table
+from mnist_lab.records import TABLE_BATCHES, Measurement, Record, build_table, confidence_interval
 
 RUNTIME = "onnxruntime"
 LATENCIES = [f"latency_ms_b{batch}" for batch in TABLE_BATCHES]
@@ -39,7 +38,6 @@ _HUES = sns.color_palette("colorblind").as_hex()
 COLORS = ["#000000", *(_HUES[index] for index in (0, 1, 2, 9, 3, 4, 5, 7, 6, 8))]
 MARKERS = "osD^vPX<>ph*"
 MUTED = "#767676"
-HALO = [withStroke(linewidth=2.5, foreground="white")]
 SIZE_LABEL = "deployed file (MB = 10⁶ bytes)"
 ACCURACY_LABEL = "test accuracy (%)"
 
@@ -92,7 +90,7 @@ def draw_all(folder: Path, records: Sequence[Record]) -> list[Path]:
         if figure is None:
             path.unlink(missing_ok=True)
         else:
-            write_atomically(path, lambda target, figure=figure: figure.savefig(target, dpi=DOTS_PER_INCH))
+            write_atomically(path, partial(figure.savefig, dpi=DOTS_PER_INCH))
             paths.append(path)
     return paths
 
@@ -132,17 +130,30 @@ def pareto_set(table: pd.DataFrame) -> list[Any]:
     return list(rows.index[~np.array(dominated, dtype=bool)])
 
 
+def radar_radii(table: pd.DataFrame) -> tuple[pd.DataFrame, float]:
+    """Per model and cost 1 − log10(times worse than the best) / decades, in [0, 1], and the decades of the radius.
+
+    A cost of zero, no error at all, counts as half of the lowest other one. Blanks stay, columns of blanks go.
+    """
+    costs = table[["ece", "params_active", "file_mb", *LATENCIES]].astype(float).dropna(axis="columns", how="all")
+    costs.insert(0, "error", 1 - table["test_acc"].astype(float))
+    costs = costs.apply(lambda cost: cost.mask(cost == 0, cost[cost > 0].min() / 2 if cost.any() else 1))
+    decades_worse = np.log10(costs / costs.min())
+    decades = max(1.0, 1.08 * float(decades_worse.max().max()))
+    return 1 - decades_worse / decades, decades
+
+
 def accuracy_vs_size(records: Sequence[Record]) -> Figure | None:
     """Test accuracy over the size of the deployed file."""
     models = find_models(records)
     if not models:
         return None
-    figure, (axes,) = _figure(records, "Accuracy against size", size=(8.5, 5.5))
+    figure, (axes,) = _figure(records, "Accuracy against size", size=(9.5, 5.2))
     _scatter(axes, models, "file_mb")
     _logarithmic(axes, "x", SIZE_LABEL)
     axes.set_ylabel(ACCURACY_LABEL)
+    _legend(figure, models)
     _footnote(figure, models)
-    _name_points(figure, axes, models, "file_mb")
     return figure
 
 
@@ -151,7 +162,9 @@ def accuracy_vs_time(records: Sequence[Record]) -> Figure | None:
     models = _timed(find_models(records))
     if not models:
         return None
-    figure, panels = _figure(records, "Accuracy against latency", columns=len(TABLE_BATCHES), size=(13, 5.2), sharey=True)
+    figure, panels = _figure(
+        records, "Accuracy against latency", columns=len(TABLE_BATCHES), size=(13, 5.2), sharey=True
+    )
     for axes, batch, column in zip(panels, TABLE_BATCHES, LATENCIES, strict=True):
         _scatter(axes, _timed(models, column), column, batch=batch)
         _logarithmic(axes, "x", f"latency of a batch of {batch} (ms)")
@@ -162,28 +175,27 @@ def accuracy_vs_time(records: Sequence[Record]) -> Figure | None:
 
 
 def pareto_frontier(records: Sequence[Record]) -> Figure | None:
-    """The models that none beats in accuracy, file size and latency at batch 64 together, named; the others muted."""
+    """The models that none beats in accuracy, file size and latency at once, named first; the others muted."""
     models = _timed(find_models(records), "latency_ms_b64")
     if not models:
         return None
     front = pareto_set(_rows(models))
     best = [model for model in models if model.name in front]
+    others = [model for model in models if model.name not in front]
     title = "Pareto frontier of accuracy, file size and latency at batch 64"
     figure, panels = _figure(records, title, columns=2, size=(12.5, 5.5), sharey=True)
     for axes, column, label in zip(
         panels, PARETO_COLUMNS[1:], (SIZE_LABEL, "latency of a batch of 64 (ms)"), strict=True
     ):
-        _scatter(axes, [model for model in models if model not in best], column, alpha=0.3)
+        _scatter(axes, others, column, alpha=0.3)
         _scatter(axes, best, column, batch=64 if column != "file_mb" else None)
         steps = _rows(best).sort_values([column, "test_acc"], ascending=[True, False])
         steps = steps[steps["test_acc"] > steps["test_acc"].cummax().shift(fill_value=-1)]
         axes.step(steps[column], 100 * steps["test_acc"], where="post", color=MUTED, linestyle="--", zorder=1)
         _logarithmic(axes, "x", label)
     panels[0].set_ylabel(ACCURACY_LABEL)
-    _legend(figure, models, names={model.name: f"{model.name} (dominated)" for model in models if model not in best})
+    _legend(figure, best, muted=others)
     _footnote(figure, models, latency=True, note="dashed: frontier of the panel's two figures")
-    for axes, column in zip(panels, PARETO_COLUMNS[1:], strict=True):
-        _name_points(figure, axes, best, column, around=models)
     return figure
 
 
@@ -218,25 +230,31 @@ def normalized_comparison(records: Sequence[Record]) -> Figure | None:
     models = find_models(records)
     if not models:
         return None
-    rows = _rows(models)
-    costs = rows[["ece", "params_active", "file_mb", *LATENCIES]].assign(error=1 - rows["test_acc"])
-    costs = costs.loc[:, costs.notna().any()].astype(float)
-    costs = costs.mask(costs == 0, costs[costs > 0].min() / 2).fillna({column: 1 for column in costs if not costs[column].any()})
-    times_worse = costs / costs.min()
-    decades = max(1.0, math.log10(np.nanmax(times_worse.to_numpy())) * 1.08)
-    radii = 1 - np.log10(times_worse) / decades
-    names = {"error": "error", "ece": "calib.\nerror", "params_active": "active\nparams", "file_mb": "file"}
-    labels = [names.get(column, column.replace("latency_ms_b", "ms b")) for column in radii]
+    radii, decades = radar_radii(_rows(models))
+    names = {
+        "error": "test error",
+        "ece": "calibration\nerror",
+        "params_active": "active\nparameters",
+        "file_mb": "file",
+    }
+    names |= {column: f"batch {batch}" for column, batch in zip(LATENCIES, TABLE_BATCHES, strict=True)}
+    labels = [names.get(column, column) for column in map(str, radii)]
     columns = min(5, len(models))
-    size = (max(7, 2.9 * columns), 3.2 * math.ceil(len(models) / columns) + 0.9)
+    size = (max(7, 3.1 * columns), 2.9 * math.ceil(len(models) / columns) + 0.8)
     figure, panels = _figure(
-        records, "Normalized comparison, rim = best model", cells=len(models), columns=columns, size=size, projection="polar"
+        records,
+        "Normalized comparison, rim = best model",
+        cells=len(models),
+        columns=columns,
+        size=size,
+        projection="polar",
     )
     for axes, model in zip(panels, models, strict=True):
         assert isinstance(axes, PolarAxes)
         _radar(axes, labels, radii.loc[model.name].to_numpy(), model, decades)
         axes.plot(*_closed(radii.iloc[0].to_numpy()), color=MUTED, linestyle="--", linewidth=1)
-    _footnote(figure, models, latency=True, note=f"dashed: {models[0].name}; rings: times worse than the best")
+    note = f"batch: its latency; rings: times worse than the best model; dashed: {models[0].name}"
+    _footnote(figure, models, latency=True, bars=False, note=note)
     return figure
 
 
@@ -245,11 +263,16 @@ def training_curves(records: Sequence[Record]) -> Figure | None:
     models = [model for model in find_models(records) if model.runs[0].curves]
     if not models:
         return None
-    terms = list(dict.fromkeys(term for model in models for epoch in model.runs[0].curves for term in epoch["train_terms"]))
+    terms = list(
+        dict.fromkeys(term for model in models for epoch in model.runs[0].curves for term in epoch["train_terms"])
+    )
     series: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
         ("validation error (%)", lambda epoch: 100 * (1 - epoch["validation_acc"])),
         *(
-            (f"training loss: {term.replace('_', ' ')} (nats)", lambda epoch, term=term: epoch["train_terms"].get(term, np.nan))
+            (
+                f"training loss: {term.replace('_', ' ')} (nats)",
+                lambda epoch, term=term: epoch["train_terms"].get(term, np.nan),
+            )
             for term in terms
         ),
     ]
@@ -276,7 +299,11 @@ def confidence_histogram(records: Sequence[Record]) -> Figure | None:
     if student is None or teacher is None:
         return None
     control = _find(models, "FFN_Student_no_KD")
-    shown = [(teacher, "teacher"), (student, "distilled student"), *([(control, "student, no teacher")] if control else [])]
+    shown = [
+        (teacher, "teacher"),
+        (student, "distilled student"),
+        *([(control, "student, no teacher")] if control else []),
+    ]
     figure, panels = _figure(
         records, "Confidence of test predictions", columns=len(shown), size=(4.2 * len(shown), 4.4), sharey=True
     )
@@ -303,7 +330,7 @@ def confidence_histogram(records: Sequence[Record]) -> Figure | None:
 
 
 def reliability_diagram(records: Sequence[Record]) -> Figure | None:
-    """Accuracy over confidence in 15 bins, seeds pooled, a panel per model; a well calibrated one is on the diagonal."""
+    """Accuracy over confidence in 15 bins, seeds pooled, a panel per model; the calibrated one is on the diagonal."""
     models = find_models(records)
     if not models:
         return None
@@ -342,9 +369,7 @@ def expert_load(records: Sequence[Record]) -> Figure | None:
     models = [m for m in find_models(records) if m.runs[0].expert_by_class and m.runs[0].curves][:MAX_MOE_VARIANTS]
     if not models:
         return None
-    figure, panels = _figure(
-        records, "Expert load", rows=len(models), columns=2, size=(12, 3.6 * len(models) + 0.9)
-    )
+    figure, panels = _figure(records, "Expert load", rows=len(models), columns=2, size=(12, 3.6 * len(models) + 0.9))
     class_name = "class" if models[0].runs[0].dataset in {"fashion-mnist", "kmnist"} else "digit"
     for model, load_axes, class_axes in zip(models, panels[::2], panels[1::2], strict=True):
         record = model.runs[0]
@@ -375,15 +400,231 @@ def confusion_matrices(records: Sequence[Record]) -> Figure | None:
     highest = max(1, *(int(matrix.max()) for matrix in errors.values()))
     for axes, model in zip(panels, models, strict=True):
         matrix = errors[model.name]
-        labels = np.where(matrix > 0, matrix.astype(str), "")
-        sns.heatmap(
-            matrix, ax=axes, cmap="Blues", vmin=0, vmax=highest, annot=labels, fmt="", annot_kws={"fontsize": 6.5},
-            cbar=False, square=True, linewidths=0.4, linecolor="#e8e8e8",
-        )  # fmt: skip
-        diagonal = np.arange(len(matrix)) + 0.5
-        axes.scatter(diagonal, diagonal, marker="s", s=30, color="#d9d9d9", linewidths=0)
+        axes.imshow(matrix, cmap="Blues", vmin=0, vmax=highest)
+        for true, predicted in np.argwhere(matrix > 0):
+            count = matrix[true, predicted]
+            color = "white" if count > 0.6 * highest else "black"
+            axes.text(predicted, true, str(count), ha="center", va="center", fontsize=6.5, color=color)
+        axes.set(xticks=range(len(matrix)), yticks=range(len(matrix)))
+        axes.grid(visible=False)
+        axes.scatter(range(len(matrix)), range(len(matrix)), marker="s", s=30, color="#d9d9d9", linewidths=0)
         axes.tick_params(labelsize=8, length=0)
         axes.set_title(f"{model.name}\n{matrix.sum()} errors", fontsize=9)
     _outer_labels(panels, columns, "predicted", "true")
     _write_footnote(figure, "ONNX Runtime, first seed of each model; grey: right predictions, not counted")
     return figure
+
+
+FIGURES: dict[str, Callable[[Sequence[Record]], Figure | None]] = {
+    draw.__name__: draw
+    for draw in (
+        accuracy_vs_size,
+        accuracy_vs_time,
+        pareto_frontier,
+        comparison_bars,
+        normalized_comparison,
+        training_curves,
+        confidence_histogram,
+        reliability_diagram,
+        expert_load,
+        confusion_matrices,
+    )
+}
+
+
+def _figure(
+    records: Sequence[Record],
+    title: str,
+    *,
+    size: tuple[float, float],
+    rows: int = 1,
+    columns: int = 1,
+    cells: int | None = None,
+    projection: str | None = None,
+    sharex: bool = False,
+    sharey: bool = False,
+) -> tuple[Figure, list[Axes]]:
+    """A titled figure and its panels, row by row: `rows` × `columns`, or as many rows as `cells` panels fill."""
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    first = records[0]
+    figure.suptitle(f"{title} — {first.dataset} · {first.preset} · {first.recipe}", fontsize=13)
+    rows = rows if cells is None else math.ceil(cells / columns)
+    grid = figure.subplots(
+        rows, columns, squeeze=False, subplot_kw={"projection": projection}, sharex=sharex, sharey=sharey
+    )
+    panels: list[Axes] = list(grid.flat)
+    for axes in panels[cells:] if cells is not None else []:
+        axes.remove()
+    panels = panels[:cells]
+    for axes in panels:
+        axes.set_axisbelow(True)
+        axes.grid(visible=True, color="#e3e3e3", linewidth=0.7)
+        for side in {"top", "right"} & set(axes.spines):
+            axes.spines[side].set_visible(False)
+    return figure, panels
+
+
+def _rows(models: Sequence[Model]) -> pd.DataFrame:
+    return pd.DataFrame({model.name: model.row for model in models}).T
+
+
+def _timed(models: Sequence[Model], column: str | None = None) -> list[Model]:
+    return [model for model in models if model.row[[column] if column else LATENCIES].notna().any()]
+
+
+def _find(models: Sequence[Model], name: str) -> Model | None:
+    """The model of that name, else the first of its variants."""
+    family = [model for model in models if model.name.partition("-")[0] == name]
+    return min(family, key=lambda model: model.name != name, default=None)
+
+
+def _scatter(axes: Axes, models: Sequence[Model], column: str, *, batch: int | None = None, alpha: float = 1) -> None:
+    for model in models:
+        axes.errorbar(
+            [model.row[column]],
+            [100 * model.row["test_acc"]],
+            xerr=model.latency_error(batch) if batch else None,
+            yerr=model.accuracy_error,
+            **_look(model),
+            elinewidth=1,
+            capsize=3,
+            alpha=alpha,
+        )
+
+
+def _look(model: Model) -> dict[str, Any]:
+    return {
+        "color": model.color,
+        "marker": model.marker,
+        "markersize": 8,
+        "markerfacecolor": model.face,
+        "markeredgecolor": model.color,
+        "markeredgewidth": 1.6,
+    }
+
+
+def _legend(
+    figure: Figure, models: Sequence[Model], *, muted: Sequence[Model] = (), linestyle: Literal["-", "none"] = "none"
+) -> None:
+    handles = [Line2D([], [], **_look(model), linestyle=linestyle, label=model.name) for model in models]
+    handles += [Line2D([], [], **_look(m), linestyle="none", alpha=0.35, label=f"{m.name} (dominated)") for m in muted]
+    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
+
+
+def _logarithmic(axes: Axes, which: str, label: str) -> None:
+    """A logarithmic axis with a margin, whose ticks are plain numbers however short it is."""
+    axis = axes.xaxis if which == "x" else axes.yaxis
+    axis.axes.set(**{f"{which}scale": "log"})
+    low, high = axis.get_view_interval()
+    subs = (1, 2, 3, 5, 7) if high / low < 20 else (1, 2, 5) if high / low < 200 else (1,)
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+    if label:
+        axis.set_label_text(label)
+
+
+def _footnote(
+    figure: Figure, models: Sequence[Model], *, latency: bool = False, bars: bool = True, note: str = ""
+) -> None:
+    """Say where the figures hold, what the bars are, and who is missing."""
+    seeds = sorted({len(model.runs) for model in models})
+    parts = ["ONNX Runtime", f"{'–'.join(str(count) for count in seeds)} seed{'s' if seeds != [1] else ''}"]
+    if seeds != [1] and bars:
+        parts[-1] += ", bars: 95 % interval"
+    timed = _timed(models)
+    if latency and timed:
+        threads, cpu = int(timed[0].row["threads"]), timed[0].runs[0].machine["cpu"]
+        parts += [
+            f"latency: median{' and quartiles' if bars else ''}, {threads} thread{'s' if threads > 1 else ''}, {cpu}"
+        ]
+    parts += [note] if note else []
+    _write_footnote(figure, "; ".join(parts))
+
+
+def _write_footnote(figure: Figure, text: str) -> None:
+    figure.supxlabel(text, fontsize=8.5, color=MUTED)
+
+
+def _bar_error(model: Model, column: str) -> list[list[float]] | None:
+    """Distances from a bar's end, in the unit of its panel: intervals over seeds, quartiles of latencies."""
+    if column in LATENCIES:
+        return None if pd.isna(model.row[column]) else model.latency_error(TABLE_BATCHES[LATENCIES.index(column)])
+    if column == "file_mb" or len(model.runs) < 2:
+        return None
+    if column == "test_acc":
+        value, half_width = 1 - model.row["test_acc"], model.row["test_acc_ci95"]
+    else:
+        value, half_width = model.row["ece"], confidence_interval([m.test_ece for m in model.measurements])
+    return [[100 * min(half_width, value)], [100 * half_width]]
+
+
+def _bar(axes: Axes, place: int, model: Model, value: float, error: list[list[float]] | None) -> None:
+    if math.isnan(value):
+        axes.annotate(
+            "not measured", (0, place), (4, 0), textcoords="offset points", va="center", fontsize=8, color=MUTED
+        )
+        return
+    hatch = "////" if model.face == "white" else ""
+    axes.barh(place, value, color=model.face, edgecolor=model.color, hatch=hatch, linewidth=1.2, height=0.7)
+    if error is not None:
+        axes.errorbar(value, place, xerr=error, fmt="none", ecolor="#9a9a9a", elinewidth=1.4, capsize=3)
+    end = value + (error[1][0] if error is not None else 0)
+    axes.annotate(f"{value:#.3g}", (end, place), (5, 0), textcoords="offset points", va="center", fontsize=8)
+
+
+def _closed(radii: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Angles and radii of a radar's outline, back to its start."""
+    angles = np.arange(len(radii) + 1) * 2 * np.pi / len(radii)
+    return angles, np.append(radii, radii[:1])
+
+
+def _radar(axes: PolarAxes, labels: list[str], radii: npt.NDArray[np.float64], model: Model, decades: float) -> None:
+    axes.set_theta_zero_location("N")
+    axes.plot(*_closed(radii), **(_look(model) | {"markersize": 4}), linewidth=1.8, clip_on=False)
+    if not np.isnan(radii).any():
+        axes.fill(*_closed(radii), color=model.color, alpha=0.12)
+    axes.set_xticks(_closed(radii)[0][:-1], labels, fontsize=8)
+    for angle, label in zip(_closed(radii)[0], axes.get_xticklabels(), strict=False):
+        side = round(float(np.sin(angle)), 6)
+        label.set_horizontalalignment("center" if side == 0 else "right" if side > 0 else "left")
+    rings = [times for times in (2, 5, 10, 100) if math.log10(times) < 0.9 * decades]
+    axes.set_yticks([1 - math.log10(times) / decades for times in rings], [f"{times}×" for times in rings], fontsize=7)
+    axes.set_rlabel_position(180 / len(radii))
+    axes.set_ylim(0, 1.02)
+    axes.set_title(model.name, fontsize=10, pad=12)
+
+
+def _curve(axes: Axes, model: Model, value_of: Callable[[dict[str, Any]], float]) -> None:
+    curves = [{epoch["epoch"]: value_of(epoch) for epoch in record.curves} for record in model.runs]
+    by_seed = pd.DataFrame(curves).T.sort_index().dropna(how="all")
+    if len(by_seed.columns) > 1:
+        axes.plot(by_seed.index, by_seed, color=model.color, linewidth=0.6, alpha=0.5)
+    look = _look(model) | {"markersize": 4.5, "markeredgewidth": 1}
+    axes.plot(by_seed.index, by_seed.mean(axis=1), **look, linewidth=1.6, markevery=max(1, len(by_seed) // 10))
+
+
+def _load_curves(axes: Axes, record: Record) -> None:
+    epochs = [epoch["epoch"] for epoch in record.curves]
+    loads = 100 * np.array([epoch["expert_load"] for epoch in record.curves])
+    num_experts = loads.shape[1]
+    for expert in range(num_experts):
+        marker = MARKERS[expert % len(MARKERS)]
+        axes.plot(epochs, loads[:, expert], marker=marker, color=COLORS[expert % len(COLORS)], label=f"expert {expert}")
+    axes.axhline(100 / num_experts, color=MUTED, linestyle="--", label=f"even share, {100 / num_experts:.3g} %")
+    if num_experts <= 12:
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes.set(xlabel="epoch", ylabel="share of training pairs (%)", ylim=(0, 1.1 * loads.max()))
+    axes.set_title(f"{record.model}: load over training", fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+def _outer_labels(panels: Sequence[Axes], columns: int, x_label: str, y_label: str) -> None:
+    """Name the axes of the left and the lowest panels only."""
+    for place, axes in enumerate(panels):
+        if place % columns == 0:
+            axes.set_ylabel(y_label)
+        if place + columns >= len(panels):
+            axes.set_xlabel(x_label)
+            axes.tick_params(labelbottom=True)

@@ -1,0 +1,375 @@
+"""The scripts end to end, on the bundled digits, one epoch a model."""
+
+import importlib
+import io
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pandas as pd
+import pytest
+
+from mnist_lab import data, experiments, plots
+from mnist_lab.checkpoints import read_metadata
+from mnist_lab.errors import TrainingDiverged
+from mnist_lab.records import COLUMNS, load_records
+from mnist_lab.scripts import run_script
+
+ROOT = Path(__file__).parent.parent
+OPTIONS = {
+    "baseline_mnist": "Options",
+    "moe_mnist": "MoEOptions",
+    "ptq_mnist": "PTQOptions",
+    "kd_mnist": "KDOptions",
+    "run_all_experiments": "RunOptions",
+    "visualize_results": "VisualizeOptions",
+}
+FOLDER = "digits-compact-quick"
+
+
+class Outcome(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+class Bench:
+    """Runs scripts in this process, as the command line would, in a folder of its own."""
+
+    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+        self.folder, self._monkeypatch, self._capfd = folder, monkeypatch, capfd
+        self.checkpoints, self.results = folder / "checkpoints" / FOLDER, folder / "results" / FOLDER
+
+    def __call__(self, script: str, *arguments: str, quick: bool = True, stdin: str = "") -> Outcome:
+        module = importlib.import_module(script)
+        defaults = ["--dataset", "digits", "--recipe", "quick", "--epochs", "1"] if quick else []
+        self._monkeypatch.chdir(self.folder)
+        self._monkeypatch.setattr(sys, "argv", [script, *defaults, *arguments])
+        self._monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        self._capfd.readouterr()
+        with pytest.raises(SystemExit) as exit_info:
+            run_script(module.main, getattr(module, OPTIONS[script]), module.__doc__ or "")
+        captured = self._capfd.readouterr()
+        return Outcome(int(exit_info.value.code or 0), captured.out, captured.err)
+
+    def expect_user_error(self, *arguments: str, says: str, quick: bool = True, stdin: str = "") -> None:
+        """Exit code 2, a short message without traceback, and not one file changed."""
+        before = self.files()
+        outcome = self(*arguments, quick=quick, stdin=stdin)
+        assert outcome.code == 2, outcome
+        assert says in outcome.err
+        assert "Traceback" not in outcome.err
+        assert self.files() == before
+
+    def files(self) -> dict[str, bytes]:
+        return {str(path): path.read_bytes() for path in self.folder.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Bench:
+    monkeypatch.setattr(experiments, "LATENCY_ROUNDS", 1)
+    monkeypatch.setattr(plots, "draw_all", lambda *_: [])  # drawn once, by `finished`
+    monkeypatch.delenv("MNIST_LAB_DATA", raising=False)
+    return Bench(tmp_path, monkeypatch, capfd)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the whole suite has run once, over two seeds."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(experiments, "LATENCY_ROUNDS", 1)
+        monkeypatch.chdir(folder)
+        arguments = ["--mode", "train", "--dataset", "digits", "--recipe", "quick", "--epochs", "1", "--seeds", "2"]
+        monkeypatch.setattr(sys, "argv", ["run_all_experiments", *arguments])
+        module = importlib.import_module("run_all_experiments")
+        with pytest.raises(SystemExit) as exit_info:
+            run_script(module.main, module.RunOptions, module.__doc__ or "")
+        assert not exit_info.value.code
+    return folder
+
+
+@pytest.fixture
+def finished_bench(bench: Bench, finished: Path) -> Bench:
+    shutil.copytree(finished, bench.folder, dirs_exist_ok=True)
+    return bench
+
+
+class TestWholeSuite:
+    def test_table_has_every_model_runtime_and_figure(self, finished: Path) -> None:
+        table = pd.read_csv(finished / "results" / FOLDER / "table.csv")
+        assert list(table.columns)[: len(COLUMNS)] == COLUMNS
+        by_precision = table.groupby("precision")["runtime"].value_counts()
+        assert by_precision["FP32"].to_dict() == {"pytorch": 5, "onnxruntime": 5}
+        assert by_precision["INT8"].to_dict() == {"onnxruntime": 4}
+        assert table["model"][0] == "FFN_baseline-epochs1"
+        assert (table["seeds"] == 2).all()
+        assert table[COLUMNS].notna().all(axis=None)
+        int8 = table[table["precision"] == "INT8"]
+        fp32 = table[table["model"] == "FFN_baseline-epochs1"]
+        assert (int8["size_mib"] < 0.28 * fp32["size_mib"].max() * 4).all()
+
+    def test_all_plots_are_there(self, finished: Path) -> None:
+        assert len(list((finished / "results" / FOLDER / "plots").glob("*.png"))) == 10
+
+    def test_every_artifact_is_what_its_record_says(self, finished: Path) -> None:
+        records = load_records(finished / "results" / FOLDER)
+        assert len(records) == 18
+        for record in records:
+            path = finished / "checkpoints" / FOLDER / record.artifact["file"]
+            assert record.measurements["onnxruntime"].file_mb == pytest.approx(path.stat().st_size / 1e6)
+            if record.precision == "INT8":
+                assert record.proof is not None
+                assert 0.9 < record.proof["same_class_as_fp32"] <= 1
+
+    def test_both_runtimes_see_the_same_model(self, finished: Path) -> None:
+        for record in load_records(finished / "results" / FOLDER):
+            if record.precision == "FP32":
+                first, second = record.measurements["pytorch"], record.measurements["onnxruntime"]
+                assert first.test_loss == pytest.approx(second.test_loss, rel=1e-4)
+
+    def test_load_trains_nothing_and_remakes_what_is_stale(
+        self, finished_bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = finished_bench.files()
+        trained: list[str] = []
+        real_train_row = experiments.train_row
+
+        def spy(lab: experiments.Lab, row: experiments.Trained, seed: int) -> None:
+            trained.append(f"{row.model}-seed{seed}")
+            real_train_row(lab, row, seed)
+
+        monkeypatch.setattr(experiments, "train_row", spy)
+        outcome = finished_bench("run_all_experiments", "--mode", "load")
+        assert outcome.code == 0
+        assert trained == []
+        assert outcome.out.count(": found") == 9
+        changed = {name for name, content in finished_bench.files().items() if content != before.get(name)}
+        assert not any("checkpoints" in name for name in changed)
+
+        # A teacher trained anew makes its student and both quantized forms stale, and nothing else.
+        assert finished_bench("moe_mnist", "--batch-size", "256").code == 0
+        trained.clear()
+        moe = finished_bench.checkpoints / "Sparse_MoE-epochs1-seed0.safetensors"
+        other = finished_bench.checkpoints / "Sparse_MoE-epochs1-seed1.safetensors"
+        metadata = read_metadata(moe)
+        model = experiments.load_checkpoint(other).model
+        experiments.save_checkpoint(
+            moe, model, {k: v for k, v in metadata.items() if k not in {"architecture", "format"}}
+        )
+        outcome = finished_bench("run_all_experiments", "--mode", "load")
+        assert outcome.code == 0
+        assert trained == ["KD_FFN_Student-epochs1-seed0"]
+        assert outcome.out.count(": stale: Sparse_MoE-epochs1 has changed since") == 3
+        assert "KD_FFN_Student_INT8-epochs1-seed0: stale" not in outcome.out.split("[1/9")[0]
+
+    def test_interrupted_run_keeps_finished_rows_and_load_goes_on(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        real_make_row = experiments.train_row
+        started: list[str] = []
+
+        def interrupt_third(lab: experiments.Lab, row: experiments.Trained, seed: int) -> None:
+            started.append(row.model)
+            if len(started) == 2:
+                raise KeyboardInterrupt
+            real_make_row(lab, row, seed)
+
+        monkeypatch.setattr(experiments, "train_row", interrupt_third)
+        assert bench("run_all_experiments", "--mode", "train").code == 130
+        kept = [record.model for record in load_records(bench.results)]
+        assert kept == ["FFN_baseline-epochs1", "FFN_PTQ_INT8-epochs1"]
+        monkeypatch.setattr(experiments, "train_row", real_make_row)
+        outcome = bench("run_all_experiments", "--mode", "load")
+        assert outcome.code == 0
+        assert outcome.out.count(": found") == 2
+        assert len(pd.read_csv(bench.results / "table.csv")) == 14
+
+    @pytest.mark.parametrize("answer", ["load\n", "what?\nLOAD\n", "l\n"])
+    def test_prompt_reads_a_pipe(self, finished_bench: Bench, answer: str) -> None:
+        outcome = finished_bench("run_all_experiments", stdin=answer)
+        assert outcome.code == 0
+        assert "train/load" in outcome.out
+
+    @pytest.mark.parametrize("answer", ["", "what?\n"])
+    def test_end_of_file_at_the_prompt(self, finished_bench: Bench, answer: str) -> None:
+        finished_bench.expect_user_error("run_all_experiments", says="--mode", stdin=answer)
+
+
+class TestSingleScripts:
+    def test_moe_options_name_the_model_and_reach_it(self, bench: Bench) -> None:
+        outcome = bench(
+            "moe_mnist", "--num-experts", "3", "--top-k", "1", "--balance", "cv", "--capacity-factor", "1.0"
+        )
+        assert outcome.code == 0
+        name = "Sparse_MoE-E3-K1-cv-c1-epochs1"
+        routing = read_metadata(bench.checkpoints / f"{name}-seed0.safetensors")["architecture"]["routing"]
+        assert routing["num_experts"] == 3
+        assert "dropped" in outcome.out
+        (record,) = load_records(bench.results)
+        assert len(record.curves[0]["expert_load"]) == 3
+        assert record.curves[0]["dropped_share"] > 0
+        assert record.expert_by_class is not None
+        assert [len(record.expert_by_class), len(record.expert_by_class[0])] == [10, 3]
+
+    def test_static_and_dynamic_int8_of_both_kinds(self, finished_bench: Bench) -> None:
+        for model, mode, name in [
+            ("ffn", "dynamic", "FFN_PTQ_INT8-dynamic-epochs1"),
+            ("student", "dynamic", "KD_FFN_Student_INT8-dynamic-epochs1"),
+            ("moe", "static", "Sparse_MoE_PTQ-cal200-epochs1"),
+        ]:
+            size = ["--calibration-size", "200"] if mode == "static" else []
+            outcome = finished_bench("ptq_mnist", "--model", model, "--mode", mode, *size)
+            assert outcome.code == 0
+            assert "integer products" in outcome.out
+            assert (finished_bench.checkpoints / f"{name}-seed0.onnx").is_file()
+
+    def test_student_variants(self, finished_bench: Bench) -> None:
+        assert finished_bench("kd_mnist", "--teacher", "ffn", "--temperature", "10").code == 0
+        metadata = read_metadata(finished_bench.checkpoints / "KD_FFN_Student_from_FFN-T10-epochs1-seed0.safetensors")
+        assert metadata["config"]["distillation"] == {"temperature": 10.0, "alpha": 0.7}
+
+    def test_control_needs_no_teacher(self, bench: Bench) -> None:
+        assert bench("kd_mnist", "--no-distillation").code == 0
+        metadata = read_metadata(bench.checkpoints / "FFN_Student_no_KD-epochs1-seed0.safetensors")
+        assert metadata["config"]["distillation"] is None
+
+    def test_same_seed_writes_the_same_checkpoint(self, bench: Bench) -> None:
+        path = bench.checkpoints / "Sparse_MoE-epochs1-seed3.safetensors"
+        assert bench("moe_mnist", "--seed", "3").code == 0
+        first = path.read_bytes()
+        assert bench("moe_mnist", "--seed", "3").code == 0
+        assert path.read_bytes() == first
+
+    def test_as_a_command(self, tmp_path: Path) -> None:
+        command = [
+            sys.executable,
+            str(ROOT / "baseline_mnist.py"),
+            *["--dataset", "digits", "--recipe", "quick", "--epochs", "1"],
+        ]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "FFN_baseline-epochs1" in done.stdout
+
+    @pytest.mark.parametrize("script", OPTIONS)
+    def test_help_gives_every_option_with_default(self, bench: Bench, script: str) -> None:
+        outcome = bench(script, "--help", quick=False)
+        assert outcome.code == 0
+        assert "--results" in outcome.out
+        assert "(default:" in outcome.out
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("arguments", "says"),
+        [
+            ("moe_mnist --top-k 5", "--top-k 5"),
+            ("moe_mnist --num-experts 0", "--num-experts 0"),
+            ("moe_mnist --capacity-factor nan", "--capacity-factor nan"),
+            ("moe_mnist --balance-weight=-1", "--balance-weight"),
+            ("moe_mnist --balance best", "best"),
+            ("baseline_mnist --epochs 0", "--epochs 0"),
+            ("baseline_mnist --batch-size=-5", "--batch-size"),
+            ("baseline_mnist --threads 0", "--threads"),
+            ("baseline_mnist --threads 100000", "--threads"),
+            ("baseline_mnist --seed=-1", "--seed"),
+            ("baseline_mnist --device warp", "--device warp"),
+            ("baseline_mnist --preset huge", "huge"),
+            ("baseline_mnist --dataset cifar", "cifar"),
+            ("baseline_mnist --data-dir nowhere --dataset mnist", "nowhere"),
+            ("kd_mnist --temperature 0", "--temperature"),
+            ("kd_mnist --temperature inf", "--temperature"),
+            ("kd_mnist --alpha 1.5", "--alpha"),
+            ("ptq_mnist --calibration-size 0", "--calibration-size"),
+            ("ptq_mnist --model bert", "bert"),
+            ("run_all_experiments --seeds 0", "--seeds"),
+            ("run_all_experiments --mode guess", "guess"),
+        ],
+    )
+    def test_value_out_of_range_is_named(self, bench: Bench, arguments: str, says: str) -> None:
+        bench.expect_user_error(*arguments.split(), says=says)
+
+    def test_missing_parent_names_the_script_that_makes_it(self, bench: Bench) -> None:
+        bench.expect_user_error("ptq_mnist", says="baseline_mnist.py")
+        bench.expect_user_error("kd_mnist", says="moe_mnist.py")
+        bench.expect_user_error("ptq_mnist", "--model", "student", says="kd_mnist.py")
+
+    def test_calibration_beyond_the_training_set(self, finished_bench: Bench) -> None:
+        finished_bench.expect_user_error("ptq_mnist", "--calibration-size", "5000", says="5000")
+
+    @pytest.mark.parametrize("damage", ["truncated", "foreign"])
+    def test_broken_checkpoint_is_named_and_kept(self, finished_bench: Bench, damage: str) -> None:
+        path = finished_bench.checkpoints / "FFN_baseline-epochs1-seed0.safetensors"
+        path.write_bytes(path.read_bytes()[:1000] if damage == "truncated" else b"not a checkpoint at all")
+        for arguments in (["ptq_mnist"], ["kd_mnist", "--teacher", "ffn"], ["run_all_experiments", "--mode", "load"]):
+            finished_bench.expect_user_error(*arguments, says=path.name)
+
+    def test_broken_artifact_is_named_and_kept(self, finished_bench: Bench) -> None:
+        path = finished_bench.checkpoints / "FFN_PTQ_INT8-epochs1-seed0.onnx"
+        path.write_bytes(path.read_bytes()[:1000])
+        finished_bench.expect_user_error("run_all_experiments", "--mode", "load", says=path.name)
+
+    @pytest.mark.parametrize(
+        ("other", "folder", "says"),
+        [
+            (["--preset", "wide"], "digits-wide-quick", "compact"),
+            (["--recipe", "best"], "digits-compact-best", "quick"),
+        ],
+    )
+    def test_checkpoint_of_another_preset_or_recipe_is_refused(
+        self, finished_bench: Bench, other: list[str], folder: str, says: str
+    ) -> None:
+        shutil.copytree(finished_bench.checkpoints, finished_bench.folder / "checkpoints" / folder)
+        for script in (["ptq_mnist"], ["kd_mnist"], ["run_all_experiments", "--mode", "load"]):
+            finished_bench.expect_user_error(*script, *other, says=says)
+
+    def test_checkpoint_of_another_data_set_is_refused(self, finished_bench: Bench, mnist_dir: Path) -> None:
+        shutil.copytree(finished_bench.checkpoints, finished_bench.folder / "checkpoints" / "mnist-compact-quick")
+        arguments = ["ptq_mnist", "--dataset", "mnist", "--data-dir", str(mnist_dir)]
+        finished_bench.expect_user_error(*arguments, says="digits")
+
+    @pytest.mark.parametrize("option", ["--checkpoints", "--results"])
+    def test_folder_that_cannot_be_written(self, bench: Bench, option: str) -> None:
+        (bench.folder / "file").write_text("")
+        bench.expect_user_error("baseline_mnist", option, "file/inside", says="cannot write")
+
+    def test_diverging_loss_names_the_step_and_keeps_the_checkpoint(
+        self, finished_bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        before = {name: content for name, content in finished_bench.files().items()}
+
+        def diverge(*_: object, **__: object) -> None:
+            raise TrainingDiverged("the loss is nan at step 3 of epoch 1")
+
+        monkeypatch.setattr(experiments, "fit", diverge)
+        outcome = finished_bench("baseline_mnist")
+        assert outcome.code == 1
+        assert "step 3" in outcome.err
+        assert "Traceback" not in outcome.err
+        assert finished_bench.files() == before
+
+
+class TestWithoutNetwork:
+    def test_run_says_so_twice_and_files_it_under_digits(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        def unreachable(name: data.DatasetName) -> Path:
+            raise OSError("no network")
+
+        monkeypatch.setattr(data, "_download", unreachable)
+        outcome = bench("baseline_mnist", "--recipe", "quick", "--epochs", "1", quick=False)
+        assert outcome.code == 0
+        assert outcome.out.count("NOTE: MNIST is not here") == 2
+        assert [path.name for path in (bench.folder / "results").iterdir()] == [FOLDER]
+        bench.expect_user_error("baseline_mnist", "--dataset", "mnist", quick=False, says="cannot be downloaded")
+
+
+def test_mnist_end_to_end(bench: Bench, mnist_dir: Path) -> None:
+    arguments = ["--data-dir", str(mnist_dir), "--recipe", "quick", "--epochs", "1"]
+    assert bench("baseline_mnist", *arguments, quick=False).code == 0
+    assert bench("ptq_mnist", *arguments, quick=False).code == 0
+    fp32, int8 = load_records(bench.folder / "results" / "mnist-compact-quick")
+    assert fp32.measurements["onnxruntime"].test_acc > 0.95
+    assert abs(int8.measurements["onnxruntime"].test_acc - fp32.measurements["onnxruntime"].test_acc) < 0.001
+    assert int8.proof is not None
+    assert int8.proof["same_class_as_fp32"] >= 0.997

@@ -1,0 +1,70 @@
+"""Draw the plots again from the records on disk; nothing is trained or measured.
+
+python visualize_results.py                                             # every folder below results/
+python visualize_results.py --results results/mnist-compact-standard    # one folder
+python visualize_results.py --dataset mnist --recipe quick              # those that fit
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mnist_lab.errors import UserError
+from mnist_lab.plots import draw_all
+from mnist_lab.records import Record, load_records
+from mnist_lab.scripts import run_script
+
+
+@dataclass(frozen=True)
+class PlotOptions:
+    results: Path = Path("results")
+    """A results folder, or a folder that holds several."""
+    dataset: Literal["mnist", "fashion-mnist", "kmnist", "qmnist", "digits"] | None = None
+    """Draw only this data set."""
+    preset: Literal["compact", "wide"] | None = None
+    """Draw only this set of architectures."""
+    recipe: Literal["quick", "standard", "best"] | None = None
+    """Draw only this training budget."""
+
+    def admits(self, record: Record) -> bool:
+        """Whether a record passes every filter that is given."""
+        wanted = ((self.dataset, record.dataset), (self.preset, record.preset), (self.recipe, record.recipe))
+        return all(want in {None, have} for want, have in wanted)
+
+    @property
+    def filters(self) -> str:
+        given = {"dataset": self.dataset, "preset": self.preset, "recipe": self.recipe}
+        return " and ".join(f"--{name} {value}" for name, value in given.items() if value)
+
+
+def find_folders(root: Path) -> list[Path]:
+    """`root` and the folders below it that hold records.
+
+    Raises:
+        UserError: there is none.
+    """
+    folders = sorted({path.parent.parent for path in root.rglob("runs/*.json")})
+    if not folders:
+        raise UserError(
+            f"no records (runs/*.json) in {root}; make some with run_all_experiments.py, or name another --results"
+        )
+    return folders
+
+
+def main(options: PlotOptions) -> None:
+    records_by_folder = {folder: load_records(folder) for folder in find_folders(options.results)}
+    chosen = {
+        folder: admitted
+        for folder, records in records_by_folder.items()
+        if (admitted := [record for record in records if options.admits(record)])
+    }
+    if not chosen:
+        found = ", ".join(str(folder) for folder in records_by_folder)
+        raise UserError(f"none of the records in {options.results} is of {options.filters}; there are: {found}")
+    for folder, records in chosen.items():
+        for path in draw_all(folder, records):
+            print(f"plot: {path}", flush=True)
+
+
+if __name__ == "__main__":
+    run_script(main, PlotOptions, __doc__)
