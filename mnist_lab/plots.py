@@ -20,6 +20,7 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.projections.polar import PolarAxes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
@@ -392,7 +393,7 @@ def confusion_matrices(records: Sequence[Record]) -> Figure | None:
     if not models:
         return None
     columns = min(5, len(models))
-    size = (max(6, 3.1 * columns), 3.3 * math.ceil(len(models) / columns) + 0.9)
+    size = (max(6, 3.1 * columns), 3.7 * math.ceil(len(models) / columns) + 0.8)
     figure, panels = _figure(records, "Test errors by class", cells=len(models), columns=columns, size=size)
     errors = {model.name: np.array(model.measurements[0].confusion) for model in models}
     for matrix in errors.values():
@@ -445,7 +446,7 @@ def _figure(
     sharey: bool = False,
 ) -> tuple[Figure, list[Axes]]:
     """A titled figure and its panels, row by row: `rows` × `columns`, or as many rows as `cells` panels fill."""
-    figure = Figure(figsize=size, layout="constrained")
+    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.08))
     FigureCanvasAgg(figure)
     first = records[0]
     figure.suptitle(f"{title} — {first.dataset} · {first.preset} · {first.recipe}", fontsize=13)

@@ -11,7 +11,10 @@ from mnist_lab.files import ensure_writable, write_atomically
 from mnist_lab.models import PRESETS, ModelConfig, build_model
 from mnist_lab.models.moe import RoutingConfig
 
-CONFIGS = [PRESETS["compact"].student(0.1, 0.2), PRESETS["wide"].moe(0.1, 0.2, RoutingConfig(num_experts=3))]
+CONFIGS: list[ModelConfig] = [
+    PRESETS["compact"].student(0.1, 0.2),
+    PRESETS["wide"].moe(0.1, 0.2, RoutingConfig(num_experts=3)),
+]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=["ffn", "moe"])

@@ -1,4 +1,5 @@
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -61,14 +62,22 @@ def test_predict_batches_and_keeps_the_order() -> None:
 
 def test_latency_takes_turns_in_blocks_and_drops_the_first_calls() -> None:
     order: list[str] = []
-    calls = {name: lambda name=name: (order.append(name), time.sleep(0.001)) for name in ("a", "b")}
+
+    def make_call(name: str) -> Callable[[], None]:
+        def call() -> None:
+            order.append(name)
+            time.sleep(0.001)
+
+        return call
+
+    calls = {name: make_call(name) for name in ("a", "b")}
     blocks = 0
 
     def on_block() -> None:
         nonlocal blocks
         blocks += 1
 
-    latencies = measure.measure_latency(calls, num_rounds=3, block_s=0.005, on_block=on_block)  # type: ignore[arg-type]
+    latencies = measure.measure_latency(calls, num_rounds=3, block_s=0.005, on_block=on_block)
     turns = [name for index, name in enumerate(order) if index == 0 or order[index - 1] != name]
     assert turns == ["a", "b"] * 3
     assert blocks == 6

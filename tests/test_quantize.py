@@ -139,7 +139,7 @@ def test_layer_left_in_float_is_found(fp32: Path, toy_dataset: Dataset, tmp_path
         q.prove_integer(output, fp32, keep_float=FLOAT_PRODUCTS)
 
 
-def test_integer_router_is_found(toy_dataset: Dataset, tmp_path: Path) -> None:
+def test_integer_router_is_found(tmp_path: Path) -> None:
     fp32 = tmp_path / "moe.onnx"
     export_onnx(build_model(PRESETS["compact"].moe(0.18, 0.18, RoutingConfig())), fp32, {"parent_sha256": "0"})
     output = tmp_path / "int8.onnx"

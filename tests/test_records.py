@@ -72,33 +72,18 @@ def test_broken_record_is_the_users_error(tmp_path: Path, text: str) -> None:
 
 
 def test_table_starts_with_the_promised_columns() -> None:
-    assert list(build_table([make_record()]).columns)[: len(COLUMNS)] == [
-        "model",
-        "technique",
-        "precision",
-        "runtime",
-        "seeds",
-        "test_acc",
-        "test_acc_ci95",
-        "train_acc",
-        "train_loss",
-        "test_loss",
-        "ece",
-        "params_total",
-        "params_active",
-        "size_mib",
-        "file_mb",
-        "latency_ms_b1",
-        "latency_ms_b64",
-        "latency_ms_b1024",
-        "threads",
-    ]
+    promised = (
+        "model technique precision runtime seeds test_acc test_acc_ci95 train_acc train_loss test_loss ece "
+        "params_total params_active size_mib file_mb latency_ms_b1 latency_ms_b64 latency_ms_b1024 threads"
+    )
+    assert list(build_table([make_record()]).columns)[: len(COLUMNS)] == promised.split() == COLUMNS
 
 
 def test_seeds_give_mean_and_student_t_interval_and_the_first_seeds_latency() -> None:
     values = [0.97, 0.98, 0.985]
     runs = [
-        make_record(seed=s, onnxruntime=make_measurement(value, b64=float(s))) for s, value in zip((2, 3, 4), values)
+        make_record(seed=s, onnxruntime=make_measurement(value, b64=float(s)))
+        for s, value in zip((2, 3, 4), values, strict=True)
     ]
     (row,) = build_table(runs[::-1]).to_dict("records")
     assert row["seeds"] == 3

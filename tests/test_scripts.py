@@ -12,9 +12,10 @@ import pandas as pd
 import pytest
 
 from mnist_lab import data, experiments, plots
-from mnist_lab.checkpoints import read_metadata
+from mnist_lab.checkpoints import load_checkpoint, read_metadata, save_checkpoint
 from mnist_lab.errors import TrainingDiverged
 from mnist_lab.records import COLUMNS, load_records
+from mnist_lab.rows import Trained
 from mnist_lab.scripts import run_script
 
 ROOT = Path(__file__).parent.parent
@@ -24,7 +25,7 @@ OPTIONS = {
     "ptq_mnist": "PTQOptions",
     "kd_mnist": "KDOptions",
     "run_all_experiments": "RunOptions",
-    "visualize_results": "VisualizeOptions",
+    "visualize_results": "PlotOptions",
 }
 FOLDER = "digits-compact-quick"
 
@@ -101,9 +102,8 @@ class TestWholeSuite:
     def test_table_has_every_model_runtime_and_figure(self, finished: Path) -> None:
         table = pd.read_csv(finished / "results" / FOLDER / "table.csv")
         assert list(table.columns)[: len(COLUMNS)] == COLUMNS
-        by_precision = table.groupby("precision")["runtime"].value_counts()
-        assert by_precision["FP32"].to_dict() == {"pytorch": 5, "onnxruntime": 5}
-        assert by_precision["INT8"].to_dict() == {"onnxruntime": 4}
+        runtimes = [table[table["precision"] == precision]["runtime"].value_counts() for precision in ("FP32", "INT8")]
+        assert [counts.to_dict() for counts in runtimes] == [{"pytorch": 5, "onnxruntime": 5}, {"onnxruntime": 4}]
         assert table["model"][0] == "FFN_baseline-epochs1"
         assert (table["seeds"] == 2).all()
         assert table[COLUMNS].notna().all(axis=None)
@@ -137,7 +137,7 @@ class TestWholeSuite:
         trained: list[str] = []
         real_train_row = experiments.train_row
 
-        def spy(lab: experiments.Lab, row: experiments.Trained, seed: int) -> None:
+        def spy(lab: experiments.Lab, row: Trained, seed: int) -> None:
             trained.append(f"{row.model}-seed{seed}")
             real_train_row(lab, row, seed)
 
@@ -155,10 +155,10 @@ class TestWholeSuite:
         moe = finished_bench.checkpoints / "Sparse_MoE-epochs1-seed0.safetensors"
         other = finished_bench.checkpoints / "Sparse_MoE-epochs1-seed1.safetensors"
         metadata = read_metadata(moe)
-        model = experiments.load_checkpoint(other).model
-        experiments.save_checkpoint(
-            moe, model, {k: v for k, v in metadata.items() if k not in {"architecture", "format"}}
-        )
+        model = load_checkpoint(other).model
+        for key in ("architecture", "format"):
+            del metadata[key]
+        save_checkpoint(moe, model, metadata)
         outcome = finished_bench("run_all_experiments", "--mode", "load")
         assert outcome.code == 0
         assert trained == ["KD_FFN_Student-epochs1-seed0"]
@@ -171,7 +171,7 @@ class TestWholeSuite:
         real_make_row = experiments.train_row
         started: list[str] = []
 
-        def interrupt_third(lab: experiments.Lab, row: experiments.Trained, seed: int) -> None:
+        def interrupt_third(lab: experiments.Lab, row: Trained, seed: int) -> None:
             started.append(row.model)
             if len(started) == 2:
                 raise KeyboardInterrupt
@@ -338,7 +338,7 @@ class TestBadInput:
     def test_diverging_loss_names_the_step_and_keeps_the_checkpoint(
         self, finished_bench: Bench, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        before = {name: content for name, content in finished_bench.files().items()}
+        before = finished_bench.files()
 
         def diverge(*_: object, **__: object) -> None:
             raise TrainingDiverged("the loss is nan at step 3 of epoch 1")
@@ -353,7 +353,7 @@ class TestBadInput:
 
 class TestWithoutNetwork:
     def test_run_says_so_twice_and_files_it_under_digits(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-        def unreachable(name: data.DatasetName) -> Path:
+        def unreachable(_: data.DatasetName) -> Path:
             raise OSError("no network")
 
         monkeypatch.setattr(data, "_download", unreachable)

@@ -57,7 +57,7 @@ def test_moe_curves_carry_load_and_dropped_share(toy_dataset: Dataset) -> None:
 def test_loss_that_is_not_finite_stops_with_its_step(toy_dataset: Dataset) -> None:
     calls = 0
 
-    def objective(model: nn.Module, pixels: torch.Tensor, labels: torch.Tensor) -> StepLoss:
+    def objective(model: nn.Module, pixels: torch.Tensor, _: torch.Tensor) -> StepLoss:
         nonlocal calls
         calls += 1
         return StepLoss({"cross_entropy": model(pixels).sum() * (float("nan") if calls == 13 else 0.0)})
