@@ -240,8 +240,8 @@ def normalized_comparison(records: Sequence[Record]) -> Figure | None:
     }
     names |= {column: f"batch {batch}" for column, batch in zip(LATENCIES, TABLE_BATCHES, strict=True)}
     labels = [names.get(column, column) for column in map(str, radii)]
-    columns = min(5, len(models))
-    size = (max(7, 3.1 * columns), 2.9 * math.ceil(len(models) / columns) + 0.8)
+    columns = math.ceil(len(models) / math.ceil(len(models) / 4))
+    size = (max(7, 3.7 * columns), 2.9 * math.ceil(len(models) / columns) + 0.8)
     figure, panels = _figure(
         records,
         "Normalized comparison, rim = best model",

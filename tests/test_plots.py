@@ -152,7 +152,7 @@ def test_pareto_figure_names_the_dominated() -> None:
 
 def test_full_set_gives_ten_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "DOTS_PER_INCH", 40)
-    paths = draw_all(tmp_path, make_records(seeds=2))
+    paths = draw_all(tmp_path, make_records(seeds=2, without=tuple(name for name, *_ in MODELS if "PTQ" in name)))
     names = [
         "accuracy_vs_size",
         "accuracy_vs_time",
