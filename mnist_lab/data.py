@@ -17,7 +17,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-import torchvision
 from torch import Tensor
 
 from mnist_lab.errors import UserError
@@ -28,12 +27,8 @@ DOWNLOAD_DIR = Path("data")
 DOWNLOAD_TIMEOUT_S = 20
 SPLIT_SEED = 20_240_501  # one split for every model and every seed
 VALIDATION_SHARE = {"digits": 180 / 1437}  # elsewhere 5,000 of 60,000
-TORCHVISION_CLASSES: dict[str, Any] = {
-    "mnist": torchvision.datasets.MNIST,
-    "fashion-mnist": torchvision.datasets.FashionMNIST,
-    "kmnist": torchvision.datasets.KMNIST,
-    "qmnist": torchvision.datasets.QMNIST,
-}
+# torchvision's classes, which are also the names of their folders.
+TORCHVISION_CLASSES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "qmnist": "QMNIST"}
 # QMNIST's own train=False is the 60,000 set; "test10k" is the usual one.
 SPLIT_ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
     "qmnist": {"train": {"what": "train"}, "test": {"what": "test10k"}},
@@ -183,9 +178,15 @@ def _to_split(pixels_u8: Tensor, labels: Tensor) -> Split:
     return Split(pixels_u8.float().div_(255).unsqueeze(1), labels)
 
 
+def _torchvision_class(name: DatasetName) -> Any:
+    import torchvision  # here, as importing it takes longer than most commands without it
+
+    return getattr(torchvision.datasets, TORCHVISION_CLASSES[name])
+
+
 def _torchvision_dataset(name: DatasetName, root: Path, split: Literal["train", "test"], **options: Any) -> Any:
     arguments = SPLIT_ARGUMENTS.get(name, {}).get(split, {"train": split == "train"})
-    return TORCHVISION_CLASSES[name](root, **arguments, **options)
+    return _torchvision_class(name)(root, **arguments, **options)
 
 
 def _read_torchvision(name: DatasetName, root: Path, split: Literal["train", "test"]) -> Any:
@@ -204,7 +205,7 @@ def _check_files(name: DatasetName, root: Path) -> None:
         UserError: the folder or a file is missing, or a file is not as long as its header says.
 
     """
-    raw = root / TORCHVISION_CLASSES[name].__name__ / "raw"
+    raw = root / TORCHVISION_CLASSES[name] / "raw"
     if not raw.is_dir():
         raise UserError(f"no {name} in {root}: the folder {raw} does not exist. {HOW_TO_GET_MNIST}")
     for file_name in _file_names(name):
@@ -229,7 +230,7 @@ def _check_files(name: DatasetName, root: Path) -> None:
 
 
 def _file_names(name: DatasetName) -> list[str]:
-    resources = TORCHVISION_CLASSES[name].resources
+    resources = _torchvision_class(name).resources
     entries = resources if isinstance(resources, list) else resources["train"] + resources["test"]
     return [Path(address).stem for address, _ in entries]
 
@@ -241,7 +242,7 @@ def _download(name: DatasetName) -> Path:
         OSError: the files are not there and cannot be fetched.
 
     """
-    folder = DOWNLOAD_DIR / TORCHVISION_CLASSES[name].__name__
+    folder = DOWNLOAD_DIR / TORCHVISION_CLASSES[name]
     if all((folder / "raw" / file_name).exists() for file_name in _file_names(name)):
         return DOWNLOAD_DIR
     is_new, is_new_root = not folder.exists(), not DOWNLOAD_DIR.exists()

@@ -33,7 +33,7 @@ from mnist_lab.runtimes import Session, open_session
 from mnist_lab.runtimes.onnxruntime import OnnxRuntimeSession
 from mnist_lab.training import Objective, Recipe, RecipeName, fit, progress_bar, supervised_loss
 
-LATENCY_ROUNDS = 7
+LATENCY_ROUNDS = 5
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,8 @@ def train_row(lab: Lab, row: Trained, seed: int) -> None:
     if row.parent is not None:
         assert row.distillation is not None
         teacher = _load_parent(lab, row.parent, seed)
-        objective = distillation_objective(teacher, row.distillation, device=lab.device)
+        fixed_pixels = lab.dataset.train.pixels if lab.recipe.augmentation is None else None
+        objective = distillation_objective(teacher, row.distillation, device=lab.device, fixed_pixels=fixed_pixels)
         lineage = {"parent_sha256": sha256(lab.checkpoint(row.parent, seed))}
     with torch.random.fork_rng():
         torch.manual_seed(seed)

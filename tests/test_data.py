@@ -3,8 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
-from mnist_lab import data
 from mnist_lab.data import Augmentation, augment, calibration_pixels, load_dataset
 from mnist_lab.errors import UserError
 
@@ -80,12 +80,9 @@ def test_folder_of_the_environment_counts_as_given(tmp_path: Path, monkeypatch: 
 class TestWithoutNetwork:
     @pytest.fixture(autouse=True)
     def no_network(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        def fail(*_: object, **__: object) -> None:
-            raise RuntimeError("no mirror")
-
         monkeypatch.delenv("MNIST_LAB_DATA", raising=False)
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(data.TORCHVISION_CLASSES["mnist"], "download", self.leave_folders_and_fail)
+        monkeypatch.setattr(torchvision.datasets.MNIST, "download", self.leave_folders_and_fail)
 
     @staticmethod
     def leave_folders_and_fail(dataset: object) -> None:

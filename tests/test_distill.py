@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from mnist_lab.compress.distill import DistillationConfig, distillation_objective, distillation_terms
 from mnist_lab.errors import UserError
+from mnist_lab.training import Batch
 
 TEACHER = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 0.0]])
 STUDENT = torch.tensor([[0.0, 1.0, 0.0], [1.0, -1.0, 0.3]])
@@ -43,8 +44,8 @@ def test_teacher_is_frozen_and_in_evaluation_mode() -> None:
     teacher = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Dropout(0.5), torch.nn.Linear(4, 3)).train()
     student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
     objective = distillation_objective(teacher, DistillationConfig(), device="cpu")
-    pixels = torch.rand(2, 1, 2, 2)
-    first, second = (sum(objective(student, pixels, LABELS).terms.values(), torch.zeros(())) for _ in range(2))
+    batch = Batch(torch.rand(2, 1, 2, 2), LABELS, torch.arange(2))
+    first, second = (sum(objective(student, batch).terms.values(), torch.zeros(())) for _ in range(2))
     first.backward()
     assert torch.equal(first, second)
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -54,3 +55,23 @@ def test_teacher_is_frozen_and_in_evaluation_mode() -> None:
 def test_impossible_settings_are_the_users_error(values: tuple[float, float]) -> None:
     with pytest.raises(UserError):
         DistillationConfig(*values)
+
+
+def test_teacher_sees_fixed_images_once_and_says_the_same() -> None:
+    calls = 0
+
+    class Teacher(torch.nn.Module):
+        def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            return 5 * pixels.flatten(1)[:, :3]
+
+    pixels = torch.rand(6, 1, 2, 2)
+    student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
+    once = distillation_objective(Teacher(), DistillationConfig(), device="cpu", fixed_pixels=pixels)
+    anew = distillation_objective(Teacher(), DistillationConfig(), device="cpu")
+    calls = 0
+    rows = torch.tensor([4, 1])
+    batch = Batch(pixels[rows], LABELS, rows)
+    assert torch.equal(once(student, batch).terms["distillation"], anew(student, batch).terms["distillation"])
+    assert calls == 1  # the second objective's

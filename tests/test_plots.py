@@ -14,7 +14,8 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from mnist_lab import plots
-from mnist_lab.plots import FIGURES, draw_all, find_models, pareto_set
+from mnist_lab.drawing import LATENCIES, find_models
+from mnist_lab.plots import FIGURES, draw_all, pareto_set
 from mnist_lab.records import Measurement, Record, save_record
 
 ROOT = Path(__file__).parents[1]
@@ -241,7 +242,7 @@ def test_radar_is_not_clipped() -> None:
 
 
 def test_radar_copes_with_a_perfect_model() -> None:
-    table = pd.DataFrame([dict.fromkeys(["ece", "params_active", "file_mb", *plots.LATENCIES], 1.0)] * 2)
+    table = pd.DataFrame([dict.fromkeys(["ece", "params_active", "file_mb", *LATENCIES], 1.0)] * 2)
     radii, _ = plots.radar_radii(table.assign(test_acc=[1.0, 0.98], ece=0.0))
     assert radii["error"].tolist() == pytest.approx([1, 1 - math.log10(2)])
     assert radii["ece"].tolist() == [1, 1]

@@ -29,7 +29,7 @@ def test_client_runs_an_artifact_without_the_suite(tmp_path: Path) -> None:
         [sys.executable, "client.py", "model.onnx", "pixels.npy"], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    expected = torch_predictor(model)(pixels.reshape(-1, 1, 28, 28).astype(np.float32) / 255).argmax(axis=1)
+    expected = torch_predictor(model)(pixels.reshape(-1, 1, 28, 28).astype(np.float32) / np.float32(255)).argmax(axis=1)
     assert done.stdout.strip() == str(expected)
     assert set(re.findall(r"^import (\w+)", client, flags=re.M)) == {"sys", "numpy", "onnxruntime"}
 

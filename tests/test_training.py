@@ -9,7 +9,7 @@ from mnist_lab.data import Augmentation, Dataset
 from mnist_lab.errors import TrainingDiverged
 from mnist_lab.models import PRESETS, ModelConfig, build_model
 from mnist_lab.models.moe import RoutingConfig
-from mnist_lab.training import Recipe, StepLoss, fit, torch_predictor
+from mnist_lab.training import Batch, Recipe, StepLoss, fit, torch_predictor
 
 RECIPE = Recipe(epochs=8, batch_size=32, learning_rate=3e-3, augmentation=Augmentation())
 FFN_CONFIG = PRESETS["compact"].student(0.18, 0.18)
@@ -57,10 +57,10 @@ def test_moe_curves_carry_load_and_dropped_share(toy_dataset: Dataset) -> None:
 def test_loss_that_is_not_finite_stops_with_its_step(toy_dataset: Dataset) -> None:
     calls = 0
 
-    def objective(model: nn.Module, pixels: torch.Tensor, _: torch.Tensor) -> StepLoss:
+    def objective(model: nn.Module, batch: Batch) -> StepLoss:
         nonlocal calls
         calls += 1
-        return StepLoss({"cross_entropy": model(pixels).sum() * (float("nan") if calls == 13 else 0.0)})
+        return StepLoss({"cross_entropy": model(batch.pixels).sum() * (float("nan") if calls == 13 else 0.0)})
 
     with pytest.raises(TrainingDiverged, match="step 3 of epoch 2"):
         fit(build_model(FFN_CONFIG), toy_dataset, RECIPE, seed=0, objective=objective)

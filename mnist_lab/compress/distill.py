@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mnist_lab.errors import UserError
-from mnist_lab.training import LossTerms, Objective, StepLoss
+from mnist_lab.measure import EVALUATION_BATCH
+from mnist_lab.training import Batch, LossTerms, Objective, StepLoss
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,24 @@ def distillation_terms(
     }
 
 
-def distillation_objective(teacher: nn.Module, config: DistillationConfig, *, device: str) -> Objective:
-    """Train on what `teacher`, frozen and in evaluation mode, says of the same augmented images."""
-    teacher = teacher.to(device).eval()
+def distillation_objective(
+    teacher: nn.Module, config: DistillationConfig, *, device: str, fixed_pixels: Tensor | None = None
+) -> Objective:
+    """Train on what `teacher`, frozen and in evaluation mode, says of the same images.
 
-    def objective(student: nn.Module, pixels: Tensor, labels: Tensor) -> StepLoss:
+    Args:
+        fixed_pixels: the training pixels, where no augmentation changes them: the teacher then sees
+            each image once, not once per epoch.
+    """
+    teacher = teacher.to(device).eval()
+    all_logits = None
+    if fixed_pixels is not None:
         with torch.no_grad():
-            teacher_logits = teacher(pixels)
-        return StepLoss(distillation_terms(student(pixels), teacher_logits, labels, config))
+            all_logits = torch.cat([teacher(pixels.to(device)) for pixels in fixed_pixels.split(EVALUATION_BATCH)])
+
+    def objective(student: nn.Module, batch: Batch) -> StepLoss:
+        with torch.no_grad():
+            teacher_logits = teacher(batch.pixels) if all_logits is None else all_logits[batch.rows]
+        return StepLoss(distillation_terms(student(batch.pixels), teacher_logits, batch.labels, config))
 
     return objective
