@@ -18,7 +18,7 @@ README = (ROOT / "README.md").read_text()
 
 def test_client_runs_an_artifact_without_the_suite(tmp_path: Path) -> None:
     (client,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
-    assert len(client.strip().splitlines()) == 6
+    assert len([line for line in client.splitlines() if line]) == 6
     torch.manual_seed(0)
     model = build_model(PRESETS["compact"].student(0.13, 0.31)).eval()
     export_onnx(model, tmp_path / "model.onnx", {"parent_sha256": "0"})
