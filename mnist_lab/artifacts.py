@@ -22,7 +22,6 @@ def read_onnx_metadata(path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: the file is truncated, or not one of this suite's.
-
     """
     try:
         properties = onnx.load(path).metadata_props

@@ -28,7 +28,6 @@ def save_checkpoint(path: Path, model: FFN | SparseMoE, metadata: dict[str, Any]
 
     Raises:
         UserError: the folder cannot be written.
-
     """
     fields = {"format": FORMAT, "architecture": asdict(model.config), **metadata}
     strings = {key: json.dumps(value, sort_keys=True) for key, value in sorted(fields.items())}
@@ -53,7 +52,6 @@ def read_metadata(path: Path) -> dict[str, Any]:
 
     Raises:
         UserError: the file is missing, truncated, or not one of this suite's checkpoints.
-
     """
     if not path.is_file():
         raise UserError(f"no checkpoint at {path}")
@@ -72,7 +70,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
     Raises:
         UserError: as `read_metadata`, or the weights do not fit the architecture in the file.
-
     """
     metadata = read_metadata(path)
     try:

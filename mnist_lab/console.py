@@ -34,7 +34,6 @@ def open_lab(options: Options) -> Iterator[Lab]:
 
     Raises:
         UserError: the data cannot be had, or a folder cannot be written.
-
     """
     dataset = load_dataset(options.dataset, options.data_dir)
     folder = f"{dataset.name}-{options.preset}-{options.recipe}"
@@ -125,7 +124,6 @@ def ask_mode() -> Mode:
 
     Raises:
         UserError: the input ends without an answer.
-
     """
     while True:
         try:

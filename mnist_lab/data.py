@@ -79,7 +79,6 @@ def load_dataset(name: DatasetName | None = None, data_dir: Path | None = None) 
     Raises:
         UserError: a folder was given that lacks the files or holds broken ones; a data set was
             asked for by name and cannot be had.
-
     """
     if name == "digits":
         return _split_off_validation("digits", _digits("train"), lambda: _digits("test"))
@@ -143,7 +142,6 @@ def calibration_pixels(train: Split, num_images: int, *, seed: int) -> Tensor:
 
     Raises:
         UserError: more images are asked for than the training split has.
-
     """
     if num_images > len(train):
         raise UserError(f"--calibration-size {num_images} is more than the {len(train)} training images")
@@ -203,7 +201,6 @@ def _check_files(name: DatasetName, root: Path) -> None:
 
     Raises:
         UserError: the folder or a file is missing, or a file is not as long as its header says.
-
     """
     raw = root / TORCHVISION_CLASSES[name] / "raw"
     if not raw.is_dir():
@@ -240,7 +237,6 @@ def _download(name: DatasetName) -> Path:
 
     Raises:
         OSError: the files are not there and cannot be fetched.
-
     """
     folder = DOWNLOAD_DIR / TORCHVISION_CLASSES[name]
     if all((folder / "raw" / file_name).exists() for file_name in _file_names(name)):

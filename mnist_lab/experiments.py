@@ -74,7 +74,6 @@ def make_row(lab: Lab, row: Row, seed: int) -> Record:
     Raises:
         UserError: its parent's checkpoint is missing or broken; a folder cannot be written.
         TrainingDiverged: the loss is no longer finite. The previous checkpoint stays.
-
     """
     if isinstance(row, Quantized):
         quantize_row(lab, row, seed)
@@ -109,7 +108,6 @@ def find_reason_to_make(lab: Lab, row: Row, seed: int) -> str | None:
 
     Raises:
         UserError: the file is broken, or belongs to another preset, recipe or data set: it is not overwritten.
-
     """
     path = lab.output(row, seed)
     if not path.exists():

@@ -32,7 +32,6 @@ def export_onnx(model: FFN | SparseMoE, path: Path, metadata: Mapping[str, Any])
 
     Raises:
         UserError: the folder cannot be written.
-
     """
     graph = _Graph()
     graph.add("Flatten", ["pixels"], "flat_pixels")

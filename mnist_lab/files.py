@@ -22,7 +22,6 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
     Raises:
         UserError: the folder cannot be made or written.
-
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -44,15 +43,14 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def ensure_writable(folder: Path) -> None:
-    """Find out before hours of work, not after, whether `folder` can be made and written.
+    """Find out before the work, not after it, whether `folder` can be made and written. Makes nothing.
 
     Raises:
         UserError: it cannot.
-
     """
+    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error

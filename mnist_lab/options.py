@@ -71,7 +71,6 @@ def check_positive(name: str, value: float | None) -> None:
 
     Raises:
         UserError: with the option's name.
-
     """
     if value is not None and not (math.isfinite(value) and value > 0):
         raise UserError(f"{name} {value} must be a number above 0")

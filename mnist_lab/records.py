@@ -107,7 +107,6 @@ def load_record(path: Path) -> Record:
 
     Raises:
         UserError: the file is missing, truncated, or of another schema.
-
     """
     try:
         fields = json.loads(path.read_text())

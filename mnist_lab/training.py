@@ -97,7 +97,6 @@ def fit(
 
     Raises:
         TrainingDiverged: the loss is NaN or infinite.
-
     """
     model.to(device)
     train = dataset.train.to(device)

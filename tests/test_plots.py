@@ -4,6 +4,7 @@ import sys
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import numpy as np
 import pandas as pd
@@ -14,9 +15,13 @@ from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
 from mnist_lab import plots
+from mnist_lab.data import DatasetName
 from mnist_lab.drawing import LATENCIES, find_models
+from mnist_lab.models import PresetName
 from mnist_lab.plots import FIGURES, draw_all, pareto_set
 from mnist_lab.records import Measurement, Record, save_record
+from mnist_lab.training import RecipeName
+from visualize_results import PlotOptions
 
 ROOT = Path(__file__).parents[1]
 MODELS = [  # name, test accuracy, file in MB, latency at batch 64 in ms
@@ -321,3 +326,11 @@ def test_script_tells_a_user_error_in_one_line(tmp_path: Path) -> None:
     assert str(path.name) in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "results" / "one" / "plots").exists()
+
+
+def test_script_admits_every_name_that_the_suite_has() -> None:
+    """The script repeats the names, as the modules that define them import torch."""
+    hints = get_type_hints(PlotOptions)
+    for field, names in (("dataset", DatasetName), ("preset", PresetName), ("recipe", RecipeName)):
+        literal = next(part for part in get_args(hints[field]) if part is not type(None))
+        assert get_args(literal) == get_args(names)

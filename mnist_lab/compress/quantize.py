@@ -61,7 +61,6 @@ def absmax_quantize(r: Array, *, q_max: int = 127, axis: int | None = None) -> t
 
     Returns:
         q, and S with r ≈ S·q, shaped to broadcast against q.
-
     """
     kept = tuple(i for i in range(r.ndim) if i != axis) if axis is not None else None
     largest = np.abs(r).max(axis=kept, keepdims=True)
@@ -106,7 +105,6 @@ def quantize(
         RuntimeError: a layer that should be INT8 is not, or one that should be float is not. Nothing
             is written then.
         UserError: the folder cannot be written.
-
     """
     common: dict[str, Any] = {
         "per_channel": True,
@@ -146,7 +144,6 @@ def prove_integer(artifact: Path, fp32_artifact: Path, *, keep_float: Collection
 
     Raises:
         RuntimeError: a product that should be INT8 is not, or one in `keep_float` or a softmax is.
-
     """
     products = {node.name for node in onnx.load(fp32_artifact).graph.node if node.op_type in {"Gemm", "MatMul"}}
     expected_float = products & set(keep_float)

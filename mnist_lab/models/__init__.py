@@ -47,7 +47,6 @@ def config_from_dict(fields: dict[str, Any]) -> ModelConfig:
 
     Raises:
         TypeError, KeyError: the fields are not those of a known architecture.
-
     """
     if fields["kind"] == "moe":
         return SparseMoEConfig(

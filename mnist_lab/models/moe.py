@@ -199,7 +199,6 @@ def limit_capacity(order_N: Tensor, load_E: Tensor, capacity_factor: float) -> t
 
     Returns:
         The kept pairs in the same order, and how many of them each expert has.
-
     """
     capacity = math.ceil(capacity_factor * order_N.numel() / load_E.numel())
     starts_E = load_E.cumsum(0) - load_E

@@ -29,7 +29,6 @@ def open_session(runtime: str, checkpoint: Path, artifact: Path, *, threads: int
         checkpoint: the safetensors file, which PyTorch runs.
         artifact: the ONNX file, which the others run.
         threads: of the runtime; PyTorch takes torch's own setting, which is one for the process.
-
     """
     if runtime == "pytorch":
         from mnist_lab.runtimes.pytorch import PyTorchSession

@@ -14,7 +14,6 @@ class OnnxRuntimeSession:
 
     Raises:
         UserError: the file is missing, or is not an ONNX model.
-
     """
 
     runtime = "onnxruntime"
