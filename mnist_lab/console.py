@@ -18,6 +18,7 @@ from mnist_lab.records import (
     SUMMARY_LEGEND,
     Record,
     build_table,
+    first_seeds,
     format_summary,
     load_records,
     usable_records,
@@ -58,11 +59,10 @@ def open_lab(options: Options) -> Iterator[Lab]:
 def make_and_print(options: Options, row: Row, *, beside: Row | None = None) -> list[Record]:
     """Make one row, time it (by turns with a finished row to compare with), and print the figures."""
     with open_lab(options) as lab:
-        rows, records = [row], [experiments.make_row(lab, row, options.seed)]
+        records = [experiments.make_row(lab, row, options.seed)]
         if beside is not None:
-            rows.append(beside)
             records.append(experiments.load_or_measure_row(lab, beside, options.seed))
-        experiments.measure_latencies(lab, rows, records)
+        experiments.measure_latencies(lab, records)
         print_table(records)
         print(f"\nmodel: {lab.output(row, options.seed)}\nto deploy: {lab.artifact(row.model, options.seed)}")
         print(f"record: {lab.record(row.model, options.seed)}")
@@ -93,22 +93,23 @@ def print_proof(record: Record) -> None:
 
 
 def run_table(options: Options, *, mode: Mode | None, seeds: range) -> None:
-    """All rows for all seeds, then the table and the plots."""
+    """All rows for all seeds, then the table and the plots of everything in the results folder."""
     with open_lab(options) as lab:
-        rows = table_rows(suffix=options.suffix)
-        jobs = [(row, seed) for seed in seeds for row in rows]
+        jobs = [(row, seed) for seed in seeds for row in table_rows(suffix=options.suffix)]
         print_checkpoints(lab, jobs)
+        load_records(lab.results)  # a broken one stops the run now, not after hours of work
         mode = mode or ask_mode()
         make = experiments.make_row if mode == "train" else experiments.load_or_make_row
         start = time.perf_counter()
-        records = []
         for number, (row, seed) in enumerate(jobs, start=1):
             record = make(lab, row, seed)
-            records.append(record)
             progress = f"[{number}/{len(jobs)}, {time.perf_counter() - start:.0f} s]"
             print(f"{progress} {record.run_name}: validation accuracy {record.validation_acc:.2%}", flush=True)
-        experiments.measure_latencies(lab, rows, records[: len(rows)])
-        write_results(lab)
+        usable, left_out = usable_records(load_records(lab.results), lab.checkpoints, cpu_model())
+        for line in left_out:
+            print(f"not in the table: {line}")
+        experiments.measure_latencies(lab, first_seeds(usable))
+        write_results(lab, usable)
 
 
 def print_checkpoints(lab: Lab, jobs: Sequence[tuple[Row, int]]) -> None:
@@ -137,18 +138,15 @@ def ask_mode() -> Mode:
         print(f"'{answer}' is neither train nor load")
 
 
-def write_results(lab: Lab) -> None:
-    """Table and plots from the records on disk."""
+def write_results(lab: Lab, records: list[Record]) -> None:
+    """Table and plots."""
     from mnist_lab.plots import draw_all
 
-    usable, left_out = usable_records(load_records(lab.results), lab.checkpoints, cpu_model())
-    for line in left_out:
-        print(f"not in the table: {line}")
-    table = build_table(usable)
+    table = build_table(records)
     write_table(lab.results, table, title=f"{lab.dataset.name}, {lab.preset} models, {lab.recipe_name} recipe")
-    print_table(usable)
+    print_table(records)
     print(f"\n{SUMMARY_LEGEND}\n\ntable: {lab.results / 'table.csv'} and table.md")
-    for path in draw_all(lab.results, usable):
+    for path in draw_all(lab.results, records):
         print(f"plot: {path}")
 
 

@@ -92,13 +92,11 @@ def load_or_make_row(lab: Lab, row: Row, seed: int) -> Record:
 
 def load_or_measure_row(lab: Lab, row: Row, seed: int) -> Record:
     """The record of a finished model, measured anew where it is missing or not of this file and machine."""
-    try:
-        record = load_record(lab.record(row.model, seed))
-    except UserError:
+    path = lab.record(row.model, seed)
+    record = load_record(path) if path.exists() else None
+    if record is None or record.checkpoint["sha256"] != sha256(lab.output(row, seed)):
         return measure_row(lab, row, seed)
-    if record.checkpoint["sha256"] != sha256(lab.output(row, seed)):
-        return measure_row(lab, row, seed)
-    if record.machine != describe_machine():
+    if record.machine != describe_machine() or record.versions != package_versions():
         return measure_row(lab, row, seed, train_seconds=record.train_seconds)
     return record
 
@@ -147,6 +145,7 @@ def train_row(lab: Lab, row: Trained, seed: int) -> None:
     )
     outcome = {
         "train_threads": torch.get_num_threads(),
+        "device": lab.device,
         "validation_acc": curves[-1].validation_acc,
         "validation_loss": curves[-1].validation_loss,
         "curves": [asdict(epoch) for epoch in curves],
@@ -200,7 +199,7 @@ def measure_row(lab: Lab, row: Row, seed: int, *, train_seconds: float | None = 
         proof = asdict(prove_integer(artifact, parent_artifact, keep_float=FLOAT_PRODUCTS))
     measurements, logits = {}, {}
     for runtime, file in files.items():
-        session = _open(lab, row, seed, runtime, threads=os.cpu_count() or 1)
+        session = _open(lab, row.model, seed, runtime, threads=os.cpu_count() or 1)
         measurements[runtime], logits[runtime] = _measure_quality(lab, session, file, model)
     first_logits = logits[row.runtimes[0]]
     if proof is not None:
@@ -246,13 +245,16 @@ def measure_row(lab: Lab, row: Row, seed: int, *, train_seconds: float | None = 
     return record
 
 
-def measure_latencies(lab: Lab, rows: Sequence[Row], records: Sequence[Record]) -> None:
-    """Time all models of one seed by turns, in every runtime and batch size, and add that to their records."""
+def measure_latencies(lab: Lab, records: Sequence[Record]) -> None:
+    """Time all these models by turns, in every runtime and batch size, and add that to their records."""
     pixels = lab.test.numpy()[0]
+    for record in records:
+        if record.precision == Trained.precision:
+            ensure_artifact(lab, record.model, record.seed)
     sessions = {
-        f"{record.run_name}/{runtime}": _open(lab, row, record.seed, runtime, threads=lab.threads)
-        for row, record in zip(rows, records, strict=True)
-        for runtime in row.runtimes
+        f"{record.run_name}/{runtime}": _open(lab, record.model, record.seed, runtime, threads=lab.threads)
+        for record in records
+        for runtime in record.measurements
     }
     session_id = uuid.uuid4().hex
     measured: dict[str, dict[str, dict[str, float]]] = {key: {} for key in sessions}
@@ -284,9 +286,9 @@ def torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _open(lab: Lab, row: Row, seed: int, runtime: str, *, threads: int) -> Session:
+def _open(lab: Lab, model: str, seed: int, runtime: str, *, threads: int) -> Session:
     return open_session(
-        runtime, checkpoint=lab.checkpoint(row.model, seed), artifact=lab.artifact(row.model, seed), threads=threads
+        runtime, checkpoint=lab.checkpoint(model, seed), artifact=lab.artifact(model, seed), threads=threads
     )
 
 
@@ -348,7 +350,6 @@ def _config(lab: Lab, row: Row, seed: int) -> dict[str, Any]:
             "architecture": asdict(_model_config(lab, row)),
             "recipe": asdict(lab.recipe),
             "distillation": asdict(row.distillation) if row.distillation else None,
-            "device": lab.device,
         }
     else:
         settings = {

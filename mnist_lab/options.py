@@ -51,7 +51,7 @@ class Options:
         if self.threads > cores:
             raise UserError(f"--threads {self.threads} is more than this machine's {cores} cores")
         try:
-            torch.empty(0, device=self.device)
+            torch.ones(1, device=self.device).sum().item()
         except (RuntimeError, AssertionError, NotImplementedError) as error:
             raise UserError(f"--device {self.device} cannot be used here: {str(error).splitlines()[0]}") from error
 

@@ -74,7 +74,7 @@ class Record:
     seed: int
     order: int  # of its row in the table
     config: dict[str, Any]
-    parent: dict[str, str] | None  # model and sha256
+    parent: dict[str, str] | None  # model and sha256 of its checkpoint
     checkpoint: dict[str, str]  # file name and sha256
     artifact: dict[str, str]  # file name and sha256
     params_total: int
@@ -164,7 +164,7 @@ def _row_order(item: tuple[tuple[int, str, str], object]) -> tuple[int, str, boo
 
 
 def _table_row(records: list[Record], runtime: str) -> dict[str, Any]:
-    first = min(records, key=lambda record: record.seed)
+    (first,) = first_seeds(records)
     measured = [record.measurements[runtime] for record in records]
     timed = first.measurements[runtime]
     accuracies = [measurement.test_acc for measurement in measured]
@@ -237,7 +237,7 @@ def _baseline(table: pd.DataFrame) -> str | None:
 def usable_records(records: Iterable[Record], checkpoints: Path, cpu: str) -> tuple[list[Record], list[str]]:
     """The records that a table of this machine may take, and one line for each that it may not.
 
-    Those were made on another CPU, or their checkpoint is gone or has changed since.
+    Those were made on another CPU, or their checkpoint is gone or has changed since, or their parent's has.
     """
     usable, left_out = [], []
     for record in records:
@@ -246,9 +246,26 @@ def usable_records(records: Iterable[Record], checkpoints: Path, cpu: str) -> tu
             left_out.append(f"{record.run_name}: made on another CPU ({record.machine['cpu']})")
         elif not path.is_file() or sha256(path) != record.checkpoint["sha256"]:
             left_out.append(f"{record.run_name}: its checkpoint {path} is gone or has changed")
+        elif _parent_has_changed(record, checkpoints):
+            left_out.append(f"{record.run_name}: the model that it was made from has changed since")
         else:
             usable.append(record)
     return usable, left_out
+
+
+def first_seeds(records: Iterable[Record]) -> list[Record]:
+    """Each model's run with the lowest seed: the one whose latency stands in the table."""
+    first: dict[str, Record] = {}
+    for record in sorted(records, key=lambda record: record.seed):
+        first.setdefault(record.model, record)
+    return list(first.values())
+
+
+def _parent_has_changed(record: Record, checkpoints: Path) -> bool:
+    if record.parent is None:
+        return False
+    path = checkpoints / f"{record.parent['model']}-seed{record.seed}.safetensors"
+    return path.is_file() and sha256(path) != record.parent["sha256"]
 
 
 def write_table(folder: Path, table: pd.DataFrame, *, title: str) -> None:

@@ -89,6 +89,15 @@ def test_training_gradients_agree_with_the_mask_loop() -> None:
         torch.testing.assert_close(dispatched[name], expected, atol=1e-3, rtol=1e-3)
 
 
+def test_training_step_of_one_image_leaves_most_experts_without_rows() -> None:
+    model = make_moe(RoutingConfig(num_experts=8, top_k=1)).train()
+    routed = model.routed(torch.rand(1, 1, 28, 28))
+    routed.logits.sum().backward()
+    gradient = model.experts.weight_in.grad
+    assert gradient is not None
+    assert ((gradient != 0).any(dim=(1, 2)) == (routed.expert_load > 0)).all()
+
+
 def test_routes_are_fixed_in_evaluation_and_noisy_in_training() -> None:
     model = make_moe()
     pixels = torch.rand(200, 1, 28, 28)

@@ -41,7 +41,9 @@ def make_record(model: str = "FFN_baseline", seed: int = 0, order: int = 0, **me
         seed=seed,
         order=order,
         config={},
-        parent={"model": "FFN_baseline", "sha256": ""} if is_int8 else None,
+        parent={"model": "FFN_baseline", "file": f"FFN_baseline-seed{seed}.safetensors", "sha256": ""}
+        if is_int8
+        else None,
         checkpoint={"file": f"{model}-seed{seed}.safetensors", "sha256": ""},
         artifact={"file": f"{model}-seed{seed}.onnx", "sha256": ""},
         params_total=10,
@@ -139,6 +141,20 @@ def test_table_takes_only_this_cpus_records_with_their_checkpoints(tmp_path: Pat
     usable, left_out = records.usable_records([good, elsewhere, changed, gone], tmp_path, "here")
     assert usable == [good]
     assert len(left_out) == 3
+
+
+def test_table_leaves_out_what_was_made_from_an_older_parent(tmp_path: Path) -> None:
+    path, parent = tmp_path / "FFN_PTQ_INT8-seed0.safetensors", tmp_path / "FFN_baseline-seed0.safetensors"
+    path.write_bytes(b"int8")
+    parent.write_bytes(b"old weights")
+    record = make_record("FFN_PTQ_INT8")
+    record.checkpoint["sha256"] = sha256(path)
+    record.parent = {"model": "FFN_baseline", "sha256": sha256(parent)}
+    assert records.usable_records([record], tmp_path, "here") == ([record], [])
+    parent.write_bytes(b"new weights")
+    usable, left_out = records.usable_records([record], tmp_path, "here")
+    assert usable == []
+    assert "FFN_PTQ_INT8-seed0" in left_out[0]
 
 
 def test_predictions_keep_the_exact_class(tmp_path: Path) -> None:

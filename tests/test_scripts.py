@@ -197,6 +197,22 @@ class TestWholeSuite:
     def test_end_of_file_at_the_prompt(self, finished_bench: Bench, answer: str) -> None:
         finished_bench.expect_user_error("run_all_experiments", says="--mode", stdin=answer)
 
+    def test_variants_are_timed_together_with_the_nine(self, finished_bench: Bench) -> None:
+        assert finished_bench("moe_mnist", "--top-k", "1").code == 0
+        assert finished_bench("run_all_experiments", "--mode", "load", "--seed", "1").code == 0
+        table = pd.read_csv(finished_bench.results / "table.csv")
+        assert len(table) == 16
+        assert table["latency_ms_b64"].notna().all()
+        first_runs = [record for record in load_records(finished_bench.results) if record.seed == 0]
+        sessions = {m.latency_session for record in first_runs for m in record.measurements.values()}
+        assert len(first_runs) == 10
+        assert len(sessions) == 1
+
+    def test_broken_record_is_named_before_the_work(self, finished_bench: Bench) -> None:
+        path = finished_bench.results / "runs" / "FFN_baseline-epochs1-seed0.json"
+        path.write_text(path.read_text()[:100])
+        finished_bench.expect_user_error("run_all_experiments", "--mode", "load", says=path.name)
+
 
 class TestSingleScripts:
     def test_moe_options_name_the_model_and_reach_it(self, bench: Bench) -> None:
@@ -276,6 +292,7 @@ class TestBadInput:
             ("baseline_mnist --threads 100000", "--threads"),
             ("baseline_mnist --seed=-1", "--seed"),
             ("baseline_mnist --device warp", "--device warp"),
+            ("baseline_mnist --device meta", "--device meta"),
             ("baseline_mnist --preset huge", "huge"),
             ("baseline_mnist --dataset cifar", "cifar"),
             ("baseline_mnist --data-dir nowhere --dataset mnist", "nowhere"),
