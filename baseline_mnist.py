@@ -4,14 +4,15 @@ python baseline_mnist.py                    # about 98.9 % test accuracy in unde
 python baseline_mnist.py --recipe quick     # about 98 % in seconds
 """
 
-from mnist_lab.console import make_and_print
+from mnist_lab.console import make_and_print, open_lab
 from mnist_lab.options import Options
 from mnist_lab.rows import ffn_baseline
 from mnist_lab.scripts import run_script
 
 
 def main(options: Options) -> None:
-    make_and_print(options, ffn_baseline(suffix=options.suffix))
+    with open_lab(options) as lab:
+        make_and_print(lab, ffn_baseline(suffix=options.suffix), options.seed)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mnist_lab.compress.distill import DistillationConfig
-from mnist_lab.console import make_and_print
+from mnist_lab.console import make_and_print, open_lab
 from mnist_lab.options import Options
 from mnist_lab.rows import student
 from mnist_lab.scripts import run_script
@@ -27,7 +27,8 @@ class KDOptions(Options):
 
 def main(options: KDOptions) -> None:
     distillation = options.softening if options.distillation else None
-    make_and_print(options, student(options.teacher, distillation, suffix=options.suffix))
+    with open_lab(options) as lab:
+        make_and_print(lab, student(options.teacher, distillation, suffix=options.suffix), options.seed)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ python moe_mnist.py --top-k 4                            # every expert: the den
 
 from dataclasses import dataclass, field
 
-from mnist_lab.console import make_and_print, print_expert_load
+from mnist_lab.console import make_and_print, open_lab, print_expert_load
 from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.options import Options
 from mnist_lab.rows import sparse_moe
@@ -20,8 +20,9 @@ class MoEOptions(Options):
 
 
 def main(options: MoEOptions) -> None:
-    (record,) = make_and_print(options, sparse_moe(options.routing, suffix=options.suffix))
-    print_expert_load(record)
+    with open_lab(options) as lab:
+        row = sparse_moe(options.routing, suffix=options.suffix)
+        print_expert_load(make_and_print(lab, row, options.seed))
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ python ptq_mnist.py --model moe --mode static       # the contrast
 from dataclasses import dataclass
 
 from mnist_lab.compress.quantize import Mode
-from mnist_lab.console import make_and_print, print_proof
-from mnist_lab.options import Options, check_positive
+from mnist_lab.console import make_and_print, open_lab, print_proof
+from mnist_lab.options import Options, check_count
 from mnist_lab.rows import CALIBRATION_SIZE, ModelName, quantized, trained
 from mnist_lab.scripts import run_script
 
@@ -26,13 +26,14 @@ class PTQOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive("--calibration-size", self.calibration_size)
+        check_count("--calibration-size", self.calibration_size)
 
 
 def main(options: PTQOptions) -> None:
     row = quantized(options.model, options.mode, options.calibration_size, suffix=options.suffix)
-    record, _ = make_and_print(options, row, beside=trained(options.model, suffix=options.suffix))
-    print_proof(record)
+    with open_lab(options) as lab:
+        parent = trained(options.model, suffix=options.suffix)
+        print_proof(make_and_print(lab, row, options.seed, beside=parent))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mnist_lab.console import run_table
-from mnist_lab.options import Options, check_positive
+from mnist_lab.options import Options, check_count
 from mnist_lab.scripts import run_script
 
 
@@ -23,7 +23,7 @@ class RunOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_positive("--seeds", self.seeds)
+        check_count("--seeds", self.seeds)
 
 
 def main(options: RunOptions) -> None:

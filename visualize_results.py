@@ -11,7 +11,7 @@ from typing import Literal
 
 from mnist_lab.errors import UserError
 from mnist_lab.plots import draw_all
-from mnist_lab.records import Record, load_records
+from mnist_lab.records import RECORD_PATTERN, Record, load_records
 from mnist_lab.scripts import run_script
 
 
@@ -43,7 +43,7 @@ def find_folders(root: Path) -> list[Path]:
     Raises:
         UserError: there is none.
     """
-    folders = sorted({path.parent.parent for path in root.rglob("runs/*.json")})
+    folders = sorted({path.parent.parent for path in root.rglob(f"runs/{RECORD_PATTERN}")})
     if not folders:
         raise UserError(
             f"no records (runs/*.json) in {root}; make some with run_all_experiments.py, or name another --results"

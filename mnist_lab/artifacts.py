@@ -26,8 +26,8 @@ def read_onnx_metadata(path: Path) -> dict[str, Any]:
     try:
         properties = onnx.load(path).metadata_props
         metadata = {entry.key: json.loads(entry.value) for entry in properties}
-    except (DecodeError, json.JSONDecodeError, OSError) as error:
-        raise UserError(f"{path} is truncated or not an artifact of this suite ({error}). Delete it.") from error
+    except (DecodeError, onnx.checker.ValidationError, ValueError, OSError) as error:
+        raise UserError(f"{path} is truncated or not an artifact of this suite ({error}). Move it away.") from error
     if "parent_sha256" not in metadata:
         raise UserError(f"{path} is not an artifact of this suite. Move it away.")
     return metadata

@@ -58,8 +58,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = {key: json.loads(value) for key, value in (file.metadata() or {}).items()}
-    except (safetensors.SafetensorError, json.JSONDecodeError, OSError) as error:
-        raise UserError(f"{path} is truncated or not a checkpoint ({error}). Delete it and train again.") from error
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise UserError(f"{path} is truncated or not a checkpoint ({error}). Move it away and train again.") from error
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is not a checkpoint of this suite. Move it away and train again.")
     return metadata

@@ -56,22 +56,23 @@ def open_lab(options: Options) -> Iterator[Lab]:
     _print_notice(dataset.notice)
 
 
-def make_and_print(options: Options, row: Row, *, beside: Row | None = None) -> list[Record]:
+def make_and_print(lab: Lab, row: Row, seed: int, *, beside: Row | None = None) -> Record:
     """Make one row, time it (by turns with a finished row to compare with), and print the figures."""
-    with open_lab(options) as lab:
-        records = [experiments.make_row(lab, row, options.seed)]
-        if beside is not None:
-            records.append(experiments.load_or_measure_row(lab, beside, options.seed))
-        experiments.measure_latencies(lab, records)
-        print_table(records)
-        print(f"\nmodel: {lab.output(row, options.seed)}\nto deploy: {lab.artifact(row.model, options.seed)}")
-        print(f"record: {lab.record(row.model, options.seed)}")
-    return records
+    records = [experiments.make_row(lab, row, seed)]
+    if beside is not None:
+        records.append(experiments.load_or_measure_row(lab, beside, seed))
+        if reason := experiments.find_reason_to_make(lab, beside, seed):
+            print(f"note: {beside.model} is {reason}")
+    experiments.measure_latencies(lab, records)
+    print_table(records)
+    print(f"\nmodel: {lab.output(row, seed)}\nto deploy: {lab.artifact(row.model, seed)}")
+    print(f"record: {lab.record(row.model, seed)}")
+    return records[0]
 
 
 def print_table(records: list[Record]) -> None:
     """The table and its comparisons, as plain aligned text that a pipe keeps whole."""
-    print(f"\n{format_summary(build_table(records))}", flush=True)
+    print(f"\n{format_summary(build_table(records))}\n\n{SUMMARY_LEGEND}", flush=True)
 
 
 def print_expert_load(record: Record) -> None:
@@ -101,11 +102,13 @@ def run_table(options: Options, *, mode: Mode | None, seeds: range) -> None:
         mode = mode or ask_mode()
         make = experiments.make_row if mode == "train" else experiments.load_or_make_row
         start = time.perf_counter()
+        records = []
         for number, (row, seed) in enumerate(jobs, start=1):
             record = make(lab, row, seed)
+            records.append(record)
             progress = f"[{number}/{len(jobs)}, {time.perf_counter() - start:.0f} s]"
             print(f"{progress} {record.run_name}: validation accuracy {record.validation_acc:.2%}", flush=True)
-        usable, left_out = usable_records(load_records(lab.results), lab.checkpoints, cpu_model())
+        usable, left_out = usable_records(load_records(lab.results), lab.checkpoints, cpu_model(), current=records)
         for line in left_out:
             print(f"not in the table: {line}")
         experiments.measure_latencies(lab, first_seeds(usable))
@@ -129,8 +132,8 @@ def ask_mode() -> Mode:
     while True:
         try:
             answer = input("train all anew, or load what is up to date? [train/load] ").strip().lower()
-        except EOFError as error:
-            raise UserError("the input ended before an answer; pass --mode train or --mode load") from error
+        except (EOFError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: standard input is closed
+            raise UserError("the input holds no answer; pass --mode train or --mode load") from error
         modes: tuple[Mode, ...] = ("train", "load")
         for mode in modes:
             if answer and mode.startswith(answer):
@@ -145,7 +148,7 @@ def write_results(lab: Lab, records: list[Record]) -> None:
     table = build_table(records)
     write_table(lab.results, table, title=f"{lab.dataset.name}, {lab.preset} models, {lab.recipe_name} recipe")
     print_table(records)
-    print(f"\n{SUMMARY_LEGEND}\n\ntable: {lab.results / 'table.csv'} and table.md")
+    print(f"\ntable: {lab.results / 'table.csv'} and table.md")
     for path in draw_all(lab.results, records):
         print(f"plot: {path}")
 

@@ -33,9 +33,9 @@ TORCHVISION_CLASSES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnis
 SPLIT_ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
     "qmnist": {"train": {"what": "train"}, "test": {"what": "test10k"}},
 }
-HOW_TO_GET_MNIST = (
-    "To get MNIST: connect to a network once (it is downloaded into ./data), "
-    "or point --data-dir or MNIST_LAB_DATA at a folder that holds MNIST/raw/."
+HOW_TO_GET_DATA = (
+    "To get {0}: connect to a network once (it is downloaded into ./data), "
+    "or point --data-dir or MNIST_LAB_DATA at a folder that holds {0}/raw/."
 )
 
 
@@ -81,25 +81,25 @@ def load_dataset(name: DatasetName | None = None, data_dir: Path | None = None) 
             asked for by name and cannot be had.
     """
     if name == "digits":
-        return _split_off_validation("digits", _digits("train"), lambda: _digits("test"))
+        return _load_digits()
     given = data_dir or (Path(d) if (d := os.environ.get("MNIST_LAB_DATA")) else None)
     try:
         root = given if given is not None else _download(name or "mnist")
     except OSError as error:
         if name is not None:
             raise UserError(
-                f"--dataset {name} cannot be downloaded ({error}). {HOW_TO_GET_MNIST} "
+                f"--dataset {name} cannot be downloaded ({error}). {_how_to_get(name)} "
                 "Or take --dataset digits, which needs neither."
             ) from error
         notice = (
             "MNIST is not here and cannot be downloaded, so this run uses the small bundled data set "
-            f"'digits'; its figures say nothing about MNIST. {HOW_TO_GET_MNIST}"
+            f"'digits'; its figures say nothing about MNIST. {_how_to_get('mnist')}"
         )
-        return _split_off_validation("digits", _digits("train"), lambda: _digits("test"), notice=notice)
+        return _load_digits(notice=notice)
     found: DatasetName = name or "mnist"
     _check_files(found, root)
     return _split_off_validation(
-        found, _read_torchvision(found, root, "train"), lambda: _read_torchvision(found, root, "test")
+        found, _read_torchvision(found, root, "train"), lambda: _to_split(*_read_torchvision(found, root, "test"))
     )
 
 
@@ -187,13 +187,16 @@ def _torchvision_dataset(name: DatasetName, root: Path, split: Literal["train", 
     return _torchvision_class(name)(root, **arguments, **options)
 
 
-def _read_torchvision(name: DatasetName, root: Path, split: Literal["train", "test"]) -> Any:
-    """Training images as (uint8 pixels, labels), or the test split."""
+def _read_torchvision(name: DatasetName, root: Path, split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
+    """Pixels (N, 28, 28) as bytes, and labels."""
     try:
         data = _torchvision_dataset(name, root, split)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TypeError, OSError) as error:
         raise UserError(f"{name} in {root} cannot be read: {error}") from error
-    return (data.data, data.targets) if split == "train" else _to_split(data.data, data.targets)
+    labels = data.targets if data.targets.ndim == 1 else data.targets[:, 0]  # QMNIST has more to say of each image
+    if len(labels) != len(data.data):
+        raise UserError(f"{name} in {root} is broken: {len(data.data):,} {split} images, {len(labels):,} labels")
+    return data.data, labels
 
 
 def _check_files(name: DatasetName, root: Path) -> None:
@@ -204,13 +207,16 @@ def _check_files(name: DatasetName, root: Path) -> None:
     """
     raw = root / TORCHVISION_CLASSES[name] / "raw"
     if not raw.is_dir():
-        raise UserError(f"no {name} in {root}: the folder {raw} does not exist. {HOW_TO_GET_MNIST}")
+        raise UserError(f"no {name} in {root}: the folder {raw} does not exist. {_how_to_get(name)}")
     for file_name in _file_names(name):
         path = raw / file_name
         if not path.is_file():
-            raise UserError(f"{name} in {root} is incomplete: {path} is missing. {HOW_TO_GET_MNIST}")
-        with path.open("rb") as file:
-            header = file.read(16)
+            raise UserError(f"{name} in {root} is incomplete: {path} is missing. {_how_to_get(name)}")
+        try:
+            with path.open("rb") as file:
+                header = file.read(16)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
         num_dimensions = header[3] if len(header) >= 4 else 0
         item_bytes = {8: 1, 12: 4}.get(header[2] if len(header) >= 4 else 0, 0)
         header_bytes = 4 + 4 * num_dimensions
@@ -224,6 +230,10 @@ def _check_files(name: DatasetName, root: Path) -> None:
                 f"{name} in {root} is broken: {path} has {path.stat().st_size:,} bytes, its header promises "
                 f"{expected_bytes:,}. Delete it and fetch it again."
             )
+
+
+def _how_to_get(name: DatasetName) -> str:
+    return HOW_TO_GET_DATA.format(TORCHVISION_CLASSES[name])
 
 
 def _file_names(name: DatasetName) -> list[str]:
@@ -261,7 +271,11 @@ def _download(name: DatasetName) -> Path:
     return DOWNLOAD_DIR
 
 
-def _digits(split: Literal["train", "test"]) -> Any:
+def _load_digits(*, notice: str = "") -> Dataset:
+    return _split_off_validation("digits", _digits("train"), lambda: _to_split(*_digits("test")), notice=notice)
+
+
+def _digits(split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
     """scikit-learn's UCI digits, 8x8, enlarged to 20x20 and padded to 28x28 as MNIST is."""
     from sklearn.datasets import load_digits
 
@@ -272,5 +286,4 @@ def _digits(split: Literal["train", "test"]) -> Any:
     labels = torch.from_numpy(targets).long()
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     rows = order[:360] if split == "test" else order[360:]
-    chosen = pixels_u8[rows], labels[rows]
-    return chosen if split == "train" else _to_split(*chosen)
+    return pixels_u8[rows], labels[rows]

@@ -198,6 +198,8 @@ def describe_conditions(
         parts += [
             f"latency: median{' and quartiles' if bars else ''}, {threads} thread{'s' if threads > 1 else ''}, {cpu}"
         ]
+        if (sessions := len({model.measurements[0].latency_session for model in timed})) > 1:
+            parts[-1] += f", from {sessions} sessions, whose times compare only roughly"
     parts += [note] if note else []
     write_footnote(figure, "; ".join(parts))
 

@@ -1,9 +1,17 @@
-"""The two ways in which a run ends early for a reason worth one line instead of a traceback."""
+"""The ways in which a run ends early for a reason worth one line instead of a traceback."""
 
 
 class UserError(ValueError):
     """The user's input is wrong: the message names the value, what is allowed and what to do."""
 
 
-class TrainingDiverged(RuntimeError):
+class RunFailed(RuntimeError):
+    """The run cannot go on, through no fault of the input; the message says why."""
+
+
+class TrainingDiverged(RunFailed):
     """The loss is no longer a finite number: the message names the model, epoch and step."""
+
+
+class NotInteger(RunFailed):
+    """The engine does not run an INT8 model in integers, or runs in integers what should be float."""

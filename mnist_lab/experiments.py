@@ -72,9 +72,11 @@ def make_row(lab: Lab, row: Row, seed: int) -> Record:
     """Train or convert one model, save and export it, measure its quality, and keep the record.
 
     Raises:
-        UserError: its parent's checkpoint is missing or broken; a folder cannot be written.
+        UserError: its parent's checkpoint is missing or broken; a file in its place is not its own; a folder
+            cannot be written.
         TrainingDiverged: the loss is no longer finite. The previous checkpoint stays.
     """
+    find_reason_to_make(lab, row, seed)  # refuses to overwrite what is not this row's
     if isinstance(row, Quantized):
         quantize_row(lab, row, seed)
         return measure_row(lab, row, seed)
@@ -94,10 +96,14 @@ def load_or_measure_row(lab: Lab, row: Row, seed: int) -> Record:
     """The record of a finished model, measured anew where it is missing or not of this file and machine."""
     path = lab.record(row.model, seed)
     record = load_record(path) if path.exists() else None
-    if record is None or record.checkpoint["sha256"] != sha256(lab.output(row, seed)):
+    if (
+        record is None
+        or record.checkpoint["sha256"] != sha256(lab.output(row, seed))
+        or record.artifact["sha256"] != sha256(_artifact_of(lab, row, seed))
+        or record.machine != describe_machine()
+        or record.versions != package_versions()
+    ):
         return measure_row(lab, row, seed)
-    if record.machine != describe_machine() or record.versions != package_versions():
-        return measure_row(lab, row, seed, train_seconds=record.train_seconds)
     return record
 
 
@@ -107,6 +113,9 @@ def find_reason_to_make(lab: Lab, row: Row, seed: int) -> str | None:
     Raises:
         UserError: the file is broken, or belongs to another preset, recipe or data set: it is not overwritten.
     """
+    artifact = lab.artifact(row.model, seed)
+    if artifact.exists():
+        _check_owner(lab, artifact, row.model, read_onnx_metadata(artifact))
     path = lab.output(row, seed)
     if not path.exists():
         return "missing"
@@ -185,34 +194,21 @@ def ensure_artifact(lab: Lab, model: str, seed: int) -> Path:
 
 def measure_row(lab: Lab, row: Row, seed: int, *, train_seconds: float | None = None) -> Record:
     """Accuracy, loss, calibration and size of a finished model in each of its runtimes. Keeps the record."""
-    artifact = lab.artifact(row.model, seed)
-    proof: dict[str, Any] | None = None
+    artifact = _artifact_of(lab, row, seed)
     if isinstance(row, Trained):
-        ensure_artifact(lab, row.model, seed)
         checkpoint = load_checkpoint(lab.output(row, seed))
-        model, metadata = checkpoint.model, checkpoint.metadata
-        files = {"pytorch": lab.output(row, seed), "onnxruntime": artifact}
+        model, metadata, proof = checkpoint.model, checkpoint.metadata, None
     else:
         model, metadata = _load_parent(lab, row.parent, seed), read_onnx_metadata(artifact)
-        files = {"onnxruntime": artifact}
-        parent_artifact = ensure_artifact(lab, row.parent, seed)
-        proof = asdict(prove_integer(artifact, parent_artifact, keep_float=FLOAT_PRODUCTS))
-    measurements, logits = {}, {}
-    for runtime, file in files.items():
-        session = _open(lab, row.model, seed, runtime, threads=os.cpu_count() or 1)
-        measurements[runtime], logits[runtime] = _measure_quality(lab, session, file, model)
-    first_logits = logits[row.runtimes[0]]
-    if proof is not None:
-        parent_session = OnnxRuntimeSession(parent_artifact, threads=os.cpu_count() or 1)
-        fp32_classes = measure.predict(parent_session.predict, lab.test.numpy()[0]).argmax(axis=1)
-        proof["same_class_as_fp32"] = float((first_logits.argmax(axis=1) == fp32_classes).mean())
-    if "validation_acc" not in metadata:
-        pixels, labels = lab.dataset.validation.numpy()
-        validation_logits = measure.predict(session.predict, pixels)
-        metadata |= {
-            "validation_acc": measure.accuracy(validation_logits, labels),
-            "validation_loss": measure.cross_entropy(validation_logits, labels),
-        }
+        proof = _prove(lab, row, seed)
+    sessions = {runtime: _open(lab, row.model, seed, runtime, threads=os.cpu_count() or 1) for runtime in row.runtimes}
+    measurements = {
+        runtime: _measure_quality(lab, session, lab.output(row, seed) if runtime == "pytorch" else artifact, model)
+        for runtime, session in sessions.items()
+    }
+    first_session = sessions[row.runtimes[0]]
+    validation_pixels, validation_labels = lab.dataset.validation.numpy()
+    validation_logits = measure.predict(first_session.predict, validation_pixels)
     params_total, params_active = count_parameters(model)
     record = Record(
         model=row.model,
@@ -229,8 +225,8 @@ def measure_row(lab: Lab, row: Row, seed: int, *, train_seconds: float | None = 
         artifact={"file": artifact.name, "sha256": sha256(artifact)},
         params_total=params_total,
         params_active=params_active,
-        validation_acc=metadata["validation_acc"],
-        validation_loss=metadata["validation_loss"],
+        validation_acc=measure.accuracy(validation_logits, validation_labels),
+        validation_loss=measure.cross_entropy(validation_logits, validation_labels),
         train_seconds=train_seconds,
         train_threads=metadata.get("train_threads"),
         curves=metadata.get("curves", []),
@@ -240,7 +236,7 @@ def measure_row(lab: Lab, row: Row, seed: int, *, train_seconds: float | None = 
         expert_by_class=_expert_by_class(model, lab.test) if isinstance(row, Trained) else None,
         proof=proof,
     )
-    save_predictions(lab.results, record.run_name, first_logits)
+    save_predictions(lab.results, record.run_name, measure.predict(first_session.predict, lab.test.numpy()[0]))
     save_record(lab.results, record)
     return record
 
@@ -292,16 +288,30 @@ def _open(lab: Lab, model: str, seed: int, runtime: str, *, threads: int) -> Ses
     )
 
 
-def _measure_quality(
-    lab: Lab, session: Session, file: Path, model: FFN | SparseMoE
-) -> tuple[Measurement, measure.Array]:
+def _artifact_of(lab: Lab, row: Row, seed: int) -> Path:
+    """The file to deploy: exported where it is due, or itself the row's output."""
+    return ensure_artifact(lab, row.model, seed) if isinstance(row, Trained) else lab.output(row, seed)
+
+
+def _prove(lab: Lab, row: Quantized, seed: int) -> dict[str, Any]:
+    """That the file on disk runs in integers here, and on how many test images it agrees with its parent."""
+    artifact, parent_artifact = lab.output(row, seed), ensure_artifact(lab, row.parent, seed)
+    integer_products = asdict(prove_integer(artifact, parent_artifact, keep_float=FLOAT_PRODUCTS))
+    int8_classes, fp32_classes = (
+        measure.predict(OnnxRuntimeSession(path, threads=os.cpu_count() or 1).predict, lab.test.numpy()[0]).argmax(1)
+        for path in (artifact, parent_artifact)
+    )
+    return integer_products | {"same_class_as_fp32": float((int8_classes == fp32_classes).mean())}
+
+
+def _measure_quality(lab: Lab, session: Session, file: Path, model: FFN | SparseMoE) -> Measurement:
     train_pixels, train_labels = lab.dataset.train.numpy()
     test_pixels, test_labels = lab.test.numpy()
     train_logits = measure.predict(session.predict, train_pixels)
     test_logits = measure.predict(session.predict, test_pixels)
     test = measure.quality(test_logits, test_labels)
     size_bytes = artifact_bytes(file) if file.suffix == ".onnx" else parameter_bytes(model)
-    measurement = Measurement(
+    return Measurement(
         version=session.version,
         test_acc=test.acc,
         test_loss=test.loss,
@@ -313,7 +323,6 @@ def _measure_quality(
         bins=asdict(test.bins),
         confusion=test.confusion,
     )
-    return measurement, test_logits
 
 
 def _expert_by_class(model: FFN | SparseMoE, split: Split) -> list[list[float]] | None:
@@ -371,10 +380,12 @@ def _model_config(lab: Lab, row: Trained) -> ModelConfig:
 def _load_parent(lab: Lab, model: str, seed: int) -> FFN | SparseMoE:
     path = lab.checkpoint(model, seed)
     if not path.exists():
-        script = {"FFN": "baseline_mnist.py", "Sparse": "moe_mnist.py", "KD": "kd_mnist.py"}[model.partition("_")[0]]
+        script = {"FFN_baseline": "baseline_mnist.py", "Sparse_MoE": "moe_mnist.py"}.get(
+            model.partition("-")[0], "kd_mnist.py"
+        )
         raise UserError(
-            f"{model} is needed first, and {path} does not exist. Train it with: python {script}, "
-            "and the same --preset, --recipe, --dataset, --seed and --checkpoints."
+            f"{model} is needed first, and {path} does not exist. Train it with: python {script}, and the same "
+            "options --preset, --recipe, --dataset, --seed, --epochs, --batch-size and --checkpoints."
         )
     checkpoint = load_checkpoint(path)
     _check_owner(lab, path, model, checkpoint.metadata)

@@ -48,8 +48,8 @@ def ensure_writable(folder: Path) -> None:
     Raises:
         UserError: it cannot.
     """
-    existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     try:
+        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
         with tempfile.TemporaryFile(dir=existing):
             pass
     except OSError as error:

@@ -1,6 +1,5 @@
 """The options that every training and converting script takes."""
 
-import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,6 +12,8 @@ from mnist_lab.models import PresetName
 from mnist_lab.rows import departures
 from mnist_lab.training import RECIPES, Recipe, RecipeName
 
+MAX_COUNT = 10**9
+
 
 @dataclass(frozen=True)
 class Options:
@@ -21,7 +22,7 @@ class Options:
     preset: PresetName = "compact"
     """Set of architectures."""
     recipe: RecipeName = "standard"
-    """Training budget: quick (seconds a model), standard (a minute or so), best (as good as it gets)."""
+    """Training budget: quick (seconds a model), standard (up to two minutes), best (as good as it gets)."""
     dataset: DatasetName | None = None
     """Data set; when not given, MNIST, or the bundled digits where MNIST can be neither found nor downloaded."""
     data_dir: Path | None = None
@@ -44,9 +45,9 @@ class Options:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < 2**32:
             raise UserError(f"--seed {self.seed} must lie between 0 and {2**32 - 1}")
-        check_positive("--epochs", self.epochs)
-        check_positive("--batch-size", self.batch_size)
-        check_positive("--threads", self.threads)
+        check_count("--epochs", self.epochs)
+        check_count("--batch-size", self.batch_size)
+        check_count("--threads", self.threads)
         cores = os.cpu_count() or 1
         if self.threads > cores:
             raise UserError(f"--threads {self.threads} is more than this machine's {cores} cores")
@@ -66,11 +67,11 @@ class Options:
         return departures(self.make_recipe(), {"epochs": "epochs", "batch_size": "batch"}, default=RECIPES[self.recipe])
 
 
-def check_positive(name: str, value: float | None) -> None:
-    """Reject zero, negative and non-finite numbers; None is an option not given.
+def check_count(name: str, value: int | None) -> None:
+    """Reject what is no sensible count; None is an option not given.
 
     Raises:
         UserError: with the option's name.
     """
-    if value is not None and not (math.isfinite(value) and value > 0):
-        raise UserError(f"{name} {value} must be a number above 0")
+    if value is not None and not 1 <= value <= MAX_COUNT:
+        raise UserError(f"{name} {value} must lie between 1 and {MAX_COUNT:,}")

@@ -317,7 +317,8 @@ def reliability_diagram(records: Sequence[Record]) -> Figure | None:
 
 def expert_load(records: Sequence[Record]) -> Figure | None:
     """Per MoE, first seed: every expert's share of the load over training, and of each class in the end."""
-    models = [m for m in find_models(records) if m.runs[0].expert_by_class and m.runs[0].curves][:MAX_MOE_VARIANTS]
+    found = [m for m in find_models(records) if m.runs[0].expert_by_class and m.runs[0].curves]
+    models = found[:MAX_MOE_VARIANTS]
     if not models:
         return None
     figure, panels = make_figure(
@@ -335,7 +336,8 @@ def expert_load(records: Sequence[Record]) -> Figure | None:
         )  # fmt: skip
         class_axes.set(xlabel=class_name, ylabel="expert")
         class_axes.set_title(f"{model.name}: who gets which {class_name}, test images", fontsize=10)
-    write_footnote(figure, f"first seed ({models[0].runs[0].seed}); a pair is one image at one of its experts")
+    more = f"; {len(found) - len(models)} more not shown" if len(found) > len(models) else ""
+    write_footnote(figure, f"first seed ({models[0].runs[0].seed}); a pair is one image at one of its experts{more}")
     return figure
 
 

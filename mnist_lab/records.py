@@ -5,7 +5,7 @@
 """
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from mnist_lab.files import sha256, write_atomically
 
 SCHEMA = 1
 BASELINE = "FFN_baseline"
+RECORD_PATTERN = "[!.]*.json"  # not what an interrupted write left
 TABLE_BATCHES = (1, 64, 1024)
 COLUMNS = [
     "model",
@@ -110,11 +111,12 @@ def load_record(path: Path) -> Record:
     """
     try:
         fields = json.loads(path.read_text())
-        if fields["schema"] != SCHEMA:
-            raise UserError(f"{path} has schema {fields['schema']}, this version reads {SCHEMA}. Run it again.")
         fields["measurements"] = {name: Measurement(**values) for name, values in fields["measurements"].items()}
-        return Record(**fields)
-    except (OSError, json.JSONDecodeError, KeyError, TypeError) as error:
+        record = Record(**fields)
+        if record.schema != SCHEMA:
+            raise ValueError(f"schema {record.schema}, this version reads {SCHEMA}")
+        return record
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{path} is not a record of this suite ({error}). Delete it and run the model again."
         ) from error
@@ -122,7 +124,7 @@ def load_record(path: Path) -> Record:
 
 def load_records(folder: Path) -> list[Record]:
     """All records below a results folder, in the order of the table, then by seed."""
-    records = [load_record(path) for path in sorted((folder / "runs").glob("*.json"))]
+    records = [load_record(path) for path in sorted((folder / "runs").glob(RECORD_PATTERN))]
     return sorted(records, key=lambda record: (record.order, record.model, record.seed))
 
 
@@ -155,7 +157,7 @@ def build_table(records: Iterable[Record]) -> pd.DataFrame:
         for runtime in record.measurements:
             by_row.setdefault((record.order, record.model, runtime), []).append(record)
     rows = [_table_row(group, runtime) for (_, _, runtime), group in sorted(by_row.items(), key=_row_order)]
-    return pd.DataFrame(rows, columns=[*COLUMNS, "fp32_model"])
+    return pd.DataFrame(rows, columns=[*COLUMNS, "seed_numbers", "fp32_model"])
 
 
 def _row_order(item: tuple[tuple[int, str, str], object]) -> tuple[int, str, bool, str]:
@@ -189,6 +191,7 @@ def _table_row(records: list[Record], runtime: str) -> dict[str, Any]:
             for batch in TABLE_BATCHES
         },
         "threads": timed.threads,
+        "seed_numbers": " ".join(str(record.seed) for record in sorted(records, key=lambda record: record.seed)),
         "fp32_model": first.parent["model"] if first.precision == "INT8" and first.parent else None,
     }
 
@@ -206,7 +209,8 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
     """Every row against its own FP32 model (INT8 rows), and against the baseline (the first row's model).
 
     Both in the row's own runtime. Accuracy difference in percentage points, parameter storage as a
-    share, speed-up as a factor per batch size; NaN where there is nothing to compare with.
+    share, speed-up as a factor per batch size; NaN where there is nothing to compare with, for the
+    accuracy also where the two rows are not of the same seeds.
     """
     by_key = table.set_index(["model", "runtime"])
     columns: dict[str, pd.Series] = {
@@ -220,7 +224,8 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
     ):
         keys = pd.MultiIndex.from_arrays([reference, table["runtime"]])
         other = by_key.reindex(keys).set_index(table.index)
-        columns[f"acc_points_vs_{label}"] = (table["test_acc"] - other["test_acc"]) * 100
+        is_paired = table["seed_numbers"] == other["seed_numbers"]
+        columns[f"acc_points_vs_{label}"] = ((table["test_acc"] - other["test_acc"]) * 100).where(is_paired)
         columns[f"size_vs_{label}"] = table["size_mib"] / other["size_mib"]
         for batch in TABLE_BATCHES:
             column = f"latency_ms_b{batch}"
@@ -234,23 +239,35 @@ def _baseline(table: pd.DataFrame) -> str | None:
     return min(baselines, key=len, default=None)
 
 
-def usable_records(records: Iterable[Record], checkpoints: Path, cpu: str) -> tuple[list[Record], list[str]]:
+def usable_records(
+    records: Sequence[Record], checkpoints: Path, cpu: str, *, current: Sequence[Record] = ()
+) -> tuple[list[Record], list[str]]:
     """The records that a table of this machine may take, and one line for each that it may not.
 
-    Those were made on another CPU, or their checkpoint is gone or has changed since, or their parent's has.
+    Those were made on another CPU, or their checkpoint is gone or has changed since, or their parent's has,
+    or their settings or library versions are not those of the model's other seeds.
+
+    Args:
+        current: the records just made, whose settings a model's other seeds must share; a model that is not
+            among them goes by its lowest seed.
     """
-    usable, left_out = [], []
+    references = {record.model: record for record in [*reversed(first_seeds(records)), *reversed(current)]}
+    usable: list[Record] = []
+    reasons: dict[str, str] = {}  # by run, why it is left out; parents come first
     for record in records:
-        path = checkpoints / record.checkpoint["file"]
+        path, reference = checkpoints / record.checkpoint["file"], references[record.model]
+        parent_run = None if record.parent is None else f"{record.parent['model']}-seed{record.seed}"
         if record.machine["cpu"] != cpu:
-            left_out.append(f"{record.run_name}: made on another CPU ({record.machine['cpu']})")
+            reasons[record.run_name] = f"made on another CPU ({record.machine['cpu']})"
         elif not path.is_file() or sha256(path) != record.checkpoint["sha256"]:
-            left_out.append(f"{record.run_name}: its checkpoint {path} is gone or has changed")
-        elif _parent_has_changed(record, checkpoints):
-            left_out.append(f"{record.run_name}: the model that it was made from has changed since")
+            reasons[record.run_name] = f"its checkpoint {path} is gone or has changed"
+        elif _settings(record) != _settings(reference):
+            reasons[record.run_name] = f"made with other settings or library versions than {reference.run_name}"
+        elif parent_run in reasons or _parent_has_changed(record, checkpoints):
+            reasons[record.run_name] = f"{parent_run}, from which it was made, is left out or has changed since"
         else:
             usable.append(record)
-    return usable, left_out
+    return usable, [f"{run_name}: {reason}" for run_name, reason in reasons.items()]
 
 
 def first_seeds(records: Iterable[Record]) -> list[Record]:
@@ -259,6 +276,10 @@ def first_seeds(records: Iterable[Record]) -> list[Record]:
     for record in sorted(records, key=lambda record: record.seed):
         first.setdefault(record.model, record)
     return list(first.values())
+
+
+def _settings(record: Record) -> dict[str, Any]:
+    return {**record.config, "seed": None, "versions": record.versions}
 
 
 def _parent_has_changed(record: Record, checkpoints: Path) -> bool:
@@ -315,6 +336,7 @@ def format_summary(table: pd.DataFrame) -> str:
         "model": table["model"],
         "precision": table["precision"],
         "runtime": table["runtime"],
+        "seeds": table["seeds"],
         "acc": table["test_acc"].map(lambda value: f"{100 * value:.2f}") + interval,
         "MiB": table["size_mib"],
         **{f"ms b{batch}": table[f"latency_ms_b{batch}"] for batch in TABLE_BATCHES},

@@ -119,7 +119,9 @@ def departures(config: Any, labels: dict[str, str], *, default: Any = None) -> s
     """`-T10` for each field of `config` that differs from its default; `labels` maps field to `T`."""
     default = type(config)() if default is None else default
     changed = {field: getattr(config, field) for field in labels if getattr(config, field) != getattr(default, field)}
-    return "".join(
-        f"-{labels[field]}{value:g}" if isinstance(value, float) else f"-{labels[field]}{value}"
-        for field, value in changed.items()
-    )
+    return "".join(f"-{labels[field]}{_shortest(value)}" for field, value in changed.items())
+
+
+def _shortest(value: object) -> str:
+    """A value as text that no other value shares: 10.0 as 10."""
+    return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)

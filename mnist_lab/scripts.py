@@ -6,7 +6,7 @@ from typing import NoReturn, TypeVar
 
 import tyro
 
-from mnist_lab.errors import TrainingDiverged, UserError
+from mnist_lab.errors import RunFailed, UserError
 
 T = TypeVar("T")
 
@@ -20,7 +20,7 @@ def run_script(main: Callable[[T], None], options_type: type[T], description: st
         main(tyro.cli(options_type, description=description, config=(tyro.conf.OmitArgPrefixes,)))
     except UserError as error:
         _leave(f"error: {error}", 2)
-    except TrainingDiverged as error:
+    except RunFailed as error:
         _leave(f"failed: {error}", 1)
     except KeyboardInterrupt:
         _leave("interrupted; finished models and rows are kept", 130)

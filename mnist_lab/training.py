@@ -125,8 +125,7 @@ def fit(
                 total = torch.stack(list(loss.terms.values())).sum()
                 if not math.isfinite(total.item()):
                     raise TrainingDiverged(
-                        f"{name}: the loss is {total.item()} at step {step} of epoch {epoch}; "
-                        "nothing was saved. A smaller learning rate or larger batch may help."
+                        f"{name}: the loss is {total.item()} at step {step} of epoch {epoch}; nothing was saved"
                     )
                 optimizer.zero_grad()
                 total.backward()
@@ -137,6 +136,10 @@ def fit(
             logits = measure.predict(torch_predictor(model, device), validation_pixels)
             validation_acc = measure.accuracy(logits, validation_labels)
             validation_loss = measure.cross_entropy(logits, validation_labels)
+            if not math.isfinite(validation_loss):  # the last step's update may be what broke the weights
+                raise TrainingDiverged(
+                    f"{name}: the validation loss is {validation_loss} after epoch {epoch}; nothing was saved"
+                )
             curves.append(sums.metrics(epoch, float(schedule.get_last_lr()[0]), validation_loss, validation_acc))
             progress.update(task, description=f"{name}  val {validation_acc:.2%}")
     model.to("cpu")

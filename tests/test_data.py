@@ -1,10 +1,13 @@
 import shutil
+import struct
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
 
+from mnist_lab import data
 from mnist_lab.data import Augmentation, augment, calibration_pixels, load_dataset
 from mnist_lab.errors import UserError
 
@@ -49,6 +52,48 @@ def test_mnist_is_split_the_same_way_every_time(mnist_dir: Path) -> None:
     assert first.mean == pytest.approx(0.1307, abs=5e-4)
     assert first.std == pytest.approx(0.3081, abs=5e-4)
     assert torch.bincount(first.load_test().labels).tolist()[:3] == [980, 1135, 1032]
+
+
+def write_idx(path: Path, array: np.ndarray) -> None:
+    """The format of the MNIST files: type, dimensions, sizes, data; all big-endian."""
+    kind = {1: 8, 4: 12}[array.dtype.itemsize]
+    header = struct.pack(f">BBBB{array.ndim}I", 0, 0, kind, array.ndim, *array.shape)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(header + array.astype(array.dtype.newbyteorder(">")).tobytes())
+
+
+@pytest.fixture(params=["fashion-mnist", "kmnist", "qmnist"])
+def small_set(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[data.DatasetName, Path]:
+    """A data set of 120 + 60 images in torchvision's layout."""
+    name: data.DatasetName = request.param
+    raw = tmp_path / data.TORCHVISION_CLASSES[name] / "raw"
+    rng = np.random.default_rng(0)
+    for file in data._file_names(name):
+        num_images = 120 if "train" in file else 60
+        if "images" in file:
+            write_idx(raw / file, rng.integers(0, 256, (num_images, 28, 28), np.uint8))
+        elif name == "qmnist":  # eight numbers an image, the first of which is its class
+            write_idx(raw / file, np.arange(num_images * 8, dtype=np.int32).reshape(-1, 8) // 8 % 10)
+        else:
+            write_idx(raw / file, (np.arange(num_images) % 10).astype(np.uint8))
+    return name, tmp_path
+
+
+def test_other_sets_of_torchvision_are_read(small_set: tuple[data.DatasetName, Path]) -> None:
+    dataset = load_dataset(*small_set)
+    test = dataset.load_test()
+    assert [len(dataset.train), len(dataset.validation), len(test)] == [110, 10, 60]
+    assert test.labels.tolist() == [index % 10 for index in range(60)]
+    assert sorted(torch.cat([dataset.train.labels, dataset.validation.labels]).tolist()) == sorted([*range(10)] * 12)
+
+
+def test_labels_of_another_split_are_found(small_set: tuple[data.DatasetName, Path]) -> None:
+    name, root = small_set
+    raw = root / data.TORCHVISION_CLASSES[name] / "raw"
+    train, test = (next(raw.glob(f"*{split}*labels*")) for split in ("train", "t*k" if name != "qmnist" else "test"))
+    shutil.copyfile(test, train)
+    with pytest.raises(UserError, match="120 train images, 60 labels"):
+        load_dataset(name, root)
 
 
 def test_missing_folder_is_the_users_error(tmp_path: Path) -> None:

@@ -51,7 +51,9 @@ def test_teacher_is_frozen_and_in_evaluation_mode() -> None:
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-@pytest.mark.parametrize("values", [(0.0, 0.5), (-1.0, 0.5), (float("nan"), 0.5), (3.0, 1.1), (3.0, -0.1)])
+@pytest.mark.parametrize(
+    "values", [(0.0, 0.5), (-1.0, 0.5), (float("nan"), 0.5), (1e200, 0.5), (3.0, 1.1), (3.0, -0.1)]
+)
 def test_impossible_settings_are_the_users_error(values: tuple[float, float]) -> None:
     with pytest.raises(UserError):
         DistillationConfig(*values)

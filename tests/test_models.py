@@ -129,6 +129,7 @@ def test_capacity_drops_the_overflow_in_batch_order() -> None:
     kept, kept_load = limit_capacity(order, load, capacity_factor=1.0)  # ⌈1.0·6/2⌉ = 3
     assert kept.tolist() == [0, 1, 3, 2, 4]
     assert kept_load.tolist() == [3, 2]
+    assert limit_capacity(order, load, capacity_factor=1e300)[0].tolist() == order.tolist()
 
 
 def test_capacity_holds_in_training_only() -> None:
@@ -185,6 +186,7 @@ class TestBalance:
         model = make_moe(RoutingConfig(balance=balance, balance_weight=0.5)).train()  # type: ignore[arg-type]
         routed = model.routed(torch.rand(64, 1, 28, 28))
         assert set(routed.auxiliary) == parts
+        assert set(routed.weighted) == parts
         torch.testing.assert_close(routed.auxiliary_loss, 0.5 * sum(routed.auxiliary.values(), torch.zeros(())))
         if parts:
             routed.auxiliary_loss.backward()

@@ -11,6 +11,7 @@ from mnist_lab.artifacts import artifact_bytes, read_onnx_metadata
 from mnist_lab.compress import quantize as q
 from mnist_lab.compress.quantize import Mode
 from mnist_lab.data import Dataset
+from mnist_lab.errors import NotInteger
 from mnist_lab.export import FLOAT_PRODUCTS, export_onnx
 from mnist_lab.models import PRESETS, build_model
 from mnist_lab.models.moe import RoutingConfig
@@ -29,9 +30,9 @@ def fp32(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return path
 
 
-def convert(fp32: Path, dataset: Dataset, mode: Mode) -> tuple[Path, q.QuantizationProof]:
+def convert(fp32: Path, dataset: Dataset, mode: Mode) -> Path:
     output = fp32.with_name(f"{fp32.stem}-{mode}.onnx")
-    proof = q.quantize(
+    q.quantize(
         fp32,
         output,
         mode=mode,
@@ -39,7 +40,7 @@ def convert(fp32: Path, dataset: Dataset, mode: Mode) -> tuple[Path, q.Quantizat
         keep_float=FLOAT_PRODUCTS,
         metadata={"parent_sha256": "1", "config": {"mode": mode}},
     )
-    return output, proof
+    return output
 
 
 class TestFormulas:
@@ -89,14 +90,14 @@ class TestFormulas:
 
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 def test_engine_runs_every_layer_in_integers(fp32: Path, toy_dataset: Dataset, mode: Mode) -> None:
-    _, proof = convert(fp32, toy_dataset, mode)
+    proof = q.prove_integer(convert(fp32, toy_dataset, mode), fp32, keep_float=FLOAT_PRODUCTS)
     assert sum(proof.integer_products.values()) == NUM_LAYERS[fp32.stem]
     assert proof.float_products == ([] if fp32.stem == "ffn" else ["combine", "router"])
 
 
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 def test_int8_is_a_quarter_and_close(fp32: Path, toy_dataset: Dataset, mode: Mode) -> None:
-    output, _ = convert(fp32, toy_dataset, mode)
+    output = convert(fp32, toy_dataset, mode)
     assert artifact_bytes(output) <= 0.28 * artifact_bytes(fp32)
     assert output.stat().st_size <= 0.28 * fp32.stat().st_size
     pixels = toy_dataset.validation.pixels.numpy()
@@ -107,7 +108,7 @@ def test_int8_is_a_quarter_and_close(fp32: Path, toy_dataset: Dataset, mode: Mod
 
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 def test_engines_weights_are_the_textbooks(fp32: Path, toy_dataset: Dataset, mode: Mode) -> None:
-    output, _ = convert(fp32, toy_dataset, mode)
+    output = convert(fp32, toy_dataset, mode)
     constants = {c.name: numpy_helper.to_array(c) for c in onnx.load(output).graph.initializer}
     originals = {c.name: numpy_helper.to_array(c) for c in onnx.load(fp32).graph.initializer}
     weights = [name for name in originals if name.endswith(".weight")]
@@ -124,7 +125,7 @@ def test_engines_weights_are_the_textbooks(fp32: Path, toy_dataset: Dataset, mod
 
 
 def test_layer_left_in_float_is_found(fp32: Path, toy_dataset: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="integer products"):
+    with pytest.raises(NotInteger, match="integer products"):
         q.prove_integer(fp32, fp32, keep_float=FLOAT_PRODUCTS)
     output = tmp_path / "partly.onnx"
     q.quantize(
@@ -135,7 +136,7 @@ def test_layer_left_in_float_is_found(fp32: Path, toy_dataset: Dataset, tmp_path
         keep_float=[*FLOAT_PRODUCTS, "logits"],
         metadata={"parent_sha256": "1"},
     )
-    with pytest.raises(RuntimeError, match="logits"):
+    with pytest.raises(NotInteger, match="logits"):
         q.prove_integer(output, fp32, keep_float=FLOAT_PRODUCTS)
 
 
@@ -144,17 +145,17 @@ def test_integer_router_is_found(tmp_path: Path) -> None:
     export_onnx(build_model(PRESETS["compact"].moe(0.18, 0.18, RoutingConfig())), fp32, {"parent_sha256": "0"})
     output = tmp_path / "int8.onnx"
     q.quantize(fp32, output, mode="dynamic", keep_float=["combine"], metadata={"parent_sha256": "1"})
-    with pytest.raises(RuntimeError, match="router"):
+    with pytest.raises(NotInteger, match="router"):
         q.prove_integer(output, fp32, keep_float=FLOAT_PRODUCTS)
 
 
 def test_failed_conversion_leaves_the_old_file(
     fp32: Path, toy_dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    output, _ = convert(fp32, toy_dataset, "dynamic")
+    output = convert(fp32, toy_dataset, "dynamic")
     before = output.read_bytes()
     monkeypatch.setattr(q, "INTEGER_OPERATORS", set())
-    with pytest.raises(RuntimeError):
+    with pytest.raises(NotInteger):
         convert(fp32, toy_dataset, "dynamic")
     assert output.read_bytes() == before
     assert sorted(path.name for path in fp32.parent.iterdir()) == [f"{fp32.stem}-dynamic.onnx", fp32.name]

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pytest
 import torch
 
 from mnist_lab.export import export_onnx
@@ -39,3 +41,20 @@ def test_files_that_it_names_exist() -> None:
         assert (ROOT / target).exists(), target
     for name in re.findall(r"python (\w+\.py)", README):
         assert (ROOT / name).is_file(), name
+
+
+def test_table_is_the_reference_runs() -> None:
+    table = pd.read_csv(ROOT / "docs" / "reference-run" / "table.csv")
+    printed = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in README.splitlines() if "onnxruntime |" in line
+    ]
+    printed += [[cell.strip() for cell in line.split("|")[1:-1]] for line in README.splitlines() if "pytorch  " in line]
+    assert len(printed) == len(table)
+    rows = table.set_index(["model", "runtime"])
+    for model, precision, runtime, accuracy, mib, *latencies, _ in printed:
+        row = rows.loc[(model, runtime)]
+        assert precision == row["precision"]
+        assert accuracy == f"{100 * row['test_acc']:.2f} ± {100 * row['test_acc_ci95']:.2f}"
+        assert float(mib) == pytest.approx(row["size_mib"], abs=5e-4)
+        for batch, latency in zip((1, 64, 1024), latencies, strict=True):
+            assert float(latency) == pytest.approx(row[f"latency_ms_b{batch}"], rel=0.02)

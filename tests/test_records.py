@@ -65,12 +65,28 @@ def test_record_survives_the_disk(tmp_path: Path) -> None:
     assert records.load_records(tmp_path) == [record]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"schema": 99}', '{"schema": 1}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "\x00\x81", '{"measurements": []}', '{"schema": 1, "measurements": {}}']
+)
 def test_broken_record_is_the_users_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "runs").mkdir()
-    (tmp_path / "runs" / "x.json").write_text(text)
+    (tmp_path / "runs" / "x.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(UserError, match="x.json"):
         records.load_records(tmp_path)
+
+
+def test_record_of_another_schema_is_the_users_error(tmp_path: Path) -> None:
+    record = make_record()
+    record.schema = 99
+    records.save_record(tmp_path, record)
+    with pytest.raises(UserError, match="schema 99"):
+        records.load_records(tmp_path)
+
+
+def test_what_an_interrupted_write_left_is_no_record(tmp_path: Path) -> None:
+    records.save_record(tmp_path, make_record())
+    (tmp_path / "runs" / ".abc.json").write_text("{")
+    assert records.load_records(tmp_path) == [make_record()]
 
 
 def test_table_starts_with_the_promised_columns() -> None:
@@ -125,6 +141,13 @@ def test_int8_is_compared_with_its_own_fp32_in_the_same_runtime() -> None:
     assert math.isnan(last["speedup_b1_vs_fp32"])
 
 
+def test_accuracy_is_compared_over_the_same_seeds_only() -> None:
+    runs = [make_record(seed=0), make_record(seed=1), make_record("FFN_PTQ_INT8", seed=0, order=1)]
+    _, int8 = compare(build_table(runs)).to_dict("records")
+    assert math.isnan(int8["acc_points_vs_fp32"])
+    assert int8["size_vs_fp32"] == 1
+
+
 def test_runs_that_all_depart_from_the_recipe_have_their_own_baseline() -> None:
     table = build_table([make_record("FFN_baseline-epochs1"), make_record("Sparse_MoE-epochs1", order=2)])
     assert compare(table)["speedup_b64_vs_baseline"].tolist() == [1.0, 1.0]
@@ -138,9 +161,26 @@ def test_table_takes_only_this_cpus_records_with_their_checkpoints(tmp_path: Pat
     elsewhere = replace(good, machine={"cpu": "there"})
     changed = replace(good, checkpoint={**good.checkpoint, "sha256": "other"})
     gone = make_record("Sparse_MoE")
-    usable, left_out = records.usable_records([good, elsewhere, changed, gone], tmp_path, "here")
-    assert usable == [good]
-    assert len(left_out) == 3
+    assert records.usable_records([good], tmp_path, "here") == ([good], [])
+    for record, reason in ((elsewhere, "another CPU"), (changed, "changed"), (gone, "gone")):
+        usable, left_out = records.usable_records([record], tmp_path, "here")
+        assert usable == []
+        assert reason in left_out[0]
+
+
+def test_table_pools_seeds_of_the_same_settings_only(tmp_path: Path) -> None:
+    runs = [make_record(seed=seed) for seed in (0, 1, 2)]
+    for record in runs:
+        path = tmp_path / record.checkpoint["file"]
+        path.write_bytes(b"weights")
+        record.checkpoint["sha256"] = sha256(path)
+        record.config = {"seed": record.seed, "epochs": 5}
+    assert records.usable_records(runs, tmp_path, "here")[0] == runs
+    runs[1].config["epochs"] = 6
+    usable, left_out = records.usable_records(runs, tmp_path, "here")
+    assert usable == [runs[0], runs[2]]
+    assert "FFN_baseline-seed1" in left_out[0]
+    assert records.usable_records(runs, tmp_path, "here", current=[runs[1]])[0] == [runs[1]]
 
 
 def test_table_leaves_out_what_was_made_from_an_older_parent(tmp_path: Path) -> None:

@@ -33,6 +33,7 @@ def test_table_has_the_nine_models_parents_first() -> None:
         (student(distillation=DistillationConfig(10.0)), "KD_FFN_Student-T10", "kd", "Sparse_MoE"),
         (student("ffn", DistillationConfig(3.0, 0.5)), "KD_FFN_Student_from_FFN-a0.5", "kd", "FFN_baseline"),
         (student("ffn", None), "FFN_Student_no_KD", "dense", None),
+        (student(distillation=DistillationConfig(3.0000001)), "KD_FFN_Student-T3.0000001", "kd", "Sparse_MoE"),
         (student(suffix="-epochs3"), "KD_FFN_Student-epochs3", "kd", "Sparse_MoE-epochs3"),
         (quantized("ffn"), "FFN_PTQ_INT8", "static ptq", "FFN_baseline"),
         (quantized("ffn", "dynamic"), "FFN_PTQ_INT8-dynamic", "dynamic ptq", "FFN_baseline"),

@@ -1,17 +1,21 @@
 """The scripts end to end, on the bundled digits, one epoch a model."""
 
+import dataclasses
 import importlib
 import io
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import onnx
 import pandas as pd
 import pytest
+import torch
 
-from mnist_lab import data, experiments, plots
+from mnist_lab import data, experiments, measure, plots, training
+from mnist_lab.artifacts import read_onnx_metadata, set_onnx_metadata
 from mnist_lab.checkpoints import load_checkpoint, read_metadata, save_checkpoint
 from mnist_lab.errors import TrainingDiverged
 from mnist_lab.records import COLUMNS, load_records
@@ -107,9 +111,10 @@ class TestWholeSuite:
         assert table["model"][0] == "FFN_baseline-epochs1"
         assert (table["seeds"] == 2).all()
         assert table[COLUMNS].notna().all(axis=None)
+        fp32_size = table[table["runtime"] == "onnxruntime"].set_index("model")["size_mib"]
         int8 = table[table["precision"] == "INT8"]
-        fp32 = table[table["model"] == "FFN_baseline-epochs1"]
-        assert (int8["size_mib"] < 0.28 * fp32["size_mib"].max() * 4).all()
+        for _, row in int8.iterrows():
+            assert row["size_mib"] <= 0.28 * fp32_size[row["fp32_model"]]
 
     def test_all_plots_are_there(self, finished: Path) -> None:
         assert len(list((finished / "results" / FOLDER / "plots").glob("*.png"))) == 10
@@ -150,8 +155,6 @@ class TestWholeSuite:
         assert not any("checkpoints" in name for name in changed)
 
         # A teacher trained anew makes its student and both quantized forms stale, and nothing else.
-        assert finished_bench("moe_mnist", "--batch-size", "256").code == 0
-        trained.clear()
         moe = finished_bench.checkpoints / "Sparse_MoE-epochs1-seed0.safetensors"
         other = finished_bench.checkpoints / "Sparse_MoE-epochs1-seed1.safetensors"
         metadata = read_metadata(moe)
@@ -171,13 +174,13 @@ class TestWholeSuite:
         real_make_row = experiments.train_row
         started: list[str] = []
 
-        def interrupt_third(lab: experiments.Lab, row: Trained, seed: int) -> None:
+        def interrupt_second(lab: experiments.Lab, row: Trained, seed: int) -> None:
             started.append(row.model)
             if len(started) == 2:
                 raise KeyboardInterrupt
             real_make_row(lab, row, seed)
 
-        monkeypatch.setattr(experiments, "train_row", interrupt_third)
+        monkeypatch.setattr(experiments, "train_row", interrupt_second)
         assert bench("run_all_experiments", "--mode", "train").code == 130
         kept = [record.model for record in load_records(bench.results)]
         assert kept == ["FFN_baseline-epochs1", "FFN_PTQ_INT8-epochs1"]
@@ -196,6 +199,52 @@ class TestWholeSuite:
     @pytest.mark.parametrize("answer", ["", "what?\n"])
     def test_end_of_file_at_the_prompt(self, finished_bench: Bench, answer: str) -> None:
         finished_bench.expect_user_error("run_all_experiments", says="--mode", stdin=answer)
+
+    def test_artifact_that_was_exchanged_is_measured_anew(self, finished_bench: Bench) -> None:
+        path = finished_bench.checkpoints / "FFN_baseline-epochs1-seed0.onnx"
+        path.unlink()
+        before = load_records(finished_bench.results)[0]
+        assert finished_bench("run_all_experiments", "--mode", "load").code == 0
+        assert path.is_file()
+        other = finished_bench.checkpoints / "FFN_baseline-epochs1-seed1.onnx"
+        exchanged = onnx.load(other)
+        metadata = read_onnx_metadata(path)
+        set_onnx_metadata(exchanged, metadata)
+        onnx.save(exchanged, path)
+        assert finished_bench("run_all_experiments", "--mode", "load").code == 0
+        after = load_records(finished_bench.results)[0]
+        assert after.model == before.model == "FFN_baseline-epochs1"
+        assert after.measurements["pytorch"].test_loss == before.measurements["pytorch"].test_loss
+        assert after.measurements["onnxruntime"].test_loss != before.measurements["onnxruntime"].test_loss
+
+    def test_changed_settings_make_a_row_stale(self, finished_bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        recipe = training.RECIPES["quick"]
+        monkeypatch.setitem(training.RECIPES, "quick", dataclasses.replace(recipe, weight_decay=0.5))
+        outcome = finished_bench("run_all_experiments", "--mode", "load")
+        assert outcome.code == 0
+        assert "FFN_baseline-epochs1-seed0: stale: made with other settings" in outcome.out
+        # The other seed's records are of the old settings, and not pooled with the new.
+        assert "FFN_baseline-epochs1-seed1: made with other settings" in outcome.out
+        assert set(pd.read_csv(finished_bench.results / "table.csv")["seeds"]) == {1}
+
+    def test_test_split_is_read_once_and_after_the_training(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        events: list[str] = []
+        real_fit, real_digits = training.fit, data._digits
+
+        def spy_fit(*arguments: Any, **options: Any) -> Any:
+            events.append("fit")
+            return real_fit(*arguments, **options)
+
+        def spy_digits(split: Any) -> Any:
+            events.append(split)
+            return real_digits(split)
+
+        monkeypatch.setattr(experiments, "fit", spy_fit)
+        monkeypatch.setattr(data, "_digits", spy_digits)
+        assert bench("baseline_mnist").code == 0
+        assert events == ["train", "fit", "test"]
 
     def test_variants_are_timed_together_with_the_nine(self, finished_bench: Bench) -> None:
         assert finished_bench("moe_mnist", "--top-k", "1").code == 0
@@ -247,6 +296,21 @@ class TestSingleScripts:
         metadata = read_metadata(finished_bench.checkpoints / "KD_FFN_Student_from_FFN-T10-epochs1-seed0.safetensors")
         assert metadata["config"]["distillation"] == {"temperature": 10.0, "alpha": 0.7}
 
+    def test_threads_reach_the_record(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+        threads: list[int] = []
+        real_measure = measure.measure_latency
+
+        def spy(*arguments: Any, **options: Any) -> Any:
+            threads.append(torch.get_num_threads())
+            return real_measure(*arguments, **options)
+
+        monkeypatch.setattr(measure, "measure_latency", spy)
+        monkeypatch.setattr("os.cpu_count", lambda: 2)
+        assert bench("baseline_mnist", "--threads", "2").code == 0
+        assert set(threads) == {2}
+        (record,) = load_records(bench.results)
+        assert {measurement.threads for measurement in record.measurements.values()} == {2}
+
     def test_control_needs_no_teacher(self, bench: Bench) -> None:
         assert bench("kd_mnist", "--no-distillation").code == 0
         metadata = read_metadata(bench.checkpoints / "FFN_Student_no_KD-epochs1-seed0.safetensors")
@@ -273,8 +337,11 @@ class TestSingleScripts:
     def test_help_gives_every_option_with_default(self, bench: Bench, script: str) -> None:
         outcome = bench(script, "--help", quick=False)
         assert outcome.code == 0
-        assert "--results" in outcome.out
-        assert "(default:" in outcome.out
+        module = importlib.import_module(script)
+        for field in dataclasses.fields(getattr(module, OPTIONS[script])):
+            if field.name not in {"routing", "softening"}:  # groups of options
+                assert f"-{field.name.replace('_', '-')}" in outcome.out
+        assert outcome.out.count("(default:") >= len(dataclasses.fields(getattr(module, OPTIONS[script]))) - 1
 
 
 class TestBadInput:
@@ -298,6 +365,8 @@ class TestBadInput:
             ("baseline_mnist --data-dir nowhere --dataset mnist", "nowhere"),
             ("kd_mnist --temperature 0", "--temperature"),
             ("kd_mnist --temperature inf", "--temperature"),
+            ("kd_mnist --temperature 1e200", "--temperature"),
+            ("baseline_mnist --batch-size 100000000000000000000", "--batch-size"),
             ("kd_mnist --alpha 1.5", "--alpha"),
             ("ptq_mnist --calibration-size 0", "--calibration-size"),
             ("ptq_mnist --model bert", "bert"),
@@ -315,6 +384,25 @@ class TestBadInput:
 
     def test_calibration_beyond_the_training_set(self, finished_bench: Bench) -> None:
         finished_bench.expect_user_error("ptq_mnist", "--calibration-size", "5000", says="5000")
+
+    @pytest.mark.parametrize("content", [b"somebody's file", None], ids=["foreign", "another model"])
+    @pytest.mark.parametrize(
+        ("script", "file"),
+        [
+            ("baseline_mnist", "FFN_baseline-epochs1-seed0.safetensors"),
+            ("baseline_mnist", "FFN_baseline-epochs1-seed0.onnx"),
+            ("kd_mnist", "KD_FFN_Student-epochs1-seed0.safetensors"),
+            ("ptq_mnist", "FFN_PTQ_INT8-epochs1-seed0.onnx"),
+        ],
+    )
+    def test_file_that_is_not_the_rows_own_is_not_overwritten(
+        self, finished_bench: Bench, script: str, file: str, content: bytes | None
+    ) -> None:
+        path = finished_bench.checkpoints / file
+        path.write_bytes(
+            content or (finished_bench.checkpoints / f"Sparse_MoE-epochs1-seed0{path.suffix}").read_bytes()
+        )
+        finished_bench.expect_user_error(script, says=path.name)
 
     @pytest.mark.parametrize("damage", ["truncated", "foreign"])
     def test_broken_checkpoint_is_named_and_kept(self, finished_bench: Bench, damage: str) -> None:

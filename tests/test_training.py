@@ -1,8 +1,10 @@
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parameters_to_vector
 
 from mnist_lab import measure
 from mnist_lab.data import Augmentation, Dataset
@@ -16,19 +18,18 @@ FFN_CONFIG = PRESETS["compact"].student(0.18, 0.18)
 MOE_CONFIG = PRESETS["compact"].moe(0.18, 0.18, RoutingConfig(capacity_factor=1.0))
 
 
-def train(config: ModelConfig, dataset: Dataset, seed: int = 0, recipe: Recipe = RECIPE) -> nn.Module:
-    torch.manual_seed(seed)
-    model = build_model(config)
-    fit(model, dataset, recipe, seed=seed)
-    return model
-
-
 @pytest.mark.parametrize("config", [FFN_CONFIG, MOE_CONFIG], ids=["ffn", "moe"])
 def test_same_seed_gives_the_same_bits_and_another_seed_does_not(config: ModelConfig, toy_dataset: Dataset) -> None:
     recipe = replace(RECIPE, epochs=2)
-    first, second, other = (train(config, toy_dataset, seed, recipe).state_dict() for seed in (0, 0, 1))
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not torch.equal(first["normalize.mean"] + first[list(first)[2]], other[list(other)[2]])
+    torch.manual_seed(0)
+    untrained = build_model(config)
+    weights = []
+    for seed in (0, 0, 1):
+        model = copy.deepcopy(untrained)
+        fit(model, toy_dataset, recipe, seed=seed)
+        weights.append(parameters_to_vector(model.parameters()))
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
 
 
 @pytest.mark.parametrize("config", [FFN_CONFIG, MOE_CONFIG], ids=["ffn", "moe"])
@@ -63,6 +64,21 @@ def test_loss_that_is_not_finite_stops_with_its_step(toy_dataset: Dataset) -> No
         return StepLoss({"cross_entropy": model(batch.pixels).sum() * (float("nan") if calls == 13 else 0.0)})
 
     with pytest.raises(TrainingDiverged, match="step 3 of epoch 2"):
+        fit(build_model(FFN_CONFIG), toy_dataset, RECIPE, seed=0, objective=objective)
+
+
+def test_weights_that_the_last_update_broke_stop_the_run(toy_dataset: Dataset) -> None:
+    steps = 8 * 10
+
+    def objective(model: nn.Module, batch: Batch) -> StepLoss:
+        nonlocal steps
+        steps -= 1
+        loss = model(batch.pixels).sum() * 0.0
+        if steps == 0:
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        return StepLoss({"cross_entropy": loss})
+
+    with pytest.raises(TrainingDiverged, match="after epoch 8"):
         fit(build_model(FFN_CONFIG), toy_dataset, RECIPE, seed=0, objective=objective)
 
 

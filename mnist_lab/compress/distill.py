@@ -1,6 +1,5 @@
 """Knowledge distillation: a small student learns from a teacher's softened probabilities."""
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +9,8 @@ from torch.nn import functional as F
 from mnist_lab.errors import UserError
 from mnist_lab.measure import EVALUATION_BATCH
 from mnist_lab.training import Batch, LossTerms, Objective, StepLoss
+
+MAX_TEMPERATURE = 1e6  # far beyond use, and its square is still exact enough
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,8 @@ class DistillationConfig:
     """Weight of the distillation term, from 0 to 1; the labels' cross-entropy gets 1 - alpha."""
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise UserError(f"--temperature {self.temperature} must be a finite number above 0")
+        if not 0 < self.temperature <= MAX_TEMPERATURE:
+            raise UserError(f"--temperature {self.temperature} must be above 0 and at most {MAX_TEMPERATURE:g}")
         if not 0 <= self.alpha <= 1:
             raise UserError(f"--alpha {self.alpha} must lie between 0 and 1")
 

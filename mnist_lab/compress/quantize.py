@@ -20,6 +20,7 @@ import onnxruntime
 from onnxruntime import quantization as ort_quantization
 
 from mnist_lab.artifacts import set_onnx_metadata
+from mnist_lab.errors import NotInteger
 from mnist_lab.files import write_atomically
 from mnist_lab.machine import cpu_flags
 from mnist_lab.measure import Array
@@ -93,7 +94,7 @@ def quantize(
     calibration: Array | None = None,
     keep_float: Collection[str] = (),
     metadata: Mapping[str, Any],
-) -> QuantizationProof:
+) -> None:
     """Convert an FP32 artifact to INT8 with per-channel weights, and check what the engine makes of it.
 
     Args:
@@ -102,7 +103,7 @@ def quantize(
         keep_float: names of the products that stay in float.
 
     Raises:
-        RuntimeError: a layer that should be INT8 is not, or one that should be float is not. Nothing
+        NotInteger: a layer that should be INT8 is not, or one that should be float is not. Nothing
             is written then.
         UserError: the folder cannot be written.
     """
@@ -131,19 +132,17 @@ def quantize(
         model = onnx.load(temporary)
         set_onnx_metadata(model, metadata)
         onnx.save(model, temporary)
-        proofs.append(prove_integer(temporary, artifact, keep_float=keep_float))
+        prove_integer(temporary, artifact, keep_float=keep_float)
 
-    proofs: list[QuantizationProof] = []
     with _quiet():
         write_atomically(output, convert)
-    return proofs[0]
 
 
 def prove_integer(artifact: Path, fp32_artifact: Path, *, keep_float: Collection[str]) -> QuantizationProof:
     """Compare the graph that the engine runs with the FP32 artifact it came from.
 
     Raises:
-        RuntimeError: a product that should be INT8 is not, or one in `keep_float` or a softmax is.
+        NotInteger: a product that should be INT8 is not, or one in `keep_float` or a softmax is.
     """
     products = {node.name for node in onnx.load(fp32_artifact).graph.node if node.op_type in {"Gemm", "MatMul"}}
     expected_float = products & set(keep_float)
@@ -158,7 +157,7 @@ def prove_integer(artifact: Path, fp32_artifact: Path, *, keep_float: Collection
     if any(node.op_type == "QLinearSoftmax" for node in nodes):
         problems.append("the softmax is no longer in float")
     if problems:
-        raise RuntimeError(f"the INT8 model is not what it should be: {'; '.join(problems)}")
+        raise NotInteger(f"the INT8 model is not what it should be: {'; '.join(problems)}")
     return QuantizationProof(dict(integer), sorted(floats), needs_reduced_range())
 
 
@@ -185,8 +184,9 @@ class _CalibrationReader(ort_quantization.CalibrationDataReader):  # type: ignor
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silence the converter's advice to run a shape inference that these graphs do not need."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)

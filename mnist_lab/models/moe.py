@@ -79,9 +79,14 @@ class Routed(NamedTuple):
     experts: Tensor  # (B, K), the chosen ones
     weights: Tensor  # (B, K), softmax over the chosen ones
     auxiliary: dict[str, Tensor]  # the raw parts of the load-balancing loss
-    auxiliary_loss: Tensor  # their sum times the balance weight
+    weighted: dict[str, Tensor]  # the same times the balance weight
     expert_load: Tensor  # (E,), pairs that chose each expert, before any was dropped
     dropped_share: float  # of all pairs, for lack of capacity
+
+    @property
+    def auxiliary_loss(self) -> Tensor:
+        """What load balancing adds to the objective."""
+        return sum(self.weighted.values(), start=self.logits.new_zeros(()))
 
 
 class Router(nn.Module):
@@ -161,14 +166,13 @@ class SparseMoE(nn.Module):
         routing = self.router(hidden_BD)
         logits, load_E, dropped_share = self._mix(hidden_BD, routing)
         parts = balance_parts(routing, load_E, self.config.routing.balance)
-        total = sum(parts.values(), start=logits.new_zeros(()))
         return Routed(
             logits=logits,
             router_probs=routing.logits_BE.softmax(dim=-1),
             experts=routing.experts_BK,
             weights=routing.weights_BK,
             auxiliary=parts,
-            auxiliary_loss=self.config.routing.balance_weight * total,
+            weighted={name: self.config.routing.balance_weight * part for name, part in parts.items()},
             expert_load=load_E,
             dropped_share=dropped_share,
         )
@@ -200,7 +204,7 @@ def limit_capacity(order_N: Tensor, load_E: Tensor, capacity_factor: float) -> t
     Returns:
         The kept pairs in the same order, and how many of them each expert has.
     """
-    capacity = math.ceil(capacity_factor * order_N.numel() / load_E.numel())
+    capacity = math.ceil(min(capacity_factor * order_N.numel() / load_E.numel(), order_N.numel()))
     starts_E = load_E.cumsum(0) - load_E
     position_N = torch.arange(order_N.numel(), device=order_N.device) - starts_E.repeat_interleave(load_E)
     return order_N[position_N < capacity], load_E.clamp(max=capacity)
