@@ -72,7 +72,7 @@ def make_and_print(lab: Lab, row: Row, seed: int, *, beside: Row | None = None) 
 
 def print_table(records: list[Record]) -> None:
     """The table and its comparisons, as plain aligned text that a pipe keeps whole."""
-    print(f"\n{format_summary(build_table(records))}\n\n{SUMMARY_LEGEND}", flush=True)
+    print(f"\n{format_summary(build_table(records), style='simple')}\n\n{SUMMARY_LEGEND}", flush=True)
 
 
 def print_expert_load(record: Record) -> None:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -290,10 +290,19 @@ def _parent_has_changed(record: Record, checkpoints: Path) -> bool:
 
 
 def write_table(folder: Path, table: pd.DataFrame, *, title: str) -> None:
-    """Write `table.csv` and `table.md`; the latter adds the comparisons."""
+    """Write `table.csv` and `table.md`; the latter adds a summary and the comparisons."""
     write_atomically(folder / "table.csv", lambda path: table.to_csv(path, index=False))
-    text = f"# {title}\n\n{format_table(table)}\n\n{COMPARISON_LEGEND}\n\n{format_comparison(table)}\n"
-    write_atomically(folder / "table.md", lambda path: path.write_text(text))
+    parts = [
+        f"# {title}",
+        format_summary(table, style="github"),
+        SUMMARY_LEGEND,
+        "## Every column",
+        format_table(table),
+        "## Against FP32 and against the baseline",
+        format_comparison(table),
+        COMPARISON_LEGEND,
+    ]
+    write_atomically(folder / "table.md", lambda path: path.write_text("\n\n".join(parts) + "\n"))
 
 
 COMPARISON_LEGEND = (
@@ -328,8 +337,8 @@ SUMMARY_LEGEND = (
 )
 
 
-def format_summary(table: pd.DataFrame) -> str:
-    """The columns that fit a screen, aligned."""
+def format_summary(table: pd.DataFrame, *, style: Literal["simple", "github"]) -> str:
+    """The columns that fit a screen, aligned: plainly, or in Markdown."""
     speedup = compare(table)["speedup_b64_vs_fp32"]
     interval = table["test_acc_ci95"].map(lambda value: "" if pd.isna(value) else f" ± {100 * value:.2f}")
     columns = {
@@ -343,7 +352,7 @@ def format_summary(table: pd.DataFrame) -> str:
         "x fp32": speedup,
     }
     formats = {"MiB": ".3f", "x fp32": ".2f"} | {f"ms b{batch}": ".3f" for batch in TABLE_BATCHES}
-    return _format(pd.DataFrame(columns), formats, "simple")
+    return _format(pd.DataFrame(columns), formats, style)
 
 
 def _short_header(column: str) -> str:

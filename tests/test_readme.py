@@ -6,12 +6,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
-import pytest
 import torch
 
 from mnist_lab.export import export_onnx
 from mnist_lab.models import PRESETS, build_model
+from mnist_lab.records import build_table, format_summary, load_records
 from mnist_lab.training import torch_predictor
 
 ROOT = Path(__file__).parent.parent
@@ -44,17 +43,7 @@ def test_files_that_it_names_exist() -> None:
 
 
 def test_table_is_the_reference_runs() -> None:
-    table = pd.read_csv(ROOT / "docs" / "reference-run" / "table.csv")
-    printed = [
-        [cell.strip() for cell in line.split("|")[1:-1]] for line in README.splitlines() if "onnxruntime |" in line
-    ]
-    printed += [[cell.strip() for cell in line.split("|")[1:-1]] for line in README.splitlines() if "pytorch  " in line]
-    assert len(printed) == len(table)
-    rows = table.set_index(["model", "runtime"])
-    for model, precision, runtime, accuracy, mib, *latencies, _ in printed:
-        row = rows.loc[(model, runtime)]
-        assert precision == row["precision"]
-        assert accuracy == f"{100 * row['test_acc']:.2f} ± {100 * row['test_acc_ci95']:.2f}"
-        assert float(mib) == pytest.approx(row["size_mib"], abs=5e-4)
-        for batch, latency in zip((1, 64, 1024), latencies, strict=True):
-            assert float(latency) == pytest.approx(row[f"latency_ms_b{batch}"], rel=0.02)
+    folder = ROOT / "docs" / "reference-run"
+    summary = format_summary(build_table(load_records(folder)), style="github")
+    assert summary in README
+    assert summary in (folder / "table.md").read_text()

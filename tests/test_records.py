@@ -116,7 +116,7 @@ def test_what_was_not_measured_is_blank(tmp_path: Path) -> None:
     read = pd.read_csv(tmp_path / "table.csv")
     assert read[["test_acc_ci95", "latency_ms_b1", "latency_ms_b64"]].isna().all(axis=None)
     assert "nan" not in (tmp_path / "table.md").read_text().lower()
-    assert "nan" not in records.format_summary(table).lower()
+    assert "nan" not in records.format_summary(table, style="simple").lower()
 
 
 def test_baseline_comes_first_and_pytorch_before_the_others() -> None:
