@@ -33,7 +33,7 @@ from mnist_lab.runtimes import Session, open_session
 from mnist_lab.runtimes.onnxruntime import OnnxRuntimeSession
 from mnist_lab.training import Objective, Recipe, RecipeName, fit, progress_bar, supervised_loss
 
-LATENCY_ROUNDS = 9
+LATENCY_ROUNDS = 7
 
 
 @dataclass(frozen=True)
