@@ -254,14 +254,18 @@ def measure_latencies(lab: Lab, records: Sequence[Record]) -> None:
     }
     session_id = uuid.uuid4().hex
     measured: dict[str, dict[str, dict[str, float]]] = {key: {} for key in sessions}
-    with torch_threads(lab.threads), progress_bar() as progress:
+    # The bar is redrawn between blocks only, not from a thread that would run beside what is timed.
+    with torch_threads(lab.threads), progress_bar(auto_refresh=False) as progress:
         task = progress.add_task("latency", total=len(sessions) * len(TABLE_BATCHES) * LATENCY_ROUNDS)
+
+        def on_block() -> None:
+            progress.advance(task)
+            progress.refresh()
+
         for batch in TABLE_BATCHES:
             images = np.resize(pixels, (batch, *pixels.shape[1:]))  # repeats a test set smaller than the batch
             calls = {key: functools.partial(session.run, session.prepare(images)) for key, session in sessions.items()}
-            latencies = measure.measure_latency(
-                calls, num_rounds=LATENCY_ROUNDS, on_block=functools.partial(progress.advance, task)
-            )
+            latencies = measure.measure_latency(calls, num_rounds=LATENCY_ROUNDS, on_block=on_block)
             for key, latency in latencies.items():
                 measured[key][str(batch)] = asdict(latency)
     for record in records:

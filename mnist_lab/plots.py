@@ -359,7 +359,8 @@ def confusion_matrices(records: Sequence[Record]) -> Figure | None:
         for true, predicted in np.argwhere(matrix > 0):
             count = matrix[true, predicted]
             color = "white" if count > 0.6 * highest else "black"
-            axes.text(predicted, true, str(count), ha="center", va="center", fontsize=6.5, color=color)
+            text = axes.text(predicted, true, str(count), ha="center", va="center", fontsize=6.5, color=color)
+            text.set_in_layout(False)  # hundreds of texts inside their cells, which no layout need measure
         axes.set(xticks=range(len(matrix)), yticks=range(len(matrix)))
         axes.grid(visible=False)
         axes.scatter(range(len(matrix)), range(len(matrix)), marker="s", s=30, color="#d9d9d9", linewidths=0)

@@ -14,10 +14,11 @@ T = TypeVar("T")
 def run_script(main: Callable[[T], None], options_type: type[T], description: str) -> NoReturn:
     """Parse the command line into `options_type`, call `main`, and leave with the suite's exit codes.
 
-    0 done; 1 the run failed; 2 the user's input is wrong; 130 interrupted.
+    The first paragraph of `description` heads the help. 0 done; 1 the run failed; 2 the user's input is wrong; 130 interrupted.
     """
     try:
-        main(tyro.cli(options_type, description=description, config=(tyro.conf.OmitArgPrefixes,)))
+        summary = description.partition("\n\n")[0]
+        main(tyro.cli(options_type, description=summary, config=(tyro.conf.OmitArgPrefixes,)))
     except UserError as error:
         _leave(f"error: {error}", 2)
     except RunFailed as error:

@@ -197,8 +197,12 @@ def _warm_up_then_decay(num_steps: int, warmup_share: float) -> Callable[[int], 
     return factor
 
 
-def progress_bar() -> Progress:
-    """A bar with the time left; one line at the end where the output is no terminal."""
+def progress_bar(*, auto_refresh: bool = True) -> Progress:
+    """A bar with the time left; one line at the end where the output is no terminal.
+
+    Args:
+        auto_refresh: redraw from a thread of its own; without, only when the bar is told to.
+    """
     return Progress(
         TextColumn("{task.description}"),
         BarColumn(),
@@ -206,4 +210,5 @@ def progress_bar() -> Progress:
         TimeElapsedColumn(),
         TextColumn("left"),
         TimeRemainingColumn(),
+        auto_refresh=auto_refresh,
     )
