@@ -14,7 +14,8 @@ T = TypeVar("T")
 def run_script(main: Callable[[T], None], options_type: type[T], description: str) -> NoReturn:
     """Parse the command line into `options_type`, call `main`, and leave with the suite's exit codes.
 
-    The first paragraph of `description` heads the help. 0 done; 1 the run failed; 2 the user's input is wrong; 130 interrupted.
+    The first paragraph of `description` heads the help. Exit codes: 0 done; 1 the run failed; 2 the user's input
+    is wrong; 130 interrupted.
     """
     try:
         summary = description.partition("\n\n")[0]
