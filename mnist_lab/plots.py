@@ -169,6 +169,7 @@ def comparison_bars(records: Sequence[Record]) -> Figure | None:
             draw_bar(axes, place, model, value, bar_error(model, column))
         axes.set(xlabel=label, yticks=range(len(models)), yticklabels=[model.name for model in models])
         axes.margins(x=0.22)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set_xlim(left=0)
         axes.grid(visible=False, axis="y")
     all_axes[0].invert_yaxis()
