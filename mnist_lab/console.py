@@ -133,6 +133,7 @@ def ask_mode() -> Mode:
         try:
             answer = input("train all anew, or load what is up to date? [train/load] ").strip().lower()
         except (EOFError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: standard input is closed
+            print()  # ends the prompt's line
             raise UserError("the input holds no answer; pass --mode train or --mode load") from error
         modes: tuple[Mode, ...] = ("train", "load")
         for mode in modes:
