@@ -1,6 +1,6 @@
 """Train the dense FFN baseline, export it, and measure it in PyTorch and ONNX Runtime.
 
-python baseline_mnist.py                    # about 98.9 % test accuracy in under a minute
+python baseline_mnist.py                    # about 99.1 % test accuracy in about a minute
 python baseline_mnist.py --recipe quick     # about 98 % in seconds
 """
 

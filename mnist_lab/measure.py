@@ -141,9 +141,3 @@ def measure_latency(
 def _summarize(samples_ms: npt.NDArray[np.float64]) -> Latency:
     q1, median, q3 = np.percentile(samples_ms, [25, 50, 75])
     return Latency(median_ms=float(median), q1_ms=float(q1), q3_ms=float(q3), num_calls=len(samples_ms))
-
-
-def signal_to_noise_db(reference: Array, approximation: Array) -> float:
-    """How far above the quantization error the reference stands, in decibels."""
-    noise = np.square(reference - approximation).sum()
-    return float(10 * np.log10(np.square(reference).sum() / noise))

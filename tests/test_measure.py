@@ -90,8 +90,3 @@ def test_latency_is_a_median_of_milliseconds() -> None:
     durations = iter([0.0, 0.0] + [0.002] * 4 + [0.05] + [0.002] * 1000)
     latency = measure.measure_latency({"x": lambda: time.sleep(next(durations))}, num_rounds=1, block_s=0.09)["x"]
     assert 2.0 <= latency.median_ms < 10
-
-
-def test_signal_to_noise_of_a_tenth_is_twenty_decibels() -> None:
-    reference = np.ones((4, 4), np.float32)
-    assert measure.signal_to_noise_db(reference, reference * 0.9) == pytest.approx(20, abs=1e-4)

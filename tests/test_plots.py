@@ -9,6 +9,7 @@ from typing import get_args, get_type_hints
 import numpy as np
 import pandas as pd
 import pytest
+from builders import make_measurement, make_record
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -37,28 +38,20 @@ MODELS = [  # name, test accuracy, file in MB, latency at batch 64 in ms
 ]
 
 
-def make_measurement(test_acc: float, file_mb: float, b64: float | None) -> Measurement:
+def measurement_of(test_acc: float, file_mb: float, b64: float | None) -> Measurement:
     wrong = round(1000 * (1 - test_acc))
     confusion = np.diag([100] * 10)
     confusion[0, 1] += wrong
     confusion[0, 0] -= wrong
     latencies = {} if b64 is None else {"1": b64 / 10, "64": b64, "1024": b64 * 14}
-    return Measurement(
-        version="1",
-        test_acc=test_acc,
-        test_loss=0.1,
-        test_ece=0.01,
-        train_acc=0.99,
-        train_loss=0.05,
-        size_mib=file_mb,
-        file_mb=file_mb,
+    return replace(
+        make_measurement(test_acc, file_mb),
         bins={
             "count": [0.0] * 13 + [40.0, 960.0],
             "confidence_sum": [0.0] * 13 + [36.0, 950.0],
             "correct": [0.0] * 13 + [30.0, 970.0 - wrong],
         },
         confusion=confusion.tolist(),
-        threads=1,
         latency_ms={
             batch: {"median_ms": ms, "q1_ms": 0.9 * ms, "q3_ms": 1.2 * ms, "num_calls": 9}
             for batch, ms in latencies.items()
@@ -66,7 +59,7 @@ def make_measurement(test_acc: float, file_mb: float, b64: float | None) -> Meas
     )
 
 
-def make_record(model: str, order: int, seed: int, measurement: Measurement) -> Record:
+def record_of(model: str, order: int, seed: int, measurement: Measurement) -> Record:
     is_moe, is_int8 = model.startswith("Sparse_MoE"), model.endswith(("INT8", "PTQ"))
     epoch = {
         "learning_rate": 0.1,
@@ -74,29 +67,10 @@ def make_record(model: str, order: int, seed: int, measurement: Measurement) -> 
         "validation_loss": 0.1,
         "expert_load": [0.4, 0.6] if is_moe else [],
     }
-    return Record(
-        model=model,
-        technique="dense",
-        precision="INT8" if is_int8 else "FP32",
-        dataset="mnist",
-        preset="compact",
-        recipe="quick",
-        seed=seed,
-        order=order,
-        config={},
+    return replace(
+        make_record(model, seed, order, onnxruntime=measurement),
         parent={"model": "Sparse_MoE", "sha256": ""} if model == "KD_FFN_Student" else None,
-        checkpoint={"file": f"{model}-seed{seed}.safetensors", "sha256": ""},
-        artifact={"file": f"{model}-seed{seed}.onnx", "sha256": ""},
-        params_total=10,
-        params_active=10,
-        validation_acc=0.98,
-        validation_loss=0.1,
-        train_seconds=1.0,
-        train_threads=2,
         curves=[] if is_int8 else [epoch | {"epoch": k, "validation_acc": 0.9 + 0.02 * k} for k in (1, 2, 3)],
-        machine={"cpu": "here"},
-        versions={},
-        measurements={"onnxruntime": measurement},
         expert_by_class=[[0.3, 0.7]] * 10 if is_moe and not is_int8 else None,
     )
 
@@ -104,7 +78,7 @@ def make_record(model: str, order: int, seed: int, measurement: Measurement) -> 
 def make_records(*, seeds: int = 1, without: tuple[str, ...] = (), untimed: tuple[str, ...] = ()) -> list[Record]:
     """All nine models; the accuracy of later seeds is a little lower."""
     return [
-        make_record(name, order, seed, make_measurement(acc - 0.001 * seed, size, None if name in untimed else b64))
+        record_of(name, order, seed, measurement_of(acc - 0.001 * seed, size, None if name in untimed else b64))
         for order, (name, acc, size, b64) in enumerate(MODELS)
         for seed in range(seeds)
         if name not in without
