@@ -11,6 +11,7 @@ from typing import Literal
 
 from mnist_lab.compress.distill import DistillationConfig
 from mnist_lab.console import make_and_print, open_lab
+from mnist_lab.errors import UserError
 from mnist_lab.options import Options
 from mnist_lab.rows import student
 from mnist_lab.scripts import run_script
@@ -23,6 +24,11 @@ class KDOptions(Options):
     distillation: bool = True
     """Learn from the teacher; with --no-distillation from the labels alone."""
     softening: DistillationConfig = field(default_factory=DistillationConfig)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.distillation and (self.teacher != "moe" or self.softening != DistillationConfig()):
+            raise UserError("--no-distillation learns from the labels alone: drop --teacher, --temperature and --alpha")
 
 
 def main(options: KDOptions) -> None:

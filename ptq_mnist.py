@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from mnist_lab.compress.quantize import Mode
 from mnist_lab.console import make_and_print, open_lab, print_proof
+from mnist_lab.errors import UserError
 from mnist_lab.options import Options, check_count
 from mnist_lab.rows import CALIBRATION_SIZE, ModelName, quantized, trained
 from mnist_lab.scripts import run_script
@@ -27,6 +28,8 @@ class PTQOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("--calibration-size", self.calibration_size)
+        if quantized(self.model, self.mode).mode == "dynamic" and self.calibration_size != CALIBRATION_SIZE:
+            raise UserError(f"--calibration-size {self.calibration_size} has no use in dynamic mode")
 
 
 def main(options: PTQOptions) -> None:

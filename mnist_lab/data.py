@@ -78,9 +78,11 @@ def load_dataset(name: DatasetName | None = None, data_dir: Path | None = None) 
 
     Raises:
         UserError: a folder was given that lacks the files or holds broken ones; a data set was
-            asked for by name and cannot be had.
+            asked for by name and cannot be had; a folder was given for the bundled digits.
     """
     if name == "digits":
+        if data_dir is not None:
+            raise UserError(f"--data-dir {data_dir} has no use with --dataset digits, which comes with scikit-learn")
         return _load_digits()
     given = data_dir or (Path(d) if (d := os.environ.get("MNIST_LAB_DATA")) else None)
     try:

@@ -6,13 +6,13 @@ where the records have no data for it.
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import seaborn as sns
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.projections.polar import PolarAxes
 from matplotlib.ticker import MaxNLocator
@@ -64,7 +64,9 @@ def draw_all(folder: Path, records: Sequence[Record]) -> list[Path]:
         if figure is None:
             path.unlink(missing_ok=True)
         else:
-            write_atomically(path, partial(figure.savefig, dpi=DOTS_PER_INCH))
+            figure.set_dpi(DOTS_PER_INCH)
+            # savefig would lay the figure out twice.
+            write_atomically(path, FigureCanvasAgg(figure).print_png)
             paths.append(path)
     return paths
 
