@@ -7,14 +7,21 @@ from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx import helper, numpy_helper
+from onnx import numpy_helper
 
 from mnist_lab.errors import UserError
 
 
 def set_onnx_metadata(model: onnx.ModelProto, metadata: Mapping[str, Any]) -> None:
-    """Store `metadata` (anything JSON can hold) in a model, a string per key."""
-    helper.set_model_props(model, {key: json.dumps(value, sort_keys=True) for key, value in metadata.items()})
+    """Store `metadata` (anything JSON can hold) in a model, a string per key, and nothing else."""
+    model.ClearField("metadata_props")
+    add_onnx_metadata(model, metadata)
+
+
+def add_onnx_metadata(model: onnx.ModelProto, metadata: Mapping[str, Any]) -> None:
+    """Store more of it, beside what is there."""
+    for key, value in metadata.items():
+        model.metadata_props.add(key=key, value=json.dumps(value, sort_keys=True))
 
 
 def read_onnx_metadata(path: Path) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 import functools
 import json
 import os
+import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,8 +21,9 @@ from mnist_lab.checkpoints import load_checkpoint, read_metadata, save_checkpoin
 from mnist_lab.compress.distill import distillation_objective
 from mnist_lab.compress.quantize import needs_reduced_range, prove_integer, quantize
 from mnist_lab.data import NUM_CLASSES, Dataset, Split, calibration_pixels
+from mnist_lab.dispatch import write_fastest
 from mnist_lab.errors import UserError
-from mnist_lab.export import FLOAT_PRODUCTS, export_onnx
+from mnist_lab.export import FLOAT_PRODUCTS, Dispatch, export_onnx
 from mnist_lab.files import sha256
 from mnist_lab.machine import describe_machine, package_versions
 from mnist_lab.models import PRESETS, ModelConfig, PresetName, build_model, count_parameters, parameter_bytes
@@ -165,20 +167,43 @@ def train_row(lab: Lab, row: Trained, seed: int) -> None:
 
 
 def quantize_row(lab: Lab, row: Quantized, seed: int) -> None:
-    """Convert the parent's artifact to INT8 and write it."""
-    _load_parent(lab, row.parent, seed)
+    """Convert the parent to INT8 and write it."""
+    parent = _load_parent(lab, row.parent, seed)
+    ensure_artifact(lab, row.parent, seed)
     calibration = None
     if row.mode == "static":
         calibration = calibration_pixels(lab.dataset.train, row.calibration_size, seed=seed).numpy()
     lineage = {"parent_sha256": sha256(lab.checkpoint(row.parent, seed))}
-    quantize(
-        ensure_artifact(lab, row.parent, seed),
-        lab.output(row, seed),
-        mode=row.mode,
-        calibration=calibration,
-        keep_float=FLOAT_PRODUCTS,
-        metadata=_identity(lab, row, seed) | lineage,
-    )
+
+    def write(path: Path, dispatch: Dispatch) -> None:
+        with _exported(parent, dispatch) as fp32_artifact:
+            quantize(
+                fp32_artifact,
+                path,
+                mode=row.mode,
+                calibration=calibration,
+                keep_float=FLOAT_PRODUCTS,
+                metadata=_identity(lab, row, seed) | lineage,
+            )
+
+    _write_artifact(lab, lab.output(row, seed), parent, write)
+
+
+@contextmanager
+def _exported(model: FFN | SparseMoE, dispatch: Dispatch) -> Iterator[Path]:
+    """A passing FP32 artifact of `model` in one form."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "fp32.onnx"
+        export_onnx(model, path, {}, dispatch=dispatch)
+        yield path
+
+
+def _write_artifact(lab: Lab, path: Path, model: FFN | SparseMoE, write: Callable[[Path, Dispatch], None]) -> None:
+    """An MoE's artifact in the form that is fastest here; a dense model's in its only one."""
+    if isinstance(model, SparseMoE):
+        write_fastest(path, write, lab.dataset.train.numpy()[0][: max(TABLE_BATCHES)])
+    else:
+        write(path, "sparse")
 
 
 def ensure_artifact(lab: Lab, model: str, seed: int) -> Path:
@@ -188,7 +213,12 @@ def ensure_artifact(lab: Lab, model: str, seed: int) -> Path:
     if not path.exists() or read_onnx_metadata(path).get("parent_sha256") != checkpoint_sha256:
         loaded = load_checkpoint(checkpoint)
         identity = {key: loaded.metadata[key] for key in ("model", "dataset", "preset", "recipe", "seed")}
-        export_onnx(loaded.model, path, identity | {"parent_sha256": checkpoint_sha256})
+        metadata = identity | {"parent_sha256": checkpoint_sha256}
+
+        def write(path: Path, dispatch: Dispatch) -> None:
+            export_onnx(loaded.model, path, metadata, dispatch=dispatch)
+
+        _write_artifact(lab, path, loaded.model, write)
     return path
 
 
@@ -234,6 +264,7 @@ def measure_row(lab: Lab, row: Row, seed: int, *, train_seconds: float | None = 
         versions=package_versions(),
         measurements=measurements,
         expert_by_class=_expert_by_class(model, lab.test) if isinstance(row, Trained) else None,
+        dispatch=read_onnx_metadata(artifact).get("dispatch"),
         proof=proof,
     )
     save_predictions(lab.results, record.run_name, measure.predict(first_session.predict, lab.test.numpy()[0]))
@@ -300,7 +331,9 @@ def _artifact_of(lab: Lab, row: Row, seed: int) -> Path:
 def _prove(lab: Lab, row: Quantized, seed: int) -> dict[str, Any]:
     """That the file on disk runs in integers here, and on how many test images it agrees with its parent."""
     artifact, parent_artifact = lab.output(row, seed), ensure_artifact(lab, row.parent, seed)
-    integer_products = asdict(prove_integer(artifact, parent_artifact, keep_float=FLOAT_PRODUCTS))
+    dispatch: Dispatch = read_onnx_metadata(artifact).get("dispatch", {}).get("form", "sparse")
+    with _exported(_load_parent(lab, row.parent, seed), dispatch) as same_form:
+        integer_products = asdict(prove_integer(artifact, same_form, keep_float=FLOAT_PRODUCTS))
     int8_classes, fp32_classes = (
         measure.predict(OnnxRuntimeSession(path, threads=os.cpu_count() or 1).predict, lab.test.numpy()[0]).argmax(1)
         for path in (artifact, parent_artifact)

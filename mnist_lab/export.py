@@ -1,12 +1,14 @@
 """Checkpoint -> one ONNX file: standard operators, weights inside, raw pixels in, logits out.
 
-The normalisation is folded into the first layer. The sparse MoE is dispatched as in
-`models/moe.py`: pairs sorted by expert, one product per expert on its rows, scattered back.
+The normalisation is folded into the first layer. The MoE has two forms with the same logits:
+"sparse" sorts the (image, expert) pairs by expert, as `models/moe.py` does, so that cost grows
+with K; "dense" runs every expert on every image as two large products, and a gate of zeros and
+weights between them keeps the chosen ones. The first computes less, the second moves less.
 """
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import onnx
@@ -25,10 +27,16 @@ IR_VERSION = 8  # the oldest that has this opset: older runtimes can read the fi
 ROUTER, COMBINE = "router", "combine"
 # Products that stay in float: the router decides routes, and the combination is a weighted sum of K rows.
 FLOAT_PRODUCTS = (ROUTER, COMBINE)
+Dispatch = Literal["sparse", "dense"]
 
 
-def export_onnx(model: FFN | SparseMoE, path: Path, metadata: Mapping[str, Any]) -> None:
+def export_onnx(
+    model: FFN | SparseMoE, path: Path, metadata: Mapping[str, Any], *, dispatch: Dispatch = "sparse"
+) -> None:
     """Write `model` to `path` as an ONNX model: float32 `pixels` (batch, 1, 28, 28) -> `logits` (batch, C).
+
+    Args:
+        dispatch: the form of the MoE; a dense model has only one.
 
     Raises:
         UserError: the folder cannot be written.
@@ -36,7 +44,7 @@ def export_onnx(model: FFN | SparseMoE, path: Path, metadata: Mapping[str, Any])
     graph = _Graph()
     graph.add("Flatten", ["pixels"], "flat_pixels")
     if isinstance(model, SparseMoE):
-        _add_moe(graph, model, "flat_pixels")
+        _add_moe(graph, model, "flat_pixels", dispatch)
     else:
         weights = _layer_weights(model.layers)
         weights[0] = _fold_normalization(model.normalize, *weights[0])
@@ -87,47 +95,72 @@ def _add_layers(graph: _Graph, name: str, weights: list[tuple[Array, Array]], ro
     return graph.gemm("logits", rows, *weights[-1])
 
 
-def _add_moe(graph: _Graph, model: SparseMoE, rows: str) -> str:
-    num_experts, top_k = model.config.routing.num_experts, model.config.routing.top_k
-    experts, output_width = model.experts, model.config.output_width
+def _add_moe(graph: _Graph, model: SparseMoE, rows: str, dispatch: Dispatch) -> str:
     stem = _fold_normalization(model.normalize, *_layer_weights([model.stem])[0])
     hidden = graph.add("Relu", [graph.gemm("stem", rows, *stem)], "hidden")
-
     router_logits = graph.add("MatMul", [hidden, graph.constant("router.gate", _array(model.router.gate))], ROUTER)
-    graph.add("TopK", [router_logits, graph.constant("top_k", [top_k])], "top_logits", "top_experts", axis=-1)
-    weights = graph.add("Softmax", ["top_logits"], "expert_weights", axis=-1)
+    top_k = graph.constant("top_k", [model.config.routing.top_k])
+    graph.add("TopK", [router_logits, top_k], "top_logits", "top_experts", axis=-1)
+    graph.add("Softmax", ["top_logits"], "expert_weights", axis=-1)
+    mixed = (_add_sparse_dispatch if dispatch == "sparse" else _add_dense_dispatch)(graph, model, hidden)
+    return _add_layers(graph, "head", _layer_weights(model.head), graph.add("Relu", [mixed], "mixed.relu"))
 
-    # Pair p is (image p // K, its (p % K)-th expert). NonZero lists the pairs of one expert in batch order.
-    vector = graph.constant("vector_shape", [-1])
-    k = graph.constant("k", top_k)
-    expert_of_pair = graph.add("Reshape", ["top_experts", vector], "expert_of_pair")
-    pairs, outputs = [], []
-    for index in range(num_experts):
+
+def _add_sparse_dispatch(graph: _Graph, model: SparseMoE, hidden: str) -> str:
+    """Sort the pairs by expert, split the rows, one product per expert, put back, weighted sum.
+
+    Pair p is (image p // K, its (p % K)-th expert).
+    """
+    num_experts, top_k = model.config.routing.num_experts, model.config.routing.top_k
+    experts, output_width = model.experts, model.config.output_width
+    expert_of_pair = graph.add("Reshape", ["top_experts", graph.constant("vector_shape", [-1])], "expert_of_pair")
+    num_pairs = graph.add("Shape", [expert_of_pair], "num_pairs")
+    ones = graph.add("Expand", [graph.constant("one", [1]), num_pairs], "ones")
+    no_load = graph.constant("no_load", [0] * num_experts)
+    load = graph.add("ScatterElements", [no_load, expert_of_pair, ones], "load", axis=0, reduction="add")
+    graph.add("TopK", [expert_of_pair, num_pairs], "sorted_experts", "order", axis=0, largest=0)
+    image = graph.add("Div", ["order", graph.constant("k", top_k)], "image")
+    sorted_rows = graph.add("Gather", [hidden, image], "sorted_rows", axis=0)
+    own_rows = [f"expert{index}.rows" for index in range(num_experts)]
+    graph.add("Split", [sorted_rows, load], *own_rows, axis=0)
+    outputs = []
+    for index, rows in enumerate(own_rows):
         name = f"expert{index}"
-        chosen = graph.add("Equal", [expert_of_pair, graph.constant(f"{name}.id", index)], f"{name}.chosen")
-        own_pairs = graph.add("Reshape", [graph.add("NonZero", [chosen], f"{name}.nonzero"), vector], f"{name}.pairs")
-        image = graph.add("Div", [own_pairs, k], f"{name}.image")
-        own_rows = graph.add("Gather", [hidden, image], f"{name}.rows", axis=0)
-        inner = graph.gemm(f"{name}.in", own_rows, _array(experts.weight_in[index]), _array(experts.bias_in[index]))
+        inner = graph.gemm(f"{name}.in", rows, _array(experts.weight_in[index]), _array(experts.bias_in[index]))
         inner = graph.add("Relu", [inner], f"{name}.relu")
-        pairs.append(own_pairs)
         outputs.append(
             graph.gemm(f"{name}.out", inner, _array(experts.weight_out[index]), _array(experts.bias_out[index]))
         )
-    sorted_rows = graph.add("Concat", outputs, "sorted_rows", axis=0)
-    sorted_pairs = graph.add("Concat", pairs, "sorted_pairs", axis=0)
+    sorted_outputs = graph.add("Concat", outputs, "sorted_outputs", axis=0)
 
-    # Every pair occurs once, so scattering the sorted rows overwrites all of them.
-    place = graph.add("Unsqueeze", [sorted_pairs, graph.constant("last_axis", [1])], "place")
-    pair_rows = graph.add("ScatterND", [sorted_rows, place, sorted_rows], "pair_rows")
-    by_image = graph.add(
-        "Reshape", [pair_rows, graph.constant("by_image_shape", [-1, top_k, output_width])], "by_image"
-    )
-    as_row = graph.add("Unsqueeze", [weights, graph.constant("middle_axis", [1])], "weights_as_row")
+    end = graph.add("Squeeze", [num_pairs], "end")
+    pairs = graph.add("Range", [graph.constant("start", 0), end, graph.constant("step", 1)], "pairs")
+    place = graph.add("ScatterElements", ["order", "order", pairs], "place", axis=0)  # the inverse permutation
+    place = graph.add("Reshape", [place, graph.constant("by_image_shape", [-1, top_k])], "place_by_image")
+    by_image = graph.add("Gather", [sorted_outputs, place], "by_image", axis=0)
+    as_row = graph.add("Unsqueeze", ["expert_weights", graph.constant("middle_axis", [1])], "weights_as_row")
     mixed = graph.add("MatMul", [as_row, by_image], COMBINE)
-    mixed = graph.add("Reshape", [mixed, graph.constant("mixed_shape", [-1, output_width])], "mixed")
-    mixed = graph.add("Relu", [mixed], "mixed.relu")
-    return _add_layers(graph, "head", _layer_weights(model.head), mixed)
+    return graph.add("Reshape", [mixed, graph.constant("mixed_shape", [-1, output_width])], "mixed")
+
+
+def _add_dense_dispatch(graph: _Graph, model: SparseMoE, hidden: str) -> str:
+    """Σ g_e·(relu(h·W_e + b_e)·V_e + c_e) as two products over all experts: g is 0 where an expert was not chosen."""
+    num_experts, experts = model.config.routing.num_experts, model.experts
+    no_gates = graph.add("Sub", [ROUTER, ROUTER], "no_gates")
+    gates = graph.add("ScatterElements", [no_gates, "top_experts", "expert_weights"], "gates", axis=1)
+    weight_in = _array(experts.weight_in.transpose(0, 1).flatten(1))  # (D, E·H)
+    inner = graph.gemm("experts.in", hidden, weight_in, _array(experts.bias_in.flatten()))
+    inner = graph.add("Relu", [inner], "experts.relu")
+    by_expert = graph.constant("by_expert_shape", [-1, num_experts, model.config.expert_width])
+    inner = graph.add("Reshape", [inner, by_expert], "by_expert")
+    as_column = graph.add("Unsqueeze", [gates, graph.constant("last_axis", [2])], "gates_as_column")
+    gated = graph.add("Mul", [inner, as_column], "gated")
+    all_widths = graph.constant("all_widths", [-1, num_experts * model.config.expert_width])
+    gated = graph.add("Reshape", [gated, all_widths], "gated_rows")
+    weight_out = graph.constant("experts.out.weight", _array(experts.weight_out.flatten(0, 1)))  # (E·H, O)
+    output = graph.add("MatMul", [gated, weight_out], "experts.out")
+    bias = graph.add("MatMul", [gates, graph.constant("experts.out.bias", _array(experts.bias_out))], COMBINE)
+    return graph.add("Add", [output, bias], "mixed")
 
 
 def _fold_normalization(normalize: Normalize, weight: Array, bias: Array) -> tuple[Array, Array]:

@@ -89,6 +89,7 @@ class Record:
     versions: dict[str, str]
     measurements: dict[str, Measurement]  # by runtime
     expert_by_class: list[list[float]] | None = None  # [class][expert], share of the class's test pairs
+    dispatch: dict[str, Any] | None = None  # form of an MoE's artifact, and the times by which it was chosen
     proof: dict[str, Any] | None = None  # that an INT8 model runs in integers
     schema: int = SCHEMA
 

@@ -16,16 +16,18 @@ from mnist_lab.models import PRESETS, build_model
 from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.runtimes.onnxruntime import OnnxRuntimeSession
 
-NUM_LAYERS = {"ffn": 3, "moe": 10}
+NUM_LAYERS = {"ffn": 3, "moe-sparse": 10, "moe-dense": 4}
 
 
-@pytest.fixture(params=["ffn", "moe"])
+@pytest.fixture(params=NUM_LAYERS)
 def fp32(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     torch.manual_seed(0)
     preset = PRESETS["compact"]
     model = build_model(preset.ffn(0.18, 0.18) if request.param == "ffn" else preset.moe(0.18, 0.18, RoutingConfig()))
     path = tmp_path / f"{request.param}.onnx"
-    export_onnx(model.eval(), path, {"parent_sha256": "0"})
+    export_onnx(
+        model.eval(), path, {"parent_sha256": "0"}, dispatch="dense" if request.param == "moe-dense" else "sparse"
+    )
     return path
 
 

@@ -28,6 +28,9 @@ from mnist_lab.measure import Array
 Mode = Literal["static", "dynamic"]
 Int8 = npt.NDArray[np.int8]
 CALIBRATION_BATCH = 100
+# Besides the products: Relu, which joins its Gemm only when both are quantized, and what moves an MoE's rows,
+# which then are bytes instead of floats.
+STATIC_OPERATORS = ["MatMul", "Gemm", "Relu", "Gather", "Split", "Concat", "Mul", "Reshape"]
 INTEGER_OPERATORS = {"QGemm", "QLinearMatMul", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger"}
 FLOAT_OPERATORS = {"Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
 
@@ -123,19 +126,32 @@ def quantize(
                 _CalibrationReader(calibration),
                 quant_format=ort_quantization.QuantFormat.QDQ,
                 activation_type=ort_quantization.QuantType.QUInt8,
-                # Relu joins its Gemm only when both are quantized.
-                op_types_to_quantize=["MatMul", "Gemm", "Relu"],
+                op_types_to_quantize=STATIC_OPERATORS,
                 **common,
             )
         else:
             ort_quantization.quantize_dynamic(artifact, temporary, op_types_to_quantize=["MatMul", "Gemm"], **common)
         model = onnx.load(temporary)
+        if mode == "static":
+            _leave_logits_in_float(model.graph)
         set_onnx_metadata(model, metadata)
         onnx.save(model, temporary)
         prove_integer(temporary, artifact, keep_float=keep_float)
 
     with _quiet():
         write_atomically(output, convert)
+
+
+def _leave_logits_in_float(graph: onnx.GraphProto) -> None:
+    """Drop the rounding of the logits to 8 bits, which the converter adds and nothing after them needs."""
+    producers = {output: node for node in graph.node for output in node.output}
+    dequantize = producers[graph.output[0].name]
+    if dequantize.op_type != "DequantizeLinear":
+        return
+    quantize = producers[dequantize.input[0]]
+    producers[quantize.input[0]].output[0] = graph.output[0].name
+    graph.node.remove(dequantize)
+    graph.node.remove(quantize)
 
 
 def prove_integer(artifact: Path, fp32_artifact: Path, *, keep_float: Collection[str]) -> QuantizationProof:
