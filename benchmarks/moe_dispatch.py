@@ -8,7 +8,7 @@ import functools
 import torch
 
 from benchmarks.mask_loop import mask_loop_forward
-from mnist_lab.experiments import torch_threads
+from mnist_lab.evaluate import torch_threads
 from mnist_lab.measure import measure_latency
 from mnist_lab.models import PRESETS, build_model
 from mnist_lab.models.moe import RoutingConfig, SparseMoE

@@ -77,7 +77,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
         with torch.random.fork_rng():
             model = build_model(config_from_dict(metadata["architecture"]))
         with safetensors.safe_open(path, framework="pt") as file:
-            model.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        for name, parameter in model.named_parameters():
+            parameter.data = parameter.data.to(tensors[name].dtype)
+        model.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} does not hold the model that it describes ({error}). Train it again.") from error
     return Checkpoint(model.eval(), metadata)

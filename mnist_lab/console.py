@@ -1,17 +1,19 @@
 """What a script does around its row: open the lab, say what happens, print the figures."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Literal
 
 import torch
 
-from mnist_lab import experiments
+from mnist_lab import evaluate, experiments
+from mnist_lab.compress.bfloat16 import has_bfloat16
 from mnist_lab.data import load_dataset
 from mnist_lab.errors import UserError
-from mnist_lab.experiments import Lab
 from mnist_lab.files import ensure_writable
+from mnist_lab.lab import Lab, find_reason_to_make
 from mnist_lab.machine import cpu_model
 from mnist_lab.options import Options
 from mnist_lab.records import (
@@ -19,12 +21,14 @@ from mnist_lab.records import (
     Record,
     build_table,
     first_seeds,
+    format_fastest,
     format_summary,
     load_records,
     usable_records,
     write_table,
 )
 from mnist_lab.rows import Row, table_rows
+from mnist_lab.runtimes import RUNTIMES, RuntimeName, why_missing
 
 Mode = Literal["train", "load"]
 
@@ -45,6 +49,7 @@ def open_lab(options: Options) -> Iterator[Lab]:
         recipe=options.make_recipe(),
         device=options.device,
         threads=options.threads,
+        runtimes=_find_runtimes(options),
         checkpoints=options.checkpoints / folder,
         results=options.results / folder,
     )
@@ -58,16 +63,47 @@ def open_lab(options: Options) -> Iterator[Lab]:
 
 def make_and_print(lab: Lab, row: Row, seed: int, *, beside: Row | None = None) -> Record:
     """Make one row, time it (by turns with a finished row to compare with), and print the figures."""
+    _check_runtimes(lab, row)
     records = [experiments.make_row(lab, row, seed)]
-    if beside is not None:
+    if beside is not None and lab.runtimes_of(beside):
         records.append(experiments.load_or_measure_row(lab, beside, seed))
-        if reason := experiments.find_reason_to_make(lab, beside, seed):
+        if reason := find_reason_to_make(lab, beside, seed):
             print(f"note: {beside.model} is {reason}")
-    experiments.measure_latencies(lab, records)
-    print_table(records)
+    evaluate.measure_latencies(lab, records)
+    print_table(_as_asked(lab, records))
     print(f"\nmodel: {lab.output(row, seed)}\nto deploy: {lab.artifact(row.model, seed)}")
     print(f"record: {lab.record(row.model, seed)}")
     return records[0]
+
+
+def _find_runtimes(options: Options) -> tuple[RuntimeName, ...]:
+    """Those asked for that can run here; says of the others why not.
+
+    Raises:
+        UserError: none of them can.
+    """
+    asked = [runtime for runtime in RUNTIMES if {runtime, "best"} & set(options.runtime)]
+    missing = {runtime: reason for runtime in asked if (reason := why_missing(runtime))}
+    for runtime, reason in missing.items():
+        print(f"--runtime {runtime} is skipped: {reason}")
+    if len(missing) == len(asked):
+        raise UserError(f"--runtime {' '.join(options.runtime)}: nothing is left to measure in")
+    return tuple(runtime for runtime in asked if runtime not in missing)
+
+
+def _check_runtimes(lab: Lab, row: Row) -> None:
+    """Raise UserError where a row runs in none of the runtimes asked for."""
+    if not lab.runtimes_of(row):
+        raise UserError(f"{row.model} is {row.precision} and runs in --runtime {' or '.join(row.runtimes)} only")
+
+
+def _as_asked(lab: Lab, records: Iterable[Record]) -> list[Record]:
+    """The records with the measurements of the runtimes asked for; without those that have none."""
+    asked = [
+        replace(record, measurements={name: m for name, m in record.measurements.items() if name in lab.runtimes})
+        for record in records
+    ]
+    return [record for record in asked if record.measurements]
 
 
 def print_table(records: list[Record]) -> None:
@@ -90,13 +126,15 @@ def print_proof(record: Record) -> None:
     floats = ", ".join(record.proof["float_products"]) or "none"
     weights = "7-bit weights, as this CPU has no VNNI" if record.proof["reduced_range"] else "8-bit weights"
     print(f"integer products: {products}; in float: {floats}; {weights}")
-    print(f"same class as FP32 on {record.proof['same_class_as_fp32']:.2%} of the test images")
+    for runtime, measurement in record.measurements.items():
+        print(f"same class as FP32 on {measurement.same_class:.2%} of the test images in {runtime}")
 
 
 def run_table(options: Options, *, mode: Mode | None, seeds: range) -> None:
     """All rows for all seeds, then the table and the plots of everything in the results folder."""
     with open_lab(options) as lab:
-        jobs = [(row, seed) for seed in seeds for row in table_rows(suffix=options.suffix)]
+        rows = [row for row in table_rows(suffix=options.suffix, bfloat16=has_bfloat16()) if lab.runtimes_of(row)]
+        jobs = [(row, seed) for seed in seeds for row in rows]
         print_checkpoints(lab, jobs)
         load_records(lab.results)  # a broken one stops the run now, not after hours of work
         mode = mode or ask_mode()
@@ -111,15 +149,15 @@ def run_table(options: Options, *, mode: Mode | None, seeds: range) -> None:
         usable, left_out = usable_records(load_records(lab.results), lab.checkpoints, cpu_model(), current=records)
         for line in left_out:
             print(f"not in the table: {line}")
-        experiments.measure_latencies(lab, first_seeds(usable))
-        write_results(lab, usable)
+        evaluate.measure_latencies(lab, first_seeds(usable))
+        write_results(lab, _as_asked(lab, usable))
 
 
 def print_checkpoints(lab: Lab, jobs: Sequence[tuple[Row, int]]) -> None:
     """Which models are on disk and up to date."""
     print("checkpoints:")
     for row, seed in jobs:
-        reason = experiments.find_reason_to_make(lab, row, seed)
+        reason = find_reason_to_make(lab, row, seed)
         print(f"  {row.model}-seed{seed}: {reason or 'found'}", flush=True)
 
 
@@ -149,6 +187,8 @@ def write_results(lab: Lab, records: list[Record]) -> None:
     table = build_table(records)
     write_table(lab.results, table, title=f"{lab.dataset.name}, {lab.preset} models, {lab.recipe_name} recipe")
     print_table(records)
+    if len(lab.runtimes) > 1:
+        print(f"\nfastest runtime:\n{format_fastest(table, style='simple')}")
     print(f"\ntable: {lab.results / 'table.csv'} and table.md")
     for path in draw_all(lab.results, records):
         print(f"plot: {path}")

@@ -14,20 +14,23 @@ from mnist_lab.export import Dispatch
 from mnist_lab.files import write_atomically
 from mnist_lab.measure import Array, measure_latency
 from mnist_lab.records import TABLE_BATCHES
-from mnist_lab.runtimes.onnxruntime import OnnxRuntimeSession
+from mnist_lab.runtimes import Session
 
 NUM_ROUNDS = 3
 FORMS: tuple[Dispatch, ...] = get_args(Dispatch)
 
 
-def write_fastest(path: Path, write: Callable[[Path, Dispatch], object], images: Array) -> None:
+def write_fastest(
+    path: Path, write: Callable[[Path, Dispatch], object], open_file: Callable[[Path], Session], images: Array
+) -> None:
     """Write an artifact in every form, time them by turns, and keep the one with the lowest geometric mean.
 
-    The file's metadata gets `dispatch`: the form, and the median milliseconds of each form by batch size, in
-    ONNX Runtime on one thread.
+    The file's metadata gets `dispatch`: the form, the runtime that was timed, and the median milliseconds of each
+    form by batch size.
 
     Args:
         write: makes one form at the path that it is given.
+        open_file: loads one into the runtime to be timed.
         images: real ones (N, 1, 28, 28), since the router spreads no others as it should.
 
     Raises:
@@ -37,17 +40,17 @@ def write_fastest(path: Path, write: Callable[[Path, Dispatch], object], images:
         files = {str(form): Path(folder) / f"{form}.onnx" for form in FORMS}
         for form in FORMS:
             write(files[form], form)
-        median_ms = time_forms(files, images)
+        sessions = {form: open_file(file) for form, file in files.items()}
+        median_ms = time_forms(sessions, images)
         best = min(FORMS, key=lambda form: sum(map(math.log, median_ms[form].values())))
         model = onnx.load(files[best])
-    add_onnx_metadata(model, {"dispatch": {"form": best, "median_ms": median_ms}})
+    add_onnx_metadata(model, {"dispatch": {"form": best, "runtime": sessions[best].runtime, "median_ms": median_ms}})
     write_atomically(path, lambda temporary: onnx.save(model, temporary))
 
 
-def time_forms(files: Mapping[str, Path], images: Array) -> dict[str, dict[str, float]]:
+def time_forms(sessions: Mapping[str, Session], images: Array) -> dict[str, dict[str, float]]:
     """Median milliseconds of each form for each batch size of the table that there are images for."""
-    sessions = {form: OnnxRuntimeSession(file, threads=1) for form, file in files.items()}
-    median_ms: dict[str, dict[str, float]] = {form: {} for form in files}
+    median_ms: dict[str, dict[str, float]] = {form: {} for form in sessions}
     for batch in TABLE_BATCHES:
         pixels = images[:batch]
         calls = {form: functools.partial(session.run, session.prepare(pixels)) for form, session in sessions.items()}

@@ -13,5 +13,5 @@ class TrainingDiverged(RunFailed):
     """The loss is no longer a finite number: the message names the model, epoch and step."""
 
 
-class NotInteger(RunFailed):
-    """The engine does not run an INT8 model in integers, or runs in integers what should be float."""
+class WrongPrecision(RunFailed):
+    """An engine does not run a model's products in the precision that its row claims."""

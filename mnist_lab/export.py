@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 import onnx
+import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
@@ -35,13 +36,16 @@ def export_onnx(
 ) -> None:
     """Write `model` to `path` as an ONNX model: float32 `pixels` (batch, 1, 28, 28) -> `logits` (batch, C).
 
+    Weights of a BF16 model are stored in BF16 and cast where they are used; an engine that is told to
+    compute in BF16 drops the casts.
+
     Args:
         dispatch: the form of the MoE; a dense model has only one.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    graph = _Graph()
+    graph = _Graph(weight_type=next(model.parameters()).dtype)
     graph.add("Flatten", ["pixels"], "flat_pixels")
     if isinstance(model, SparseMoE):
         _add_moe(graph, model, "flat_pixels", dispatch)
@@ -56,7 +60,8 @@ def export_onnx(
 class _Graph:
     """Nodes and initializers in the making. A node is named after its (first) output."""
 
-    def __init__(self) -> None:
+    def __init__(self, weight_type: torch.dtype) -> None:
+        self.weight_type = weight_type
         self.nodes: list[onnx.NodeProto] = []
         self.initializers: list[onnx.TensorProto] = []
 
@@ -69,8 +74,17 @@ class _Graph:
         self.initializers.append(numpy_helper.from_array(array, name))
         return name
 
+    def weight(self, name: str, value: Array) -> str:
+        if self.weight_type != torch.bfloat16:
+            return self.constant(name, value)
+        stored = torch.from_numpy(value).bfloat16().view(torch.uint8).numpy().tobytes()
+        self.initializers.append(
+            helper.make_tensor(f"{name}.bf16", TensorProto.BFLOAT16, value.shape, stored, raw=True)
+        )
+        return self.add("Cast", [f"{name}.bf16"], name, to=TensorProto.FLOAT)
+
     def gemm(self, name: str, rows: str, weight: Array, bias: Array) -> str:
-        inputs = [rows, self.constant(f"{name}.weight", weight), self.constant(f"{name}.bias", bias)]
+        inputs = [rows, self.weight(f"{name}.weight", weight), self.weight(f"{name}.bias", bias)]
         return self.add("Gemm", inputs, name)
 
     def to_model(self, metadata: Mapping[str, Any]) -> onnx.ModelProto:
@@ -98,7 +112,7 @@ def _add_layers(graph: _Graph, name: str, weights: list[tuple[Array, Array]], ro
 def _add_moe(graph: _Graph, model: SparseMoE, rows: str, dispatch: Dispatch) -> str:
     stem = _fold_normalization(model.normalize, *_layer_weights([model.stem])[0])
     hidden = graph.add("Relu", [graph.gemm("stem", rows, *stem)], "hidden")
-    router_logits = graph.add("MatMul", [hidden, graph.constant("router.gate", _array(model.router.gate))], ROUTER)
+    router_logits = graph.add("MatMul", [hidden, graph.weight("router.gate", _array(model.router.gate))], ROUTER)
     top_k = graph.constant("top_k", [model.config.routing.top_k])
     graph.add("TopK", [router_logits, top_k], "top_logits", "top_experts", axis=-1)
     graph.add("Softmax", ["top_logits"], "expert_weights", axis=-1)
@@ -157,9 +171,9 @@ def _add_dense_dispatch(graph: _Graph, model: SparseMoE, hidden: str) -> str:
     gated = graph.add("Mul", [inner, as_column], "gated")
     all_widths = graph.constant("all_widths", [-1, num_experts * model.config.expert_width])
     gated = graph.add("Reshape", [gated, all_widths], "gated_rows")
-    weight_out = graph.constant("experts.out.weight", _array(experts.weight_out.flatten(0, 1)))  # (E·H, O)
+    weight_out = graph.weight("experts.out.weight", _array(experts.weight_out.flatten(0, 1)))  # (E·H, O)
     output = graph.add("MatMul", [gated, weight_out], "experts.out")
-    bias = graph.add("MatMul", [gates, graph.constant("experts.out.bias", _array(experts.bias_out))], COMBINE)
+    bias = graph.add("MatMul", [gates, graph.weight("experts.out.bias", _array(experts.bias_out))], COMBINE)
     return graph.add("Add", [output, bias], "mixed")
 
 
@@ -180,5 +194,5 @@ def _layer_weights(layers: Iterable[nn.Module]) -> list[tuple[Array, Array]]:
 
 
 def _array(tensor: Tensor) -> Array:
-    array: Array = tensor.detach().cpu().numpy()
+    array: Array = tensor.detach().float().cpu().numpy()
     return array

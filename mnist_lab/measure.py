@@ -6,12 +6,14 @@ Works on callables and numpy logits, so that any runtime can be measured. Shapes
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 Array = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
+K = TypeVar("K")
 
 EVALUATION_BATCH = 1000  # dynamic INT8 scales depend on the batch, so it is one size everywhere
 NUM_BINS = 15
@@ -111,19 +113,19 @@ def quality(logits: Array, labels: Labels) -> Quality:
 
 
 def measure_latency(
-    calls: Mapping[str, Callable[[], object]],
+    calls: Mapping[K, Callable[[], object]],
     *,
     num_rounds: int,
     block_s: float = 0.03,
     num_dropped: int = 2,
     on_block: Callable[[], None] = lambda: None,
-) -> dict[str, Latency]:
+) -> dict[K, Latency]:
     """Time every call, taking turns in blocks, so that drift of the machine hits all alike.
 
     Each block drops its first calls, then repeats for at least `block_s` seconds: alternating after
     every single call would evict the caches and double the times at batch 1.
     """
-    times_s: dict[str, list[float]] = {name: [] for name in calls}
+    times_s: dict[K, list[float]] = {name: [] for name in calls}
     for _ in range(num_rounds):
         for name, call in calls.items():
             for _ in range(num_dropped):

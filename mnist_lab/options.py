@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -35,6 +36,11 @@ class Options:
     """Images per training step, in place of the recipe's."""
     threads: int = 1
     """CPU threads for measuring latency; training uses all cores."""
+    runtime: tuple[Literal["pytorch", "torch-compile", "onnxruntime", "openvino", "torchao", "best"], ...] = (
+        "pytorch",
+        "onnxruntime",
+    )
+    """Runtimes to measure in, one or more; best measures in all that can run here and names the fastest."""
     device: str = "cpu"
     """Device for training, by torch's name (cpu, cuda); measuring is on the CPU."""
     checkpoints: Path = Path("checkpoints")
@@ -48,6 +54,8 @@ class Options:
         check_count("--epochs", self.epochs)
         check_count("--batch-size", self.batch_size)
         check_count("--threads", self.threads)
+        if not self.runtime:
+            raise UserError("--runtime needs at least one name")
         cores = os.cpu_count() or 1
         if self.threads > cores:
             raise UserError(f"--threads {self.threads} is more than this machine's {cores} cores")

@@ -19,7 +19,9 @@ from matplotlib.ticker import MaxNLocator
 
 from mnist_lab.drawing import (
     ACCURACY_LABEL,
+    COLORS,
     LATENCIES,
+    MARKERS,
     MUTED,
     SIZE_LABEL,
     bar_error,
@@ -42,7 +44,7 @@ from mnist_lab.drawing import (
 )
 from mnist_lab.files import write_atomically
 from mnist_lab.measure import NUM_BINS
-from mnist_lab.records import TABLE_BATCHES, Record
+from mnist_lab.records import TABLE_BATCHES, Record, build_table
 
 PARETO_COLUMNS = ["test_acc", "file_mb", "latency_ms_b64"]
 MAX_MOE_VARIANTS = 4
@@ -374,6 +376,31 @@ def confusion_matrices(records: Sequence[Record]) -> Figure | None:
     return figure
 
 
+def latency_by_runtime(records: Sequence[Record]) -> Figure | None:
+    """Median latency of every model in every runtime that timed it, first seed, a panel per batch size."""
+    table = build_table(records)
+    timed = table[table[LATENCIES].notna().any(axis=1)]
+    if timed.empty:
+        return None
+    names = list(dict.fromkeys(timed["model"]))
+    runtimes = sorted(timed["runtime"].unique())
+    figure, panels = make_figure(
+        records, "Latency by runtime", columns=len(LATENCIES), size=(13, 1.8 + 0.35 * len(names))
+    )
+    for axes, column, batch in zip(panels, LATENCIES, TABLE_BATCHES, strict=True):
+        for runtime, color, marker in zip(runtimes, COLORS, MARKERS, strict=False):
+            rows = timed[timed["runtime"] == runtime]
+            places = [names.index(model) for model in rows["model"]]
+            axes.plot(rows[column], places, marker, color=color, markersize=7, alpha=0.85, label=runtime)
+        make_logarithmic(axes, "x", f"latency of a batch of {batch} (ms)")
+        axes.set_yticks(range(len(names)), names if axes is panels[0] else [""] * len(names))
+        axes.set_ylim(len(names) - 0.5, -0.5)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+    threads, cpu = timed["threads"].dropna().astype(int).unique(), records[0].machine["cpu"]
+    write_footnote(figure, f"median, {'/'.join(map(str, threads))} thread(s), {cpu}")
+    return figure
+
+
 FIGURES: dict[str, Callable[[Sequence[Record]], Figure | None]] = {
     draw.__name__: draw
     for draw in (
@@ -387,5 +414,6 @@ FIGURES: dict[str, Callable[[Sequence[Record]], Figure | None]] = {
         reliability_diagram,
         expert_load,
         confusion_matrices,
+        latency_by_runtime,
     )
 }

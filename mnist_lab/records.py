@@ -17,9 +17,11 @@ from tabulate import tabulate
 
 from mnist_lab.errors import UserError
 from mnist_lab.files import sha256, write_atomically
+from mnist_lab.runtimes import Precision
 
-SCHEMA = 1
+SCHEMA = 2
 BASELINE = "FFN_baseline"
+SAME_ENGINE = {"torchao": "torch-compile"}  # where a runtime has no FP32 of its own
 RECORD_PATTERN = "[!.]*.json"  # not what an interrupted write left
 TABLE_BATCHES = (1, 64, 1024)
 COLUMNS = [
@@ -57,6 +59,8 @@ class Measurement:
     file_mb: float  # the deployed file, 10^6 bytes
     bins: dict[str, list[float]]  # test images by confidence: count, confidence_sum, correct
     confusion: list[list[int]]  # test images, [true][predicted]
+    same_class: float  # share of test images with the class that the FP32 model gives in PyTorch
+    largest_gap: float  # between its logits and those of the FP32 model in PyTorch, on the test images
     threads: int | None = None  # of the latencies
     latency_ms: dict[str, dict[str, float]] = field(default_factory=dict)  # batch -> median, q1, q3, num_calls
     latency_session: str = ""  # latencies of one session were measured by turns, and compare
@@ -68,7 +72,7 @@ class Record:
 
     model: str
     technique: str
-    precision: str
+    precision: Precision
     dataset: str
     preset: str
     recipe: str
@@ -193,7 +197,7 @@ def _table_row(records: list[Record], runtime: str) -> dict[str, Any]:
         },
         "threads": timed.threads,
         "seed_numbers": " ".join(str(record.seed) for record in sorted(records, key=lambda record: record.seed)),
-        "fp32_model": first.parent["model"] if first.precision == "INT8" and first.parent else None,
+        "fp32_model": first.parent["model"] if first.precision != "FP32" and first.parent else None,
     }
 
 
@@ -207,11 +211,12 @@ def confidence_interval(values: list[float]) -> float:
 
 
 def compare(table: pd.DataFrame) -> pd.DataFrame:
-    """Every row against its own FP32 model (INT8 rows), and against the baseline (the first row's model).
+    """Every row against its own FP32 model (INT8 and BF16 rows), and against the baseline (the first row's model).
 
-    Both in the row's own runtime. Accuracy difference in percentage points, parameter storage as a
-    share, speed-up as a factor per batch size; NaN where there is nothing to compare with, for the
-    accuracy also where the two rows are not of the same seeds.
+    Both in the row's own runtime (torchao's rows in torch-compile, whose engine they share). Accuracy
+    difference in percentage points, parameter storage as a share, speed-up as a factor per batch size;
+    NaN where there is nothing to compare with, for the accuracy also where the two rows are not of the
+    same seeds.
     """
     by_key = table.set_index(["model", "runtime"])
     columns: dict[str, pd.Series] = {
@@ -223,7 +228,7 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
         ("fp32", table["fp32_model"]),
         ("baseline", pd.Series(_baseline(table), index=table.index)),
     ):
-        keys = pd.MultiIndex.from_arrays([reference, table["runtime"]])
+        keys = pd.MultiIndex.from_arrays([reference, table["runtime"].replace(SAME_ENGINE)])
         other = by_key.reindex(keys).set_index(table.index)
         is_paired = table["seed_numbers"] == other["seed_numbers"]
         columns[f"acc_points_vs_{label}"] = ((table["test_acc"] - other["test_acc"]) * 100).where(is_paired)
@@ -232,6 +237,19 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
             column = f"latency_ms_b{batch}"
             columns[f"speedup_b{batch}_vs_{label}"] = other[column] / table[column]
     return pd.DataFrame(columns)
+
+
+def find_fastest(table: pd.DataFrame) -> pd.DataFrame:
+    """Per model and batch size the runtime with the lowest median latency, and that latency in ms; blank if untimed."""
+    rows = []
+    for model, group in table.groupby("model", sort=False):
+        row = {"model": model, "precision": group["precision"].iloc[0]}
+        for batch in TABLE_BATCHES:
+            timed = group.set_index("runtime")[f"latency_ms_b{batch}"].dropna()
+            row[f"runtime_b{batch}"] = None if timed.empty else timed.idxmin()
+            row[f"latency_ms_b{batch}"] = timed.min()
+        rows.append(row)
+    return pd.DataFrame(rows)
 
 
 def _baseline(table: pd.DataFrame) -> str | None:
@@ -302,6 +320,8 @@ def write_table(folder: Path, table: pd.DataFrame, *, title: str) -> None:
         "## Against FP32 and against the baseline",
         format_comparison(table),
         COMPARISON_LEGEND,
+        "## Fastest runtime",
+        format_fastest(table, style="github"),
     ]
     write_atomically(folder / "table.md", lambda path: path.write_text("\n\n".join(parts) + "\n"))
 
@@ -311,7 +331,7 @@ COMPARISON_LEGEND = (
     "batch size; against the row's own FP32 model and against the baseline, both in the same runtime."
 )
 MEASURED_FORMATS = {"size_mib": ".3f", "file_mb": ".3f"} | {f"latency_ms_b{batch}": ".3f" for batch in TABLE_BATCHES}
-TEXT_COLUMNS = {"model", "technique", "precision", "runtime"}
+TEXT_COLUMNS = {"model", "technique", "precision", "runtime", *(f"fastest b{batch}" for batch in TABLE_BATCHES)}
 FRACTIONS = ("test_acc", "test_acc_ci95", "train_acc", "train_loss", "test_loss", "ece")
 
 
@@ -330,6 +350,13 @@ def format_comparison(table: pd.DataFrame) -> str:
     formats = {name: "+.2f" if name.startswith("acc") else ".2f" for name in names if "_vs_" in name}
     headers = {name: name.replace("_points", "").replace("speedup_", "x ").replace("_vs_", " vs ") for name in names}
     return _format(comparison.rename(columns=headers), {headers[c]: f for c, f in formats.items()}, "github")
+
+
+def format_fastest(table: pd.DataFrame, *, style: Literal["simple", "github"]) -> str:
+    """`find_fastest` as aligned text."""
+    formats = {f"ms b{batch}": ".3f" for batch in TABLE_BATCHES}
+    headers = {f"runtime_b{batch}": f"fastest b{batch}" for batch in TABLE_BATCHES}
+    return _format(find_fastest(table).rename(columns=headers).rename(columns=_short_header), formats, style)
 
 
 SUMMARY_LEGEND = (

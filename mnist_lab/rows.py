@@ -1,11 +1,12 @@
 """The rows of the table: what each model is, and how an option that departs from the default names it."""
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from mnist_lab.compress.distill import DistillationConfig
 from mnist_lab.compress.quantize import Mode
 from mnist_lab.models.moe import RoutingConfig
+from mnist_lab.runtimes import Precision, RuntimeName
 
 ModelName = Literal["ffn", "moe", "student"]
 CALIBRATION_SIZE = 1000
@@ -22,9 +23,9 @@ class Trained:
     parent: str | None = None  # the teacher
     distillation: DistillationConfig | None = None
 
-    precision = "FP32"
-    runtimes = ("pytorch", "onnxruntime")
-    extension = "safetensors"
+    precision: ClassVar[Precision] = "FP32"
+    runtimes: ClassVar[tuple[RuntimeName, ...]] = ("pytorch", "torch-compile", "onnxruntime", "openvino")
+    extension: ClassVar[str] = "safetensors"
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,30 @@ class Quantized:
     mode: Mode
     calibration_size: int = CALIBRATION_SIZE  # training images; static mode only
 
-    precision = "INT8"
-    runtimes = ("onnxruntime",)
-    extension = "onnx"
+    precision: ClassVar[Precision] = "INT8"
+    extension: ClassVar[str] = "onnx"
+
+    @property
+    def runtimes(self) -> tuple[RuntimeName, ...]:
+        """OpenVINO reads a dynamically quantized file, but computes its products in FP32."""
+        return ("onnxruntime", "openvino", "torchao") if self.mode == "static" else ("onnxruntime", "torchao")
 
 
-Row = Trained | Quantized
+@dataclass(frozen=True)
+class Rounded:
+    """A row whose weights are a trained one's, rounded to BF16, and whose products are computed in BF16."""
+
+    model: str
+    technique: str
+    parent: str
+
+    precision: ClassVar[Precision] = "BF16"
+    # ONNX Runtime has no BF16 products for x86.
+    runtimes: ClassVar[tuple[RuntimeName, ...]] = ("pytorch", "torch-compile", "openvino")
+    extension: ClassVar[str] = "safetensors"
+
+
+Row = Trained | Quantized | Rounded
 
 
 def ffn_baseline(*, suffix: str = "") -> Trained:
@@ -94,9 +113,15 @@ def quantized(
     return Quantized(name + suffix, technique, parent.model, mode, calibration_size)
 
 
-def table_rows(*, suffix: str = "") -> list[Row]:
-    """All nine models, every parent before its children."""
-    return [
+def rounded(model: Literal["ffn", "moe"], *, suffix: str = "") -> Rounded:
+    """The BF16 form of a trained model."""
+    parent = trained(model, suffix=suffix)
+    return Rounded({"ffn": "FFN_BF16", "moe": "Sparse_MoE_BF16"}[model] + suffix, parent.technique, parent.model)
+
+
+def table_rows(*, suffix: str = "", bfloat16: bool = True) -> list[Row]:
+    """All nine models, every parent before its children; then, for a CPU that has BF16, those two."""
+    rows: list[Row] = [
         ffn_baseline(suffix=suffix),
         quantized("ffn", suffix=suffix),
         sparse_moe(suffix=suffix),
@@ -107,6 +132,7 @@ def table_rows(*, suffix: str = "") -> list[Row]:
         student(distillation=None, suffix=suffix),
         quantized("student", suffix=suffix),
     ]
+    return rows + [rounded("ffn", suffix=suffix), rounded("moe", suffix=suffix)] * bfloat16
 
 
 def place_in_table(model: str) -> int:

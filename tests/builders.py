@@ -16,6 +16,8 @@ def make_measurement(test_acc: float = 0.98, size_mib: float = 1.0, b64: float |
         file_mb=size_mib,
         bins={},
         confusion=[],
+        same_class=1.0,
+        largest_gap=0.0,
         threads=1,
         latency_ms={} if b64 is None else {"64": {"median_ms": b64, "q1_ms": b64, "q3_ms": b64, "num_calls": 9}},
     )

@@ -130,7 +130,7 @@ def test_pareto_figure_names_the_dominated() -> None:
     assert all(name.endswith("(dominated)") for name in names[3:])
 
 
-def test_full_set_gives_ten_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_set_gives_eleven_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "DOTS_PER_INCH", 40)
     paths = draw_all(tmp_path, make_records(seeds=2, without=tuple(name for name, *_ in MODELS if "PTQ" in name)))
     names = [
@@ -144,6 +144,7 @@ def test_full_set_gives_ten_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         "reliability_diagram",
         "expert_load",
         "confusion_matrices",
+        "latency_by_runtime",
     ]
     assert [path.name for path in paths] == [f"{name}.png" for name in names]
     assert sorted((tmp_path / "plots").iterdir()) == sorted(paths)

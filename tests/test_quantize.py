@@ -10,7 +10,7 @@ from mnist_lab.artifacts import artifact_bytes, read_onnx_metadata
 from mnist_lab.compress import quantize as q
 from mnist_lab.compress.quantize import Mode
 from mnist_lab.data import Dataset
-from mnist_lab.errors import NotInteger
+from mnist_lab.errors import WrongPrecision
 from mnist_lab.export import FLOAT_PRODUCTS, export_onnx
 from mnist_lab.models import PRESETS, build_model
 from mnist_lab.models.moe import RoutingConfig
@@ -127,7 +127,7 @@ def test_engines_weights_are_the_textbooks(fp32: Path, toy_dataset: Dataset, mod
 
 
 def test_layer_left_in_float_is_found(fp32: Path, toy_dataset: Dataset, tmp_path: Path) -> None:
-    with pytest.raises(NotInteger, match="integer products"):
+    with pytest.raises(WrongPrecision, match="integer products"):
         q.prove_integer(fp32, fp32, keep_float=FLOAT_PRODUCTS)
     output = tmp_path / "partly.onnx"
     q.quantize(
@@ -138,7 +138,7 @@ def test_layer_left_in_float_is_found(fp32: Path, toy_dataset: Dataset, tmp_path
         keep_float=[*FLOAT_PRODUCTS, "logits"],
         metadata={"parent_sha256": "1"},
     )
-    with pytest.raises(NotInteger, match="logits"):
+    with pytest.raises(WrongPrecision, match="logits"):
         q.prove_integer(output, fp32, keep_float=FLOAT_PRODUCTS)
 
 
@@ -147,7 +147,7 @@ def test_integer_router_is_found(tmp_path: Path) -> None:
     export_onnx(build_model(PRESETS["compact"].moe(0.18, 0.18, RoutingConfig())), fp32, {"parent_sha256": "0"})
     output = tmp_path / "int8.onnx"
     q.quantize(fp32, output, mode="dynamic", keep_float=["combine"], metadata={"parent_sha256": "1"})
-    with pytest.raises(NotInteger, match="router"):
+    with pytest.raises(WrongPrecision, match="router"):
         q.prove_integer(output, fp32, keep_float=FLOAT_PRODUCTS)
 
 
@@ -157,7 +157,7 @@ def test_failed_conversion_leaves_the_old_file(
     output = convert(fp32, toy_dataset, "dynamic")
     before = output.read_bytes()
     monkeypatch.setattr(q, "INTEGER_OPERATORS", set())
-    with pytest.raises(NotInteger):
+    with pytest.raises(WrongPrecision):
         convert(fp32, toy_dataset, "dynamic")
     assert output.read_bytes() == before
     assert sorted(path.name for path in fp32.parent.iterdir()) == [f"{fp32.stem}-dynamic.onnx", fp32.name]

@@ -5,7 +5,7 @@ from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.rows import Row, place_in_table, quantized, sparse_moe, student, table_rows
 
 
-def test_table_has_the_nine_models_parents_first() -> None:
+def test_table_has_the_nine_models_and_the_bf16_ones_parents_first() -> None:
     rows = table_rows()
     assert {row.model for row in rows} == {
         "FFN_baseline",
@@ -17,12 +17,15 @@ def test_table_has_the_nine_models_parents_first() -> None:
         "KD_FFN_Student_from_FFN",
         "FFN_Student_no_KD",
         "KD_FFN_Student_INT8",
+        "FFN_BF16",
+        "Sparse_MoE_BF16",
     }
     names = [row.model for row in rows]
     assert names[0] == "FFN_baseline"
     for row in rows:
         if row.parent is not None:
             assert names.index(row.parent) < names.index(row.model)
+    assert table_rows(bfloat16=False) == rows[:9]
 
 
 @pytest.mark.parametrize(

@@ -14,10 +14,11 @@ import pandas as pd
 import pytest
 import torch
 
-from mnist_lab import data, experiments, measure, plots, training
+from mnist_lab import console, data, evaluate, experiments, measure, plots, training
 from mnist_lab.artifacts import read_onnx_metadata, set_onnx_metadata
 from mnist_lab.checkpoints import load_checkpoint, read_metadata, save_checkpoint
 from mnist_lab.errors import TrainingDiverged
+from mnist_lab.lab import Lab
 from mnist_lab.records import COLUMNS, load_records
 from mnist_lab.rows import Trained
 from mnist_lab.scripts import run_script
@@ -74,7 +75,8 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Bench:
-    monkeypatch.setattr(experiments, "LATENCY_ROUNDS", 1)
+    monkeypatch.setattr(evaluate, "LATENCY_ROUNDS", 1)
+    monkeypatch.setattr(console, "has_bfloat16", lambda: True)  # torch emulates it where the CPU has none
     monkeypatch.setattr(plots, "draw_all", lambda *_: [])  # drawn once, by `finished`
     monkeypatch.delenv("MNIST_LAB_DATA", raising=False)
     return Bench(tmp_path, monkeypatch, capfd)
@@ -85,7 +87,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the whole suite has run once, over two seeds."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(experiments, "LATENCY_ROUNDS", 1)
+        monkeypatch.setattr(evaluate, "LATENCY_ROUNDS", 1)
+        monkeypatch.setattr(console, "has_bfloat16", lambda: True)
         monkeypatch.chdir(folder)
         arguments = ["--mode", "train", "--dataset", "digits", "--recipe", "quick", "--epochs", "1", "--seeds", "2"]
         monkeypatch.setattr(sys, "argv", ["run_all_experiments", *arguments])
@@ -106,8 +109,14 @@ class TestWholeSuite:
     def test_table_has_every_model_runtime_and_figure(self, finished: Path) -> None:
         table = pd.read_csv(finished / "results" / FOLDER / "table.csv")
         assert list(table.columns)[: len(COLUMNS)] == COLUMNS
-        runtimes = [table[table["precision"] == precision]["runtime"].value_counts() for precision in ("FP32", "INT8")]
-        assert [counts.to_dict() for counts in runtimes] == [{"pytorch": 5, "onnxruntime": 5}, {"onnxruntime": 4}]
+        runtimes = [
+            table[table["precision"] == precision]["runtime"].value_counts() for precision in ("FP32", "INT8", "BF16")
+        ]
+        assert [counts.to_dict() for counts in runtimes] == [
+            {"pytorch": 5, "onnxruntime": 5},
+            {"onnxruntime": 4},
+            {"pytorch": 2},
+        ]
         assert table["model"][0] == "FFN_baseline-epochs1"
         assert (table["seeds"] == 2).all()
         assert table[COLUMNS].notna().all(axis=None)
@@ -117,23 +126,29 @@ class TestWholeSuite:
             assert row["size_mib"] <= 0.28 * fp32_size[row["fp32_model"]]
 
     def test_all_plots_are_there(self, finished: Path) -> None:
-        assert len(list((finished / "results" / FOLDER / "plots").glob("*.png"))) == 10
+        assert len(list((finished / "results" / FOLDER / "plots").glob("*.png"))) == 11
 
     def test_every_artifact_is_what_its_record_says(self, finished: Path) -> None:
         records = load_records(finished / "results" / FOLDER)
-        assert len(records) == 18
+        assert len(records) == 22
         for record in records:
-            path = finished / "checkpoints" / FOLDER / record.artifact["file"]
-            assert record.measurements["onnxruntime"].file_mb == pytest.approx(path.stat().st_size / 1e6)
-            if record.precision == "INT8":
-                assert record.proof is not None
-                assert 0.9 < record.proof["same_class_as_fp32"] <= 1
+            for runtime, measurement in record.measurements.items():
+                file = record.artifact["file"] if runtime == "onnxruntime" else record.checkpoint["file"]
+                path = finished / "checkpoints" / FOLDER / file
+                assert measurement.file_mb == pytest.approx(path.stat().st_size / 1e6)
+                assert 0.9 < measurement.same_class <= 1
+            assert (record.proof is not None) == (record.precision == "INT8")
+            assert (record.dispatch is not None) == ("MoE" in record.model)
 
     def test_both_runtimes_see_the_same_model(self, finished: Path) -> None:
         for record in load_records(finished / "results" / FOLDER):
             if record.precision == "FP32":
                 first, second = record.measurements["pytorch"], record.measurements["onnxruntime"]
                 assert first.test_loss == pytest.approx(second.test_loss, rel=1e-4)
+                assert first.largest_gap < 1e-4
+                assert second.largest_gap < 1e-4
+            else:
+                assert all(measurement.largest_gap > 1e-4 for measurement in record.measurements.values())
 
     def test_load_trains_nothing_and_remakes_what_is_stale(
         self, finished_bench: Bench, monkeypatch: pytest.MonkeyPatch
@@ -142,7 +157,7 @@ class TestWholeSuite:
         trained: list[str] = []
         real_train_row = experiments.train_row
 
-        def spy(lab: experiments.Lab, row: Trained, seed: int) -> None:
+        def spy(lab: Lab, row: Trained, seed: int) -> None:
             trained.append(f"{row.model}-seed{seed}")
             real_train_row(lab, row, seed)
 
@@ -150,7 +165,7 @@ class TestWholeSuite:
         outcome = finished_bench("run_all_experiments", "--mode", "load")
         assert outcome.code == 0
         assert trained == []
-        assert outcome.out.count(": found") == 9
+        assert outcome.out.count(": found") == 11
         changed = {name for name, content in finished_bench.files().items() if content != before.get(name)}
         assert not any("checkpoints" in name for name in changed)
 
@@ -165,8 +180,8 @@ class TestWholeSuite:
         outcome = finished_bench("run_all_experiments", "--mode", "load")
         assert outcome.code == 0
         assert trained == ["KD_FFN_Student-epochs1-seed0"]
-        assert outcome.out.count(": stale: Sparse_MoE-epochs1 has changed since") == 3
-        assert "KD_FFN_Student_INT8-epochs1-seed0: stale" not in outcome.out.split("[1/9")[0]
+        assert outcome.out.count(": stale: Sparse_MoE-epochs1 has changed since") == 4
+        assert "KD_FFN_Student_INT8-epochs1-seed0: stale" not in outcome.out.split("[1/11")[0]
 
     def test_interrupted_run_keeps_finished_rows_and_load_goes_on(
         self, bench: Bench, monkeypatch: pytest.MonkeyPatch
@@ -174,7 +189,7 @@ class TestWholeSuite:
         real_make_row = experiments.train_row
         started: list[str] = []
 
-        def interrupt_second(lab: experiments.Lab, row: Trained, seed: int) -> None:
+        def interrupt_second(lab: Lab, row: Trained, seed: int) -> None:
             started.append(row.model)
             if len(started) == 2:
                 raise KeyboardInterrupt
@@ -188,7 +203,7 @@ class TestWholeSuite:
         outcome = bench("run_all_experiments", "--mode", "load")
         assert outcome.code == 0
         assert outcome.out.count(": found") == 2
-        assert len(pd.read_csv(bench.results / "table.csv")) == 14
+        assert len(pd.read_csv(bench.results / "table.csv")) == 16
 
     @pytest.mark.parametrize("answer", ["load\n", "what?\nLOAD\n", "l\n"])
     def test_prompt_reads_a_pipe(self, finished_bench: Bench, answer: str) -> None:
@@ -250,11 +265,11 @@ class TestWholeSuite:
         assert finished_bench("moe_mnist", "--top-k", "1").code == 0
         assert finished_bench("run_all_experiments", "--mode", "load", "--seed", "1").code == 0
         table = pd.read_csv(finished_bench.results / "table.csv")
-        assert len(table) == 16
+        assert len(table) == 18
         assert table["latency_ms_b64"].notna().all()
         first_runs = [record for record in load_records(finished_bench.results) if record.seed == 0]
         sessions = {m.latency_session for record in first_runs for m in record.measurements.values()}
-        assert len(first_runs) == 10
+        assert len(first_runs) == 12
         assert len(sessions) == 1
 
     def test_broken_record_is_named_before_the_work(self, finished_bench: Bench) -> None:
@@ -290,6 +305,31 @@ class TestSingleScripts:
             assert outcome.code == 0
             assert "integer products" in outcome.out
             assert (finished_bench.checkpoints / f"{name}-seed0.onnx").is_file()
+
+    def test_runtimes_asked_for_are_those_of_the_table(self, finished_bench: Bench) -> None:
+        outcome = finished_bench("ptq_mnist", "--runtime", "openvino", "torchao")
+        assert outcome.code == 0
+        int8, fp32 = (
+            next(r for r in load_records(finished_bench.results) if r.run_name == f"{name}-epochs1-seed0")
+            for name in ("FFN_PTQ_INT8", "FFN_baseline")
+        )
+        assert set(int8.measurements) == {"openvino", "torchao"}
+        # What was measured before is kept, and not in the table that did not ask for it.
+        assert set(fp32.measurements) == {"pytorch", "onnxruntime", "openvino"}
+        assert "onnxruntime" not in outcome.out.split("note:")[-1]
+        program = finished_bench.checkpoints / "FFN_PTQ_INT8-epochs1-seed0.pt2"
+        assert int8.measurements["torchao"].file_mb == pytest.approx(program.stat().st_size / 1e6)
+
+    def test_runtime_that_is_missing_is_skipped_with_a_line(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(console, "why_missing", lambda runtime: "no such luck" if runtime == "openvino" else None)
+        outcome = bench("baseline_mnist", "--runtime", "openvino", "onnxruntime")
+        assert outcome.code == 0
+        assert "--runtime openvino is skipped: no such luck" in outcome.out
+        (record,) = load_records(bench.results)
+        assert set(record.measurements) == {"onnxruntime"}
+        bench.expect_user_error("baseline_mnist", "--runtime", "openvino", says="openvino")
 
     def test_student_variants(self, finished_bench: Bench) -> None:
         assert finished_bench("kd_mnist", "--teacher", "ffn", "--temperature", "10").code == 0
@@ -375,6 +415,9 @@ class TestBadInput:
             ("kd_mnist --no-distillation --teacher ffn", "--teacher"),
             ("baseline_mnist --dataset digits --data-dir .", "--data-dir"),
             ("ptq_mnist --model bert", "bert"),
+            ("ptq_mnist --runtime pytorch", "onnxruntime"),
+            ("baseline_mnist --runtime torchao", "onnxruntime"),
+            ("baseline_mnist --runtime tensorrt", "tensorrt"),
             ("run_all_experiments --seeds 0", "--seeds"),
             ("run_all_experiments --mode guess", "guess"),
         ],
@@ -482,4 +525,4 @@ def test_mnist_end_to_end(bench: Bench, mnist_dir: Path) -> None:
     assert fp32.measurements["onnxruntime"].test_acc > 0.95
     assert abs(int8.measurements["onnxruntime"].test_acc - fp32.measurements["onnxruntime"].test_acc) < 0.001
     assert int8.proof is not None
-    assert int8.proof["same_class_as_fp32"] >= 0.997
+    assert int8.measurements["onnxruntime"].same_class >= 0.997

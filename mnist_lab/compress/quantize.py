@@ -20,7 +20,7 @@ import onnxruntime
 from onnxruntime import quantization as ort_quantization
 
 from mnist_lab.artifacts import set_onnx_metadata
-from mnist_lab.errors import NotInteger
+from mnist_lab.errors import WrongPrecision
 from mnist_lab.files import write_atomically
 from mnist_lab.machine import cpu_flags
 from mnist_lab.measure import Array
@@ -106,7 +106,7 @@ def quantize(
         keep_float: names of the products that stay in float.
 
     Raises:
-        NotInteger: a layer that should be INT8 is not, or one that should be float is not. Nothing
+        WrongPrecision: a layer that should be INT8 is not, or one that should be float is not. Nothing
             is written then.
         UserError: the folder cannot be written.
     """
@@ -158,7 +158,7 @@ def prove_integer(artifact: Path, fp32_artifact: Path, *, keep_float: Collection
     """Compare the graph that the engine runs with the FP32 artifact it came from.
 
     Raises:
-        NotInteger: a product that should be INT8 is not, or one in `keep_float` or a softmax is.
+        WrongPrecision: a product that should be INT8 is not, or one in `keep_float` or a softmax is.
     """
     products = {node.name for node in onnx.load(fp32_artifact).graph.node if node.op_type in {"Gemm", "MatMul"}}
     expected_float = products & set(keep_float)
@@ -173,7 +173,7 @@ def prove_integer(artifact: Path, fp32_artifact: Path, *, keep_float: Collection
     if any(node.op_type == "QLinearSoftmax" for node in nodes):
         problems.append("the softmax is no longer in float")
     if problems:
-        raise NotInteger(f"the INT8 model is not what it should be: {'; '.join(problems)}")
+        raise WrongPrecision(f"the INT8 model is not what it should be: {'; '.join(problems)}")
     return QuantizationProof(dict(integer), sorted(floats), needs_reduced_range())
 
 

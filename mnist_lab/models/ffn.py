@@ -45,7 +45,7 @@ class FFN(nn.Module):
         self.layers = nn.ModuleList(linear_chain(28 * 28, *config.widths, NUM_CLASSES))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return relu_chain(self.layers, self.normalize(pixels))
+        return relu_chain(self.layers, self.normalize(pixels).to(self.layers[0].weight.dtype))
 
 
 def linear_chain(*widths: int) -> list[nn.Linear]:

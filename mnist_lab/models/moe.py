@@ -121,9 +121,10 @@ class Experts(nn.Module):
         self.bias_out = nn.Parameter(torch.zeros(num_experts, output_width))
 
     def forward(self, rows_ND: Tensor, load_E: Tensor) -> Tensor:
-        if self.training:
+        # In evaluation slices are as fast for a few experts, but a compiler cannot see how many rows each has.
+        if self.training or torch.compiler.is_compiling():
             ends_E = load_E.cumsum(0, dtype=torch.int32)
-            expert_N = torch.repeat_interleave(load_E)
+            expert_N = torch.repeat_interleave(load_E, output_size=len(rows_ND))
             hidden_NH = F.grouped_mm(rows_ND, self.weight_in, offs=ends_E) + self.bias_in.index_select(0, expert_N)
             # grouped_mm's backward needs a contiguous gradient, which adding the bias hands on.
             return F.grouped_mm(hidden_NH.relu(), self.weight_out, offs=ends_E) + self.bias_out.index_select(
@@ -157,12 +158,12 @@ class SparseMoE(nn.Module):
         self.head = nn.ModuleList(linear_chain(config.output_width, *config.head_widths, NUM_CLASSES))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        hidden_BD = self.stem(self.normalize(pixels)).relu_()
+        hidden_BD = self.embed(pixels)
         return self._mix(hidden_BD, self.router(hidden_BD))[0]
 
     def routed(self, pixels: Tensor) -> Routed:
         """The same forward pass, with the router's decisions and the load-balancing loss."""
-        hidden_BD = self.stem(self.normalize(pixels)).relu_()
+        hidden_BD = self.embed(pixels)
         routing = self.router(hidden_BD)
         logits, load_E, dropped_share = self._mix(hidden_BD, routing)
         parts = balance_parts(routing, load_E, self.config.routing.balance)
@@ -176,6 +177,11 @@ class SparseMoE(nn.Module):
             expert_load=load_E,
             dropped_share=dropped_share,
         )
+
+    def embed(self, pixels: Tensor) -> Tensor:
+        """What router and experts see of the pixels (B, 1, 28, 28): (B, D)."""
+        hidden_BD: Tensor = self.stem(self.normalize(pixels).to(self.stem.weight.dtype)).relu_()
+        return hidden_BD
 
     def _mix(self, hidden_BD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, float]:
         """Dispatch, compute, combine, classify. Returns the logits, the load per expert, the dropped share."""
@@ -192,6 +198,37 @@ class SparseMoE(nn.Module):
         output_NO = output_NO * routing.weights_BK.flatten()[order_N].unsqueeze(1)
         mixed_BO = output_NO.new_zeros(len(hidden_BD), output_NO.shape[1]).index_add_(0, row_N, output_NO)
         return relu_chain(self.head, mixed_BO.relu_()), load_E, dropped_share
+
+
+class EveryExpert(nn.Module):
+    """The same logits in evaluation, by running every expert on every image: linear layers and a gate, no sorting.
+
+    For tools that trace a model, which cannot follow rows whose number depends on the data.
+    """
+
+    def __init__(self, model: SparseMoE) -> None:
+        super().__init__()
+        self.model = model
+        self.layers_in = nn.ModuleList(map(_linear, model.experts.weight_in, model.experts.bias_in))
+        self.layers_out = nn.ModuleList(map(_linear, model.experts.weight_out, model.experts.bias_out))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        model = self.model
+        hidden_BD = model.embed(pixels)
+        routing = model.router(hidden_BD)
+        gate_BE = torch.zeros_like(routing.logits_BE).scatter(1, routing.experts_BK, routing.weights_BK)
+        outputs = [
+            layer_out(layer_in(hidden_BD).relu()) * gate_B.unsqueeze(1)
+            for layer_in, layer_out, gate_B in zip(self.layers_in, self.layers_out, gate_BE.unbind(1), strict=True)
+        ]
+        return relu_chain(model.head, torch.stack(outputs).sum(dim=0).relu_())
+
+
+def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+    """A layer of a weight (inputs, outputs) and a bias."""
+    layer = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
+    layer.weight, layer.bias = nn.Parameter(weight.detach().T.contiguous()), nn.Parameter(bias.detach())
+    return layer
 
 
 def limit_capacity(order_N: Tensor, load_E: Tensor, capacity_factor: float) -> tuple[Tensor, Tensor]:

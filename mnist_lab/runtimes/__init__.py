@@ -1,9 +1,23 @@
-"""Where a model runs. Each runtime loads an artifact and runs batches of raw pixels on the CPU."""
+"""Where a model runs. Each runtime loads a file and runs batches of raw pixels on the CPU."""
 
+import importlib.util
+import shutil
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol, get_args
 
 from mnist_lab.measure import Array
+
+RuntimeName = Literal["pytorch", "torch-compile", "onnxruntime", "openvino", "torchao"]
+RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
+Precision = Literal["FP32", "BF16", "INT8"]
+# What each runtime loads: the checkpoint, the ONNX artifact, or the quantized PyTorch program.
+EXTENSIONS: dict[RuntimeName, str] = {
+    "pytorch": "safetensors",
+    "torch-compile": "safetensors",
+    "onnxruntime": "onnx",
+    "openvino": "onnx",
+    "torchao": "pt2",
+}
 
 
 class Session(Protocol):
@@ -13,7 +27,7 @@ class Session(Protocol):
     version: str
 
     def prepare(self, pixels: Array) -> Any:
-        """The batch in the form that `run` takes."""
+        """The batch in the form that `run` takes, with everything done that the first call would do."""
 
     def run(self, batch: Any) -> Any:
         """One forward pass, in the runtime's own form of logits."""
@@ -22,18 +36,43 @@ class Session(Protocol):
         """Logits (B, C) as an array."""
 
 
-def open_session(runtime: str, checkpoint: Path, artifact: Path, *, threads: int) -> Session:
+def why_missing(runtime: RuntimeName) -> str | None:
+    """What a runtime lacks on this machine; None where it can run."""
+    if runtime in {"openvino", "torchao"} and importlib.util.find_spec(runtime) is None:
+        return f"{runtime} is not installed: pip install -r requirements-extra.txt"
+    if runtime in {"torch-compile", "torchao"} and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        return f"{runtime} compiles C++, and there is no compiler"
+    return None
+
+
+def open_session(runtime: RuntimeName, file: Path, *, precision: Precision, threads: int) -> Session:
     """Load a model into the named runtime.
 
     Args:
-        checkpoint: the safetensors file, which PyTorch runs.
-        artifact: the ONNX file, which the others run.
-        threads: of the runtime; PyTorch takes torch's own setting, which is one for the process.
+        file: of the kind that `EXTENSIONS` gives.
+        precision: that the model's products must run in.
+        threads: of the runtime; those of PyTorch take torch's own setting, which is one for the process.
+
+    Raises:
+        UserError: the file is missing or broken.
+        WrongPrecision: the runtime reports products in another precision.
     """
     if runtime == "pytorch":
         from mnist_lab.runtimes.pytorch import PyTorchSession
 
-        return PyTorchSession(checkpoint)
+        return PyTorchSession(file)
+    if runtime == "torch-compile":
+        from mnist_lab.runtimes.pytorch import TorchCompileSession
+
+        return TorchCompileSession(file)
+    if runtime == "torchao":
+        from mnist_lab.runtimes.torchao import TorchAOSession
+
+        return TorchAOSession(file)
+    if runtime == "openvino":
+        from mnist_lab.runtimes.openvino import OpenVINOSession
+
+        return OpenVINOSession(file, precision=precision, threads=threads)
     from mnist_lab.runtimes.onnxruntime import OnnxRuntimeSession
 
-    return OnnxRuntimeSession(artifact, threads=threads)
+    return OnnxRuntimeSession(file, threads=threads)

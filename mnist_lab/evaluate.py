@@ -1,0 +1,214 @@
+"""Every figure of a finished model: quality, size and latency in each runtime, kept as a record."""
+
+import functools
+import os
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+
+from mnist_lab import measure
+from mnist_lab.artifacts import artifact_bytes, read_onnx_metadata
+from mnist_lab.checkpoints import load_checkpoint
+from mnist_lab.compress.quantize import prove_integer
+from mnist_lab.convert import artifact_of, ensure_artifact, ensure_file, exported
+from mnist_lab.data import NUM_CLASSES, Split
+from mnist_lab.export import FLOAT_PRODUCTS, Dispatch
+from mnist_lab.files import sha256
+from mnist_lab.lab import Lab, load_parent
+from mnist_lab.machine import describe_machine, package_versions
+from mnist_lab.models import count_parameters, parameter_bytes
+from mnist_lab.models.ffn import FFN
+from mnist_lab.models.moe import SparseMoE
+from mnist_lab.records import TABLE_BATCHES, Measurement, Record, save_predictions, save_record
+from mnist_lab.rows import Quantized, Row, Trained, place_in_table
+from mnist_lab.runtimes import RuntimeName, Session, open_session
+from mnist_lab.runtimes.pytorch import PyTorchSession
+from mnist_lab.training import progress_bar
+
+LATENCY_ROUNDS = 7
+
+
+def measure_row(
+    lab: Lab,
+    row: Row,
+    seed: int,
+    *,
+    train_seconds: float | None = None,
+    known: Mapping[RuntimeName, Measurement] = MappingProxyType({}),
+) -> Record:
+    """Accuracy, loss, calibration and size of a finished model in each runtime asked for. Keeps the record.
+
+    Args:
+        known: measurements of this very file from before, which are not made again.
+
+    Raises:
+        WrongPrecision: a runtime does not run the model in its precision.
+    """
+    artifact = artifact_of(lab, row, seed)
+    output = lab.output(row, seed)
+    if isinstance(row, Quantized):
+        model, metadata = load_parent(lab, row.parent, seed), read_onnx_metadata(output)
+    else:
+        model, metadata = load_checkpoint(output)
+    runtimes = lab.runtimes_of(row)
+    sessions = {runtime: _open(lab, row, seed, runtime) for runtime in runtimes}
+    first_session = sessions[runtimes[0]]
+    fp32_model = row.model if isinstance(row, Trained) else row.parent
+    reference = measure.predict(PyTorchSession(lab.checkpoint(fp32_model, seed)).predict, lab.test.numpy()[0])
+    measurements = {**known} | {
+        runtime: _measure_quality(
+            lab, session, reference=reference, file_bytes=lab.file(row.model, seed, runtime).stat().st_size,
+            stored_bytes=_stored_bytes(lab.file(row.model, seed, runtime), model),
+        )
+        for runtime, session in sessions.items()
+        if runtime not in known
+    }  # fmt: skip
+    validation_pixels, validation_labels = lab.dataset.validation.numpy()
+    validation_logits = measure.predict(first_session.predict, validation_pixels)
+    params_total, params_active = count_parameters(model)
+    record = Record(
+        model=row.model,
+        technique=row.technique,
+        precision=row.precision,
+        dataset=lab.dataset.name,
+        preset=lab.preset,
+        recipe=lab.recipe_name,
+        seed=seed,
+        order=place_in_table(row.model),
+        config=metadata["config"],
+        parent=None if row.parent is None else {"model": row.parent, "sha256": metadata["parent_sha256"]},
+        checkpoint={"file": output.name, "sha256": sha256(output)},
+        artifact={"file": artifact.name, "sha256": sha256(artifact)},
+        params_total=params_total,
+        params_active=params_active,
+        validation_acc=measure.accuracy(validation_logits, validation_labels),
+        validation_loss=measure.cross_entropy(validation_logits, validation_labels),
+        train_seconds=train_seconds,
+        train_threads=metadata.get("train_threads"),
+        curves=metadata.get("curves", []),
+        machine=describe_machine(),
+        versions=package_versions(),
+        measurements={str(runtime): measurement for runtime, measurement in measurements.items()},
+        expert_by_class=_expert_by_class(model, lab.test) if isinstance(row, Trained) else None,
+        dispatch=read_onnx_metadata(artifact).get("dispatch"),
+        proof=_prove(lab, row, seed) if isinstance(row, Quantized) else None,
+    )
+    save_predictions(lab.results, record.run_name, measure.predict(first_session.predict, lab.test.numpy()[0]))
+    save_record(lab.results, record)
+    return record
+
+
+def _open(lab: Lab, row: Row, seed: int, runtime: RuntimeName) -> Session:
+    file = ensure_file(lab, row, seed, runtime)
+    return open_session(runtime, file, precision=row.precision, threads=os.cpu_count() or 1)
+
+
+def _stored_bytes(file: Path, model: FFN | SparseMoE) -> int:
+    """Bytes of the parameters in a file, as inference needs them."""
+    if file.suffix == ".onnx":
+        return artifact_bytes(file)
+    if file.suffix == ".pt2":
+        from mnist_lab.compress.pt2e import program_bytes
+
+        return program_bytes(file)
+    return parameter_bytes(model)
+
+
+def measure_latencies(lab: Lab, records: Sequence[Record]) -> None:
+    """Time all these models by turns, in every runtime asked for and batch size, and add that to their records."""
+    pixels = lab.test.numpy()[0]
+    sessions: dict[tuple[str, RuntimeName], Session] = {}
+    for record in records:
+        if record.precision != "INT8":
+            ensure_artifact(lab, record.model, record.seed, precision=record.precision)
+        for runtime in lab.runtimes:
+            if runtime in record.measurements:
+                file = lab.file(record.model, record.seed, runtime)
+                session = open_session(runtime, file, precision=record.precision, threads=lab.threads)
+                sessions[record.run_name, runtime] = session
+    session_id = uuid.uuid4().hex
+    measured: dict[tuple[str, RuntimeName], dict[str, dict[str, float]]] = {key: {} for key in sessions}
+    # The bar is redrawn between blocks only, not from a thread that would run beside what is timed.
+    with torch_threads(lab.threads), progress_bar(auto_refresh=False) as progress:
+        task = progress.add_task("latency", total=len(sessions) * len(TABLE_BATCHES) * LATENCY_ROUNDS)
+
+        def on_block() -> None:
+            progress.advance(task)
+            progress.refresh()
+
+        for batch in TABLE_BATCHES:
+            images = np.resize(pixels, (batch, *pixels.shape[1:]))  # repeats a test set smaller than the batch
+            calls = {key: functools.partial(session.run, session.prepare(images)) for key, session in sessions.items()}
+            latencies = measure.measure_latency(calls, num_rounds=LATENCY_ROUNDS, on_block=on_block)
+            for key, latency in latencies.items():
+                measured[key][str(batch)] = asdict(latency)
+    for record in records:
+        for runtime in lab.runtimes:
+            if measurement := record.measurements.get(runtime):
+                measurement.latency_ms = measured[record.run_name, runtime]
+                measurement.threads, measurement.latency_session = lab.threads, session_id
+        save_record(lab.results, record)
+
+
+@contextmanager
+def torch_threads(threads: int) -> Iterator[None]:
+    """Let torch compute on that many threads for a while."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _prove(lab: Lab, row: Quantized, seed: int) -> dict[str, Any]:
+    """That ONNX Runtime runs the file on disk in integers here."""
+    artifact = lab.output(row, seed)
+    dispatch: Dispatch = read_onnx_metadata(artifact).get("dispatch", {}).get("form", "sparse")
+    with exported(load_parent(lab, row.parent, seed), dispatch) as same_form:
+        return asdict(prove_integer(artifact, same_form, keep_float=FLOAT_PRODUCTS))
+
+
+def _measure_quality(
+    lab: Lab, session: Session, *, reference: measure.Array, file_bytes: int, stored_bytes: int
+) -> Measurement:
+    train_pixels, train_labels = lab.dataset.train.numpy()
+    test_pixels, test_labels = lab.test.numpy()
+    train_logits = measure.predict(session.predict, train_pixels)
+    test_logits = measure.predict(session.predict, test_pixels)
+    test = measure.quality(test_logits, test_labels)
+    return Measurement(
+        version=session.version,
+        test_acc=test.acc,
+        test_loss=test.loss,
+        test_ece=test.ece,
+        train_acc=measure.accuracy(train_logits, train_labels),
+        train_loss=measure.cross_entropy(train_logits, train_labels),
+        size_mib=stored_bytes / measure.MIB,
+        file_mb=file_bytes / 1e6,
+        same_class=float((test_logits.argmax(axis=1) == reference.argmax(axis=1)).mean()),
+        largest_gap=float(np.abs(test_logits - reference).max()),
+        bins=asdict(test.bins),
+        confusion=test.confusion,
+    )
+
+
+def _expert_by_class(model: FFN | SparseMoE, split: Split) -> list[list[float]] | None:
+    """Share of each class's (image, expert) pairs that go to each expert: [class][expert]."""
+    if not isinstance(model, SparseMoE):
+        return None
+    with torch.inference_mode():
+        experts = torch.cat([model.routed(pixels).experts for pixels in split.pixels.split(measure.EVALUATION_BATCH)])
+    num_experts = model.config.routing.num_experts
+    pair_class = split.labels.repeat_interleave(experts.shape[1])
+    counts = torch.bincount(pair_class * num_experts + experts.flatten(), minlength=NUM_CLASSES * num_experts)
+    by_class = counts.view(NUM_CLASSES, num_experts).double()
+    shares: list[list[float]] = (by_class / by_class.sum(dim=1, keepdim=True).clamp(min=1)).tolist()
+    return shares

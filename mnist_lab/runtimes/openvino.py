@@ -1,0 +1,86 @@
+"""OpenVINO on the CPU."""
+
+import importlib.metadata
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import openvino
+
+from mnist_lab.errors import UserError, WrongPrecision
+from mnist_lab.export import FLOAT_PRODUCTS
+from mnist_lab.measure import Array
+from mnist_lab.runtimes import Precision
+
+# What the runtime calls the precision of a product's input.
+EXECUTED: dict[Precision, set[str]] = {"FP32": {"f32"}, "BF16": {"bf16"}, "INT8": {"u8", "i8"}}
+
+
+class BoundRequest(NamedTuple):
+    """A request that reads its pixels in place."""
+
+    request: openvino.InferRequest
+    pixels: Array  # kept alive for the request
+
+
+class OpenVINOSession:
+    """An ONNX artifact from raw pixels to logits.
+
+    Raises:
+        UserError: the file is missing, or is not an ONNX model.
+        WrongPrecision: a layer runs in another precision than asked for.
+    """
+
+    runtime = "openvino"
+    version = importlib.metadata.version("openvino")
+
+    def __init__(self, artifact: Path, *, precision: Precision, threads: int) -> None:
+        if not artifact.is_file():
+            raise UserError(f"no artifact at {artifact}")
+        options = {
+            # Left alone, it would run FP32 models in BF16 where the CPU can.
+            "INFERENCE_PRECISION_HINT": "bf16" if precision == "BF16" else "f32",
+            "INFERENCE_NUM_THREADS": threads,
+            "NUM_STREAMS": 1,
+        }
+        try:
+            self._model = openvino.Core().compile_model(artifact, "CPU", options)
+        except RuntimeError as error:
+            raise UserError(f"{artifact} is truncated or not an ONNX model ({error})") from error
+        self._check(precision)
+
+    def _check(self, precision: Precision) -> None:
+        wrong = {
+            name: executed for name, executed in self.executed_products().items() if executed not in EXECUTED[precision]
+        }
+        if precision == "INT8":
+            wrong = {name: executed for name, executed in wrong.items() if name not in FLOAT_PRODUCTS}
+        if wrong:
+            raise WrongPrecision(f"OpenVINO does not run this model in {precision}: {wrong}")
+
+    def executed_products(self) -> dict[str, str]:
+        """Every matrix product of the compiled model and the precision that it runs in."""
+        operators = {operator.get_friendly_name(): operator.get_rt_info() for operator in self._operators()}
+        return {
+            name.partition("/")[0]: info["runtimePrecision"].value
+            for name, info in operators.items()
+            if info["layerType"].value in {"FullyConnected", "MatMul"}
+        }
+
+    def _operators(self) -> list[openvino.Node]:
+        return self._model.get_runtime_model().get_ops()
+
+    def prepare(self, pixels: Array) -> BoundRequest:
+        pixels = np.ascontiguousarray(pixels)
+        request = self._model.create_infer_request()
+        request.set_input_tensor(openvino.Tensor(pixels, shared_memory=True))
+        request.infer()  # the first call at a batch size compiles
+        return BoundRequest(request, pixels)
+
+    def run(self, batch: BoundRequest) -> openvino.InferRequest:
+        batch.request.infer()
+        return batch.request
+
+    def predict(self, pixels: Array) -> Array:
+        logits: Array = self.prepare(pixels).request.get_output_tensor().data.copy()
+        return logits

@@ -1,0 +1,173 @@
+"""Every runtime gives the plain PyTorch model's logits, in the precision that it is asked for."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mnist_lab.artifacts import artifact_bytes
+from mnist_lab.checkpoints import save_checkpoint
+from mnist_lab.compress import pt2e
+from mnist_lab.compress.bfloat16 import has_bfloat16, round_weights
+from mnist_lab.compress.quantize import Mode, quantize
+from mnist_lab.data import Dataset
+from mnist_lab.errors import UserError, WrongPrecision
+from mnist_lab.export import FLOAT_PRODUCTS, export_onnx
+from mnist_lab.measure import Array
+from mnist_lab.models import PRESETS, build_model, parameter_bytes
+from mnist_lab.models.ffn import FFN
+from mnist_lab.models.moe import EveryExpert, RoutingConfig, SparseMoE
+from mnist_lab.runtimes import EXTENSIONS, Precision, RuntimeName, Session, open_session, torchao, why_missing
+from mnist_lab.training import torch_predictor
+
+PIXELS = np.random.default_rng(0).random((5, 1, 28, 28), np.float32)
+needs_bfloat16 = pytest.mark.skipif(not has_bfloat16(), reason="this CPU has no BF16 products")
+
+
+def make_model(kind: str) -> FFN | SparseMoE:
+    torch.manual_seed(0)
+    preset = PRESETS["compact"]
+    return build_model(preset.ffn(0.13, 0.31) if kind == "ffn" else preset.moe(0.13, 0.31, RoutingConfig())).eval()
+
+
+def write_files(model: FFN | SparseMoE, folder: Path) -> None:
+    save_checkpoint(folder / "model.safetensors", model, {})
+    export_onnx(model, folder / "model.onnx", {"parent_sha256": "0"})
+
+
+def open_in(runtime: RuntimeName, folder: Path, precision: Precision = "FP32") -> Session:
+    return open_session(runtime, folder / f"model.{EXTENSIONS[runtime]}", precision=precision, threads=1)
+
+
+def write_program(model: FFN | SparseMoE, path: Path, dataset: Dataset, mode: Mode) -> None:
+    traceable = EveryExpert(model) if isinstance(model, SparseMoE) else model
+    pt2e.quantize_program(
+        traceable, path, mode=mode, calibration=dataset.train.pixels, metadata={"model": "x", "mode": mode}
+    )
+
+
+def signal_to_noise_db(reference: Array, logits: Array) -> float:
+    return float(10 * np.log10(np.square(reference).sum() / np.square(reference - logits).sum()))
+
+
+@pytest.mark.parametrize("kind", ["ffn", "moe"])
+@pytest.mark.parametrize("runtime", ["pytorch", "torch-compile", "onnxruntime", "openvino"])
+def test_fp32_logits_are_the_models(runtime: RuntimeName, kind: str, tmp_path: Path) -> None:
+    model = make_model(kind)
+    write_files(model, tmp_path)
+    session = open_in(runtime, tmp_path)
+    assert session.runtime == runtime
+    np.testing.assert_allclose(session.predict(PIXELS), torch_predictor(model)(PIXELS), atol=1e-4)
+
+
+@pytest.mark.parametrize("runtime", ["pytorch", "onnxruntime", "openvino"])
+def test_a_prepared_batch_can_be_run_again_and_again(runtime: RuntimeName, tmp_path: Path) -> None:
+    model = make_model("ffn")
+    write_files(model, tmp_path)
+    session = open_in(runtime, tmp_path)
+    first = session.predict(PIXELS)
+    other = session.prepare(1 - PIXELS)
+    for _ in range(3):
+        session.run(other)
+    np.testing.assert_array_equal(session.predict(PIXELS), first)
+    np.testing.assert_allclose(first, torch_predictor(model)(PIXELS), atol=1e-4)
+
+
+@needs_bfloat16
+@pytest.mark.parametrize("kind", ["ffn", "moe"])
+@pytest.mark.parametrize("runtime", ["pytorch", "openvino"])
+def test_bf16_is_half_and_close(runtime: RuntimeName, kind: str, tmp_path: Path) -> None:
+    model = make_model(kind)
+    reference, fp32_bytes = torch_predictor(model)(PIXELS), parameter_bytes(model)
+    write_files(round_weights(model), tmp_path)
+    assert parameter_bytes(model) == fp32_bytes / 2
+    assert artifact_bytes(tmp_path / "model.onnx") == pytest.approx(fp32_bytes / 2, rel=2e-3)
+    logits = open_in(runtime, tmp_path, "BF16").predict(PIXELS)
+    assert logits.dtype == np.float32
+    assert 30 < signal_to_noise_db(reference, logits) < 70
+
+
+@pytest.mark.parametrize("kind", ["ffn", "moe"])
+@pytest.mark.parametrize("mode", ["static", "dynamic"])
+def test_torchao_runs_every_layer_in_int8(kind: str, mode: Mode, toy_dataset: Dataset, tmp_path: Path) -> None:
+    model = make_model(kind)
+    path = tmp_path / "model.pt2"
+    write_program(model, path, toy_dataset, mode)
+    assert pt2e.num_quantized_layers(pt2e.load_program(path).graph) == (3 if kind == "ffn" else 10)
+    assert pt2e.program_bytes(path) <= 0.28 * parameter_bytes(model)
+    assert pt2e.read_program_metadata(path) == {"model": "x", "mode": mode}
+    pixels = toy_dataset.validation.pixels.numpy()[:5]
+    logits = open_in("torchao", tmp_path, "INT8").predict(pixels)  # raises where a layer is not lowered
+    assert 20 < signal_to_noise_db(torch_predictor(model)(pixels), logits) < 60
+
+
+def test_torchao_layer_that_is_not_lowered_is_found(
+    toy_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_program(make_model("ffn"), tmp_path / "model.pt2", toy_dataset, "static")
+    monkeypatch.setattr(torchao, "num_quantized_layers", lambda _: 4)
+    with pytest.raises(WrongPrecision, match="3 of 4"):
+        open_in("torchao", tmp_path, "INT8").prepare(PIXELS)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", None], ids=["empty", "text", "truncated"])
+def test_broken_program_is_the_users_error(toy_dataset: Dataset, tmp_path: Path, content: bytes | None) -> None:
+    path = tmp_path / "model.pt2"
+    write_program(make_model("ffn"), path, toy_dataset, "dynamic")
+    path.write_bytes(path.read_bytes()[:5000] if content is None else content)
+    with pytest.raises(UserError, match="model.pt2"):
+        open_in("torchao", tmp_path, "INT8")
+
+
+def test_openvino_runs_static_int8_in_integers(toy_dataset: Dataset, tmp_path: Path) -> None:
+    write_int8(make_model("moe"), tmp_path, toy_dataset, "static")
+    pixels = toy_dataset.validation.pixels.numpy()
+    ours, theirs = (open_in(runtime, tmp_path, "INT8").predict(pixels) for runtime in ("onnxruntime", "openvino"))
+    assert signal_to_noise_db(ours, theirs) > 20
+
+
+@pytest.mark.parametrize("asked", ["INT8", "BF16"])
+def test_openvino_in_another_precision_is_found(asked: Precision, toy_dataset: Dataset, tmp_path: Path) -> None:
+    model = make_model("ffn")
+    if asked == "INT8":
+        write_int8(model, tmp_path, toy_dataset, "dynamic")  # which it computes in FP32
+    else:
+        write_int8(model, tmp_path, toy_dataset, "static")
+    with pytest.raises(WrongPrecision, match=asked):
+        open_in("openvino", tmp_path, asked)
+
+
+def write_int8(model: FFN | SparseMoE, folder: Path, dataset: Dataset, mode: Mode) -> None:
+    write_files(model, folder)
+    quantize(
+        folder / "model.onnx",
+        folder / "model.onnx",
+        mode=mode,
+        calibration=dataset.train.pixels.numpy(),
+        keep_float=FLOAT_PRODUCTS,
+        metadata={"parent_sha256": "0"},
+    )
+
+
+def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert why_missing("openvino") is None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert "requirements-extra.txt" in (why_missing("openvino") or "")
+    assert "requirements-extra.txt" in (why_missing("torchao") or "")
+    assert why_missing("onnxruntime") is None
+    monkeypatch.setattr("shutil.which", lambda _: None)
+    assert "compiler" in (why_missing("torch-compile") or "")
+    assert why_missing("pytorch") is None
+
+
+def test_every_expert_gives_the_sparse_logits() -> None:
+    for routing in (RoutingConfig(), RoutingConfig(5, 1), RoutingConfig(3, 3)):
+        model = SparseMoE(PRESETS["wide"].moe(0.13, 0.31, routing)).eval()
+        with torch.no_grad():
+            model.experts.bias_in.normal_()
+            model.experts.bias_out.normal_()
+        np.testing.assert_allclose(
+            torch_predictor(EveryExpert(model))(PIXELS), torch_predictor(model)(PIXELS), atol=1e-4
+        )
