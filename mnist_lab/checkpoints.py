@@ -80,6 +80,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(tensors[name].dtype)
+        model.normalize.dtype = next(model.parameters()).dtype
         model.load_state_dict(tensors)
     except (KeyError, TypeError, RuntimeError, safetensors.SafetensorError) as error:
         raise UserError(f"{path} does not hold the model that it describes ({error}). Train it again.") from error

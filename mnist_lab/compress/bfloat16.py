@@ -3,12 +3,13 @@
 from typing import TypeVar
 
 import torch
-from torch import nn
 
 from mnist_lab.machine import cpu_flags
+from mnist_lab.models.ffn import FFN
+from mnist_lab.models.moe import SparseMoE
 
 BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M", FFN, SparseMoE, FFN | SparseMoE)
 
 
 def has_bfloat16() -> bool:
@@ -20,4 +21,5 @@ def round_weights(model: M) -> M:
     """Round the parameters of `model` to BF16, in place; its constants (mean and deviation) stay FP32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
+    model.normalize.dtype = torch.bfloat16
     return model

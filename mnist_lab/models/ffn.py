@@ -21,18 +21,22 @@ class FFNConfig:
 
 
 class Normalize(nn.Module):
-    """Flatten raw pixels (B, 1, 28, 28) to (B, 784), zero mean and unit variance over the training set."""
+    """Flatten raw pixels (B, 1, 28, 28) to (B, 784), zero mean and unit variance over the training set.
+
+    `dtype` is that of the result: what the layers after it compute in.
+    """
 
     mean: Tensor
     std: Tensor
 
     def __init__(self, mean: float, std: float) -> None:
         super().__init__()
+        self.dtype = torch.float32
         self.register_buffer("mean", torch.tensor(mean))
         self.register_buffer("std", torch.tensor(std))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return (pixels.flatten(1) - self.mean) / self.std
+        return ((pixels.flatten(1) - self.mean) / self.std).to(self.dtype)
 
 
 class FFN(nn.Module):
@@ -45,7 +49,7 @@ class FFN(nn.Module):
         self.layers = nn.ModuleList(linear_chain(28 * 28, *config.widths, NUM_CLASSES))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return relu_chain(self.layers, self.normalize(pixels).to(self.layers[0].weight.dtype))
+        return relu_chain(self.layers, self.normalize(pixels))
 
 
 def linear_chain(*widths: int) -> list[nn.Linear]:

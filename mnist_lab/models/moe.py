@@ -180,7 +180,7 @@ class SparseMoE(nn.Module):
 
     def embed(self, pixels: Tensor) -> Tensor:
         """What router and experts see of the pixels (B, 1, 28, 28): (B, D)."""
-        hidden_BD: Tensor = self.stem(self.normalize(pixels).to(self.stem.weight.dtype)).relu_()
+        hidden_BD: Tensor = self.stem(self.normalize(pixels)).relu_()
         return hidden_BD
 
     def _mix(self, hidden_BD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, float]:
@@ -211,6 +211,7 @@ class EveryExpert(nn.Module):
         self.model = model
         self.layers_in = nn.ModuleList(map(_linear, model.experts.weight_in, model.experts.bias_in))
         self.layers_out = nn.ModuleList(map(_linear, model.experts.weight_out, model.experts.bias_out))
+        self.train(model.training)
 
     def forward(self, pixels: Tensor) -> Tensor:
         model = self.model
@@ -227,7 +228,7 @@ class EveryExpert(nn.Module):
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
     """A layer of a weight (inputs, outputs) and a bias."""
     layer = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
-    layer.weight, layer.bias = nn.Parameter(weight.detach().T.contiguous()), nn.Parameter(bias.detach())
+    layer.weight, layer.bias = nn.Parameter(weight.detach().T.contiguous()), nn.Parameter(bias.detach().clone())
     return layer
 
 

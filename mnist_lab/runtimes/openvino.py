@@ -1,6 +1,7 @@
 """OpenVINO on the CPU."""
 
 import importlib.metadata
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,40 +36,19 @@ class OpenVINOSession:
     version = importlib.metadata.version("openvino")
 
     def __init__(self, artifact: Path, *, precision: Precision, threads: int) -> None:
-        if not artifact.is_file():
-            raise UserError(f"no artifact at {artifact}")
         options = {
             # Left alone, it would run FP32 models in BF16 where the CPU can.
             "INFERENCE_PRECISION_HINT": "bf16" if precision == "BF16" else "f32",
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
         }
-        try:
-            self._model = openvino.Core().compile_model(artifact, "CPU", options)
-        except RuntimeError as error:
-            raise UserError(f"{artifact} is truncated or not an ONNX model ({error})") from error
-        self._check(precision)
-
-    def _check(self, precision: Precision) -> None:
-        wrong = {
-            name: executed for name, executed in self.executed_products().items() if executed not in EXECUTED[precision]
-        }
+        self._model = compile_artifact(artifact, options)
+        products = executed_products(self._model)
+        wrong = {name: executed for name, executed in products.items() if executed not in EXECUTED[precision]}
         if precision == "INT8":
             wrong = {name: executed for name, executed in wrong.items() if name not in FLOAT_PRODUCTS}
         if wrong:
             raise WrongPrecision(f"OpenVINO does not run this model in {precision}: {wrong}")
-
-    def executed_products(self) -> dict[str, str]:
-        """Every matrix product of the compiled model and the precision that it runs in."""
-        operators = {operator.get_friendly_name(): operator.get_rt_info() for operator in self._operators()}
-        return {
-            name.partition("/")[0]: info["runtimePrecision"].value
-            for name, info in operators.items()
-            if info["layerType"].value in {"FullyConnected", "MatMul"}
-        }
-
-    def _operators(self) -> list[openvino.Node]:
-        return self._model.get_runtime_model().get_ops()
 
     def prepare(self, pixels: Array) -> BoundRequest:
         pixels = np.ascontiguousarray(pixels)
@@ -84,3 +64,28 @@ class OpenVINOSession:
     def predict(self, pixels: Array) -> Array:
         logits: Array = self.prepare(pixels).request.get_output_tensor().data.copy()
         return logits
+
+
+def compile_artifact(artifact: Path, options: Mapping[str, str | int]) -> openvino.CompiledModel:
+    """The artifact, compiled for this CPU.
+
+    Raises:
+        UserError: the file is missing, or is not an ONNX model.
+    """
+    if not artifact.is_file():
+        raise UserError(f"no artifact at {artifact}")
+    try:
+        return openvino.Core().compile_model(artifact, "CPU", dict(options))
+    except RuntimeError as error:
+        raise UserError(f"{artifact} is truncated or not an ONNX model ({error})") from error
+
+
+def executed_products(model: openvino.CompiledModel) -> dict[str, str]:
+    """Every matrix product of a compiled model and the precision that it runs in."""
+    operators = model.get_runtime_model().get_ops()
+    info_of = {operator.get_friendly_name(): operator.get_rt_info() for operator in operators}
+    return {
+        name.partition("/")[0]: info["runtimePrecision"].value
+        for name, info in info_of.items()
+        if info["layerType"].value in {"FullyConnected", "MatMul"}
+    }

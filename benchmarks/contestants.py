@@ -1,0 +1,172 @@
+"""What a user would pick instead of this suite: first scripts, classic tools, engines left to their defaults."""
+
+import importlib.util
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnxruntime
+import torch
+from onnx import helper, numpy_helper
+from onnxruntime import quantization
+from torch import Tensor
+
+from benchmarks.mask_loop import mask_loop_forward
+from mnist_lab.export import ROUTER, export_onnx
+from mnist_lab.measure import Array
+from mnist_lab.models.ffn import FFN
+from mnist_lab.models.moe import EveryExpert, SparseMoE
+from mnist_lab.runtimes import Precision
+from mnist_lab.runtimes.onnxruntime import PROVIDERS, OnnxRuntimeSession
+
+Call = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """`open(threads)` gives a function that binds pixels to a call; torch's own threads are set outside."""
+
+    model: str
+    precision: Precision  # that is really executed
+    runtime: str
+    open: Callable[[int], Callable[[Array], Call]]
+
+
+def reference_contestants(ffn: FFN, moe: SparseMoE, folder: Path) -> list[Contestant]:
+    """All that can run here. Their files go to `folder`."""
+    contestants = [Contestant("MoE", "FP32", "mask loop", partial(_ignore_threads, partial(mask_loop_forward, moe)))]
+    contestants.append(Contestant("MoE", "FP32", "ORT MoE operator", _open_vendor_moe(moe, folder)))
+    for name, model in (("FFN", ffn), ("MoE", moe)):
+        traceable = EveryExpert(moe) if model is moe else model
+        if quantized := _quantize_eagerly(traceable):
+            contestants.append(Contestant(name, "INT8", "torch.ao dynamic", partial(_ignore_threads, quantized)))
+        plain = folder / f"{name}-plain.onnx"
+        if export_plainly(traceable, plain):
+            contestants += _default_engines(name, plain)
+    return contestants
+
+
+def export_plainly(model: torch.nn.Module, path: Path) -> bool:
+    """What torch's exporter makes of a model, all experts on every image; False where the exporter is not installed."""
+    if importlib.util.find_spec("onnxscript") is None:
+        return False
+    with warnings.catch_warnings(action="ignore"):
+        torch.onnx.export(
+            model.eval(),
+            (torch.zeros(2, 1, 28, 28),),
+            path,
+            input_names=["pixels"],
+            output_names=["logits"],
+            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+        )
+    return True
+
+
+def _default_engines(name: str, plain: Path) -> list[Contestant]:
+    quantized = plain.with_name(f"{plain.stem}-int8.onnx")
+    quantization.quantize_dynamic(plain, quantized)
+    contestants = [
+        Contestant(name, "FP32", "ORT default", _open_default_onnxruntime(plain)),
+        Contestant(name, "INT8", "ORT default dynamic", _open_default_onnxruntime(quantized)),
+    ]
+    if importlib.util.find_spec("openvino") is not None:
+        from mnist_lab.runtimes.openvino import compile_artifact, executed_products
+
+        executed = set(executed_products(compile_artifact(plain, {})).values())
+        precision: Precision = "BF16" if executed == {"bf16"} else "FP32"
+        contestants.append(Contestant(name, precision, "OpenVINO default", _open_default_openvino(plain)))
+    return contestants
+
+
+def _open_default_onnxruntime(path: Path) -> Callable[[int], Callable[[Array], Call]]:
+    def open_session(threads: int) -> Callable[[Array], Call]:
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        session = onnxruntime.InferenceSession(path, options, providers=PROVIDERS)
+        return lambda pixels: lambda: session.run(None, {"pixels": pixels})
+
+    return open_session
+
+
+def _open_default_openvino(path: Path) -> Callable[[int], Callable[[Array], Call]]:
+    from mnist_lab.runtimes.openvino import compile_artifact
+
+    def open_session(threads: int) -> Callable[[Array], Call]:
+        model = compile_artifact(path, {"INFERENCE_NUM_THREADS": threads})
+
+        def bind(pixels: Array) -> Call:
+            model(pixels)  # the first call at a batch size compiles
+            return lambda: model(pixels)
+
+        return bind
+
+    return open_session
+
+
+def _open_vendor_moe(model: SparseMoE, folder: Path) -> Callable[[int], Callable[[Array], Call]]:
+    """Our artifact with everything between router and head replaced by ONNX Runtime's own MoE operator."""
+    path = folder / "vendor-moe.onnx"
+    export_onnx(model, path, {})
+    proto = onnx.load(path)
+    nodes = list(proto.graph.node)
+    names = [node.name for node in nodes]
+    experts = model.experts
+    weights = {
+        "moe.weight_in": experts.weight_in.transpose(1, 2),
+        "moe.bias_in": experts.bias_in,
+        "moe.weight_out": experts.weight_out.transpose(1, 2),
+        "moe.bias_out": experts.bias_out,
+    }
+    for name, weight in weights.items():
+        proto.graph.initializer.append(numpy_helper.from_array(weight.detach().contiguous().numpy(), name))
+    operator = helper.make_node(
+        "MoE",
+        ["hidden", ROUTER, *weights],
+        ["mixed"],
+        domain="com.microsoft",
+        k=model.config.routing.top_k,
+        activation_type="relu",
+        normalize_routing_weights=1,
+    )
+    del proto.graph.node[:]
+    proto.graph.node.extend([*nodes[: names.index(ROUTER) + 1], operator, *nodes[names.index("mixed.relu") :]])
+    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    onnx.save(proto, path)
+
+    def open_session(threads: int) -> Callable[[Array], Call]:
+        session = OnnxRuntimeSession(path, threads=threads)
+        return lambda pixels: partial(session.run, session.prepare(pixels))
+
+    return open_session
+
+
+def _quantize_eagerly(model: torch.nn.Module) -> torch.nn.Module | None:
+    """The classic eager dynamic quantization, while the installed torch still has it."""
+    with warnings.catch_warnings(action="ignore"):
+        try:
+            from torch.ao.quantization import quantize_dynamic
+
+            torch.backends.quantized.engine = "x86"
+            return quantize_dynamic(model, {torch.nn.Linear}, dtype=torch.qint8)
+        except (ImportError, RuntimeError):
+            return None
+
+
+def _ignore_threads(forward: Callable[[Tensor], Any], _threads: int) -> Callable[[Array], Call]:
+    def bind(pixels: Array) -> Call:
+        batch = torch.from_numpy(pixels)
+
+        def call() -> object:
+            with torch.inference_mode():
+                return forward(batch)
+
+        return call
+
+    return bind
