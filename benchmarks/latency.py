@@ -3,8 +3,8 @@
 python -m benchmarks.latency                       # quick models, about three minutes
 python -m benchmarks.latency --recipe standard     # the suite's default models, trained where they are missing
 
-Writes latency.csv, latency.md, latency.json and latency.png to results/benchmarks. The limit is the shortest
-time that this machine allows: the useful operations (2 per active parameter and image) at the rate of the best
+Writes latency.csv, .md, .json and .png to results/<dataset>-<preset>-<recipe>/benchmarks. The limit is the
+shortest time that this machine allows: the useful operations (2 per active parameter and image) at the rate of the best
 matrix product of that precision and thread count, or the weights touched at the rate of reading a buffer of
 their size, whichever takes longer.
 """
@@ -60,7 +60,6 @@ class LatencyOptions(Options):
 
 
 def main(options: LatencyOptions) -> None:
-    folder = options.results / "benchmarks"
     with open_lab(options) as lab, tempfile.TemporaryDirectory() as temporary:
         rows: list[Row] = [ffn_baseline(), quantized("ffn"), rounded("ffn"), sparse_moe(), quantized("moe")]
         rows += [quantized("moe", "static"), rounded("moe")]
@@ -83,7 +82,7 @@ def main(options: LatencyOptions) -> None:
                 timed = time_all(contestants, lab.test.numpy()[0], threads=threads)
                 frames.append(add_limits(timed, models, limits[str(threads)]))
         table = add_speedups(pd.concat(frames, ignore_index=True))
-    write_outputs(folder, table, limits)
+    write_outputs(lab.results / "benchmarks", table, limits)
 
 
 def ours(lab: Lab, row: Row, seed: int, runtime: RuntimeName) -> Contestant:

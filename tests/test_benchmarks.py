@@ -1,0 +1,125 @@
+"""The benchmarks' arithmetic, and that their contestants compute the same models."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pandas as pd
+import pytest
+import torch
+
+from benchmarks import breakdown, latency, scaling
+from benchmarks.contestants import reference_contestants
+from benchmarks.limits import shortest_ms
+from mnist_lab.compress.bfloat16 import has_bfloat16
+from mnist_lab.export import Dispatch, export_onnx
+from mnist_lab.models import PRESETS, count_parameters
+from mnist_lab.models.ffn import FFN
+from mnist_lab.models.moe import RoutingConfig, SparseMoE
+from mnist_lab.training import torch_predictor
+
+PIXELS = np.random.default_rng(0).random((70, 1, 28, 28), np.float32)
+
+
+@pytest.fixture(scope="module")
+def models() -> tuple[FFN, SparseMoE]:
+    torch.manual_seed(0)
+    preset = PRESETS["compact"]
+    return FFN(preset.ffn(0.13, 0.31)).eval(), SparseMoE(preset.moe(0.13, 0.31, RoutingConfig())).eval()
+
+
+def test_contestants_compute_the_same_models(models: tuple[FFN, SparseMoE], tmp_path: Path) -> None:
+    contestants = reference_contestants(*models, tmp_path)
+    names = {(contestant.model, contestant.runtime) for contestant in contestants}
+    assert {("MoE", "mask loop"), ("MoE", "ORT MoE operator"), ("FFN", "ORT default"), ("MoE", "ORT default")} <= names
+    assert {("FFN", "OpenVINO default"), ("MoE", "OpenVINO default")} <= names
+    for contestant in contestants:
+        expected = torch_predictor(models[0] if contestant.model == "FFN" else models[1])(PIXELS)
+        outcome: Any = contestant.open(1)(PIXELS)()
+        logits = np.asarray(outcome if isinstance(outcome, torch.Tensor | np.ndarray) else outcome[0])
+        noise_db = 10 * np.log10(np.square(expected).sum() / np.square(expected - logits).sum())
+        least = {"FP32": 80, "BF16": 30, "INT8": 15}[contestant.precision]
+        assert noise_db > least, (contestant.model, contestant.runtime, noise_db)
+        if contestant.precision != "FP32":
+            assert noise_db < 80  # or it would have run in FP32
+    default = next(c for c in contestants if c.runtime == "OpenVINO default")
+    assert default.precision == ("BF16" if has_bfloat16() else "FP32")
+
+
+def test_roofline_is_the_longer_of_products_and_reading() -> None:
+    rates = {"operations_per_s": 1e9, "bytes_per_s": 1e6}
+    assert shortest_ms(operations=5e6, num_bytes=1e3, **rates) == pytest.approx(5)
+    assert shortest_ms(operations=5e6, num_bytes=9e3, **rates) == pytest.approx(9)
+
+
+def test_weights_touched_grow_from_the_active_to_all(models: tuple[FFN, SparseMoE]) -> None:
+    ffn, moe = models
+    total, active = count_parameters(moe)
+    assert latency.weights_touched(moe, 1) == active
+    assert latency.weights_touched(moe, 2) == latency.weights_touched(moe, 10_000) == total
+    assert latency.weights_touched(ffn, 1) == latency.weights_touched(ffn, 64) == 235_146
+    assert latency.operations(ffn) == 2 * 235_146
+    assert latency.operations(moe) == 2 * active
+
+
+def test_peer_has_as_many_parameters_as_an_image_uses(models: tuple[FFN, SparseMoE]) -> None:
+    active = count_parameters(models[1])[1]
+    assert count_parameters(latency.build_equal_active(models[1]))[0] == pytest.approx(active, rel=0.01)
+
+
+def test_speedup_is_against_the_first_script_at_the_same_batch_and_threads() -> None:
+    columns = ["model", "precision", "runtime", "threads", "batch", "median_ms"]
+    rows = [
+        ("MoE", "FP32", "mask loop", 1, 1, 8.0),
+        ("MoE", "FP32", "mask loop", 1, 64, 20.0),
+        ("MoE", "INT8", "onnxruntime", 1, 1, 2.0),
+        ("MoE", "INT8", "onnxruntime", 1, 64, 2.0),
+        ("FFN", "FP32", "pytorch", 1, 1, 3.0),
+    ]
+    table = latency.add_speedups(pd.DataFrame(rows, columns=columns))
+    assert table["speedup"].tolist() == [1, 1, 4, 10, 1]
+
+
+@pytest.mark.parametrize(
+    ("ratios", "crossover"),
+    [([2.0, 1.0, 0.5], 4.0), ([0.9, 0.5, 0.2], 2.0), ([3.0, 2.0, 1.5], None), ([2.0, 0.5, 0.2], 8**0.5)],
+)
+def test_crossover_is_where_the_ratio_falls_through_one(ratios: list[float], crossover: float | None) -> None:
+    found = scaling.find_crossover(pd.Series(ratios, index=[2, 4, 8]))
+    assert found == (None if crossover is None else pytest.approx(crossover))
+
+
+def test_dense_rivals_have_as_many_parameters_in_all_and_per_image() -> None:
+    point = scaling.Point("experts", experts=8, width=64, batch=2)
+    rows = {row["kind"]: row for row in scaling.measure_point(point, 1)}
+    sparse = rows["sparse"]
+    assert rows["dense, equal total"]["parameters"] == pytest.approx(sparse["parameters"], rel=0.02)
+    assert rows["dense, equal active"]["parameters"] == pytest.approx(sparse["active"], rel=0.02)
+    assert all(float(str(row["median_ms"])) > 0 for row in rows.values())
+
+
+@pytest.mark.parametrize("dispatch", ["sparse", "dense"])
+def test_breakdown_knows_what_every_node_is_for(
+    models: tuple[FFN, SparseMoE], dispatch: Dispatch, tmp_path: Path
+) -> None:
+    export_onnx(models[1], tmp_path / "moe.onnx", {}, dispatch=dispatch)
+    jobs: dict[str, set[str]] = {}
+    for node in onnx.load(tmp_path / "moe.onnx").graph.node:
+        jobs.setdefault(breakdown.job_of(node.name, node.op_type), set()).add(node.name)
+    assert jobs["stem and head"] == {"flat_pixels", "stem", "hidden", "mixed.relu", "logits"}
+    assert jobs["router"] == {"router", "top_logits", "expert_weights"}
+    assert all(name.startswith("expert") for name in jobs["experts"])
+    assert set(jobs) == {"stem and head", "router", "experts", "combine"} | (
+        {"sort", "move rows"} if dispatch == "sparse" else {"gate"}
+    )
+    times = breakdown.profile(tmp_path / "moe.onnx", PIXELS)
+    assert times["experts"] > 0
+    assert times["quantize"] == 0
+
+
+def test_routes_are_the_models(models: tuple[FFN, SparseMoE], tmp_path: Path) -> None:
+    export_onnx(models[1], tmp_path / "moe.onnx", {})
+    with torch.inference_mode():
+        expected = models[1].routed(torch.from_numpy(PIXELS)).experts.sort(dim=1).values
+    assert np.array_equal(breakdown.choose_experts(tmp_path / "moe.onnx", PIXELS), expected.numpy())
