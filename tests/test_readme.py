@@ -10,7 +10,7 @@ import torch
 
 from mnist_lab.export import export_onnx
 from mnist_lab.models import PRESETS, build_model
-from mnist_lab.records import build_table, format_summary, load_records
+from mnist_lab.records import build_table, format_fastest, format_summary, load_records
 from mnist_lab.training import torch_predictor
 
 ROOT = Path(__file__).parent.parent
@@ -42,8 +42,12 @@ def test_files_that_it_names_exist() -> None:
         assert (ROOT / name).is_file(), name
 
 
-def test_table_is_the_reference_runs() -> None:
+def test_tables_are_the_reference_runs() -> None:
     folder = ROOT / "docs" / "reference-run"
-    summary = format_summary(build_table(load_records(folder)), style="github")
-    assert summary in README
+    table = build_table(load_records(folder))
+    summary = format_summary(table, style="github")
     assert summary in (folder / "table.md").read_text()
+    (shown,) = re.findall(r"<!-- table -->\n(.*?)\n<!-- /table -->", README, flags=re.S)
+    assert set(shown.splitlines()) <= set(summary.splitlines())
+    assert set(re.findall(r"^\| (\w+)", shown, flags=re.M)) == {"model", *table["model"]}
+    assert f"<!-- fastest -->\n{format_fastest(table, style='github')}\n<!-- /fastest -->" in README
