@@ -36,8 +36,8 @@ from mnist_lab.files import write_atomically
 from mnist_lab.lab import Lab, load_parent
 from mnist_lab.machine import cpu_flags, describe_machine, package_versions
 from mnist_lab.measure import Array, measure_latency
-from mnist_lab.models import build_model, count_parameters
-from mnist_lab.models.ffn import FFN, FFNConfig
+from mnist_lab.models import build_model, count_parameters, dense_rival
+from mnist_lab.models.ffn import FFN
 from mnist_lab.models.moe import SparseMoE
 from mnist_lab.options import Options
 from mnist_lab.rows import Row, ffn_baseline, quantized, rounded, sparse_moe
@@ -99,10 +99,8 @@ def open_suite_session(runtime: RuntimeName, file: Path, precision: Precision, t
 
 
 def build_equal_active(moe: SparseMoE) -> FFN:
-    """The dense FFN with as many parameters as the MoE uses per image: one expert as wide as K."""
-    config, routing = moe.config, moe.config.routing
-    widths = (config.model_width, routing.top_k * config.expert_width, config.output_width, *config.head_widths)
-    peer = build_model(FFNConfig(widths, config.mean, config.std)).eval()
+    """The dense FFN with as many parameters as the MoE uses per image."""
+    peer = build_model(dense_rival(moe.config, moe.config.routing.top_k)).eval()
     assert isinstance(peer, FFN)
     return peer
 

@@ -29,7 +29,7 @@ from mnist_lab.export import export_onnx
 from mnist_lab.files import ensure_writable, write_atomically
 from mnist_lab.machine import cpu_flags, describe_machine, package_versions
 from mnist_lab.measure import Array, measure_latency
-from mnist_lab.models import PRESETS, ModelConfig, build_model, count_parameters
+from mnist_lab.models import PRESETS, ModelConfig, build_model, count_parameters, dense_rival
 from mnist_lab.models.ffn import FFN, FFNConfig
 from mnist_lab.models.moe import RoutingConfig, SparseMoE, SparseMoEConfig
 from mnist_lab.runtimes.onnxruntime import OnnxRuntimeSession
@@ -86,8 +86,7 @@ class Point:
         return SparseMoEConfig(self.width, self.width, self.width, (), routing, MEAN, STD)
 
     def dense(self, num_experts: int) -> FFNConfig:
-        """The same layers with one expert as wide as that many."""
-        return FFNConfig((self.width, num_experts * self.width, self.width), MEAN, STD)
+        return dense_rival(self.moe(), num_experts)
 
 
 def sweeps(max_experts: int, max_width: int) -> list[Point]:

@@ -137,20 +137,25 @@ def run_table(options: Options, *, mode: Mode | None, seeds: range) -> None:
         jobs = [(row, seed) for seed in seeds for row in rows]
         print_checkpoints(lab, jobs)
         load_records(lab.results)  # a broken one stops the run now, not after hours of work
-        mode = mode or ask_mode()
-        make = experiments.make_row if mode == "train" else experiments.load_or_make_row
-        start = time.perf_counter()
-        records = []
-        for number, (row, seed) in enumerate(jobs, start=1):
-            record = make(lab, row, seed)
-            records.append(record)
-            progress = f"[{number}/{len(jobs)}, {time.perf_counter() - start:.0f} s]"
-            print(f"{progress} {record.run_name}: validation accuracy {record.validation_acc:.2%}", flush=True)
+        records = make_all(lab, jobs, mode=mode or ask_mode())
         usable, left_out = usable_records(load_records(lab.results), lab.checkpoints, cpu_model(), current=records)
         for line in left_out:
             print(f"not in the table: {line}")
         evaluate.measure_latencies(lab, first_seeds(usable))
         write_results(lab, _as_asked(lab, usable))
+
+
+def make_all(lab: Lab, jobs: Sequence[tuple[Row, int]], *, mode: Mode) -> list[Record]:
+    """Every row for its seed, made anew or taken from disk where it is up to date; a line for each."""
+    make = experiments.make_row if mode == "train" else experiments.load_or_make_row
+    start = time.perf_counter()
+    records = []
+    for number, (row, seed) in enumerate(jobs, start=1):
+        record = make(lab, row, seed)
+        records.append(record)
+        progress = f"[{number}/{len(jobs)}, {time.perf_counter() - start:.0f} s]"
+        print(f"{progress} {record.run_name}: validation accuracy {record.validation_acc:.2%}", flush=True)
+    return records
 
 
 def print_checkpoints(lab: Lab, jobs: Sequence[tuple[Row, int]]) -> None:

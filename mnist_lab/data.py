@@ -110,18 +110,25 @@ def iterate_batches(num_rows: int, batch_size: int, generator: torch.Generator) 
     return iter(torch.randperm(num_rows, generator=generator).split(batch_size))
 
 
+ELASTIC_GRID = 6  # points a side, 5 pixels apart
+
+
 @dataclass(frozen=True)
 class Augmentation:
-    """Ranges of a random affine map, each drawn evenly from ± its value."""
+    """Ranges of a random affine map, each drawn evenly from ± its value, and of an elastic one on top."""
 
     rotation_degrees: float = 8.0
     shift_pixels: float = 1.5
     scale: float = 0.08
     shear: float = 0.08
+    elastic_pixels: float = 0.0  # standard deviation of the displacement of a coarse grid's points
 
 
 def augment(pixels: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-    """Give every image of a batch (B, 1, 28, 28) its own random affine map, bilinear, zero outside."""
+    """Give every image of a batch (B, 1, 28, 28) its own random map, bilinear, zero outside.
+
+    Elastic displacements (Simard et al. 2003) are drawn on a coarse grid and smoothed by cubic interpolation.
+    """
     num_images, _, height, width = pixels.shape
 
     def draw(limit: float) -> Tensor:
@@ -136,6 +143,11 @@ def augment(pixels: Tensor, augmentation: Augmentation, generator: torch.Generat
     rows_y = torch.stack([scale_x * sin, scale_y * (shear * sin + cos), shift_y], dim=1)
     maps = torch.stack([rows_x, rows_y], dim=1).to(pixels.device)
     grid = torch.nn.functional.affine_grid(maps, list(pixels.shape), align_corners=False)
+    if augmentation.elastic_pixels:
+        coarse = torch.randn(num_images, 2, ELASTIC_GRID, ELASTIC_GRID, generator=generator)
+        smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)
+        displacement = smooth * (2 * augmentation.elastic_pixels / width)
+        grid = grid + displacement.permute(0, 2, 3, 1).to(pixels.device)
     return torch.nn.functional.grid_sample(pixels, grid, align_corners=False)
 
 

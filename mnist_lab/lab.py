@@ -12,7 +12,7 @@ from mnist_lab.compress.quantize import needs_reduced_range
 from mnist_lab.data import Dataset, Split
 from mnist_lab.errors import UserError
 from mnist_lab.files import sha256
-from mnist_lab.models import PRESETS, ModelConfig, PresetName
+from mnist_lab.models import PRESETS, ModelConfig, PresetName, dense_rival
 from mnist_lab.models.ffn import FFN
 from mnist_lab.models.moe import SparseMoE
 from mnist_lab.rows import Quantized, Row, Trained
@@ -121,7 +121,11 @@ def model_config(lab: Lab, row: Trained) -> ModelConfig:
     preset, mean, std = PRESETS[lab.preset], lab.dataset.mean, lab.dataset.std
     if row.architecture == "moe":
         return preset.moe(mean, std, row.routing)
-    return preset.ffn(mean, std) if row.architecture == "ffn" else preset.student(mean, std)
+    if row.architecture in {"ffn", "student"}:
+        return preset.ffn(mean, std) if row.architecture == "ffn" else preset.student(mean, std)
+    routing = row.routing
+    num_experts = routing.top_k if row.architecture == "ffn-active" else routing.num_experts
+    return dense_rival(preset.moe(mean, std, routing), num_experts)
 
 
 def load_parent(lab: Lab, model: str, seed: int) -> FFN | SparseMoE:

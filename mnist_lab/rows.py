@@ -1,7 +1,7 @@
 """The rows of the table: what each model is, and how an option that departs from the default names it."""
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from mnist_lab.compress.distill import DistillationConfig
 from mnist_lab.compress.quantize import Mode
@@ -9,6 +9,7 @@ from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.runtimes import Precision, RuntimeName
 
 ModelName = Literal["ffn", "moe", "student"]
+Rival = Literal["ffn-active", "ffn-total"]  # dense FFNs with as many parameters as the MoE has per image, or in all
 CALIBRATION_SIZE = 1000
 
 
@@ -18,7 +19,7 @@ class Trained:
 
     model: str
     technique: str
-    architecture: ModelName
+    architecture: ModelName | Rival
     routing: RoutingConfig = field(default_factory=RoutingConfig)  # of the MoE
     parent: str | None = None  # the teacher
     distillation: DistillationConfig | None = None
@@ -71,8 +72,20 @@ def ffn_baseline(*, suffix: str = "") -> Trained:
 
 def sparse_moe(routing: RoutingConfig = RoutingConfig(), *, suffix: str = "") -> Trained:
     """The noisy top-K mixture of experts."""
-    labels = {"num_experts": "E", "top_k": "K", "balance": "", "balance_weight": "w", "capacity_factor": "c"}
+    labels = {
+        "num_experts": "E",
+        "top_k": "K",
+        "balance": "",
+        "balance_weight": "w",
+        "capacity_factor": "c",
+        "noise": "noise",
+    }
     return Trained(f"Sparse_MoE{departures(routing, labels)}{suffix}", "moe", "moe", routing)
+
+
+def dense_rival(rival: Rival, *, suffix: str = "") -> Trained:
+    """A dense FFN of the MoE's size, per image or in all."""
+    return Trained({"ffn-active": "FFN_equal_active", "ffn-total": "FFN_equal_total"}[rival] + suffix, "dense", rival)
 
 
 def student(
@@ -135,9 +148,28 @@ def table_rows(*, suffix: str = "", bfloat16: bool = True) -> list[Row]:
     return rows + [rounded("ffn", suffix=suffix), rounded("moe", suffix=suffix)] * bfloat16
 
 
+def claim_rows(*, suffix: str = "") -> list[Row]:
+    """The nine models, and what else the claims about them compare with."""
+    rivals: tuple[Rival, ...] = get_args(Rival)
+    variants = [
+        RoutingConfig(top_k=RoutingConfig().num_experts),
+        RoutingConfig(balance="none"),
+        RoutingConfig(balance="switch"),
+        RoutingConfig(balance="cv"),
+        RoutingConfig(balance="wrong-sign"),
+        RoutingConfig(noise=False),
+    ]
+    return [
+        *table_rows(suffix=suffix, bfloat16=False),
+        *(dense_rival(rival, suffix=suffix) for rival in rivals),
+        *(sparse_moe(routing, suffix=suffix) for routing in variants),
+    ]
+
+
 def place_in_table(model: str) -> int:
     """Rank of a model in the table: that of the row it is, or that it departs from."""
-    names = [row.model for row in table_rows()]
+    rivals: tuple[Rival, ...] = get_args(Rival)
+    names = [row.model for row in (*table_rows(), *map(dense_rival, rivals))]
     return names.index(model.partition("-")[0])
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -31,6 +32,7 @@ OPTIONS = {
     "kd_mnist": "KDOptions",
     "run_all_experiments": "RunOptions",
     "visualize_results": "PlotOptions",
+    "claims_mnist": "ClaimOptions",
 }
 FOLDER = "digits-compact-quick"
 
@@ -276,6 +278,24 @@ class TestWholeSuite:
         path = finished_bench.results / "runs" / "FFN_baseline-epochs1-seed0.json"
         path.write_text(path.read_text()[:100])
         finished_bench.expect_user_error("run_all_experiments", "--mode", "load", says=path.name)
+
+
+class TestClaims:
+    def test_every_claim_gets_a_verdict_and_finished_seeds_are_not_run_again(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        assert bench("claims_mnist", "--seeds", "2").code == 0
+        findings = json.loads((bench.results / "claims.json").read_text())
+        assert {finding["claim"] for finding in findings} == {1, 2, 3, 4, 5, 6, 7, 9, 10, 11, 13}
+        assert {finding["n"] for finding in findings} == {2}
+        monkeypatch.setattr(experiments, "train_row", None)  # would fail if it were called
+        outcome = bench("claims_mnist", "--seeds", "2")
+        assert outcome.code == 0
+        assert ": missing" not in outcome.out
+        assert "verdict" in outcome.out
+
+    def test_bad_number_of_seeds(self, bench: Bench) -> None:
+        bench.expect_user_error("claims_mnist", "--seeds", "0", says="--seeds")
 
 
 class TestSingleScripts:

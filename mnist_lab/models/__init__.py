@@ -37,6 +37,12 @@ PRESETS: dict[PresetName, Preset] = {
 }
 
 
+def dense_rival(moe: SparseMoEConfig, num_experts: int) -> FFNConfig:
+    """The dense FFN with one expert as wide as that many: K for as many parameters per image, E for as many in all."""
+    widths = (moe.model_width, num_experts * moe.expert_width, moe.output_width, *moe.head_widths)
+    return FFNConfig(widths, moe.mean, moe.std)
+
+
 def build_model(config: ModelConfig) -> FFN | SparseMoE:
     """A freshly initialised model; the weights come from torch's default generator."""
     return SparseMoE(config) if isinstance(config, SparseMoEConfig) else FFN(config)

@@ -18,7 +18,7 @@ from mnist_lab.data import NUM_CLASSES
 from mnist_lab.errors import UserError
 from mnist_lab.models.ffn import Normalize, linear_chain, relu_chain
 
-Balance = Literal["entropy", "switch", "cv", "none"]
+Balance = Literal["entropy", "switch", "cv", "none", "wrong-sign"]
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,13 @@ class RoutingConfig:
     top_k: int = 2
     """Experts that each image visits; equal to --num-experts it is the dense MoE."""
     balance: Balance = "entropy"
-    """Load-balancing loss added to the cross-entropy."""
+    """Load-balancing loss added to the cross-entropy; wrong-sign, the entropy as often printed, collapses."""
     balance_weight: float = 0.02
     """Weight of the load-balancing loss."""
     capacity_factor: float | None = None
     """Rows an expert takes per training batch, as a multiple of an even share; none drops nothing."""
+    noise: bool = True
+    """Learned noise on the router's logits in training."""
 
     def __post_init__(self) -> None:
         if self.num_experts < 1:
@@ -92,16 +94,16 @@ class Routed(NamedTuple):
 class Router(nn.Module):
     """Keep the K largest logits, then softmax over those K; in training the logits carry learned noise."""
 
-    def __init__(self, width: int, num_experts: int, top_k: int) -> None:
+    def __init__(self, width: int, num_experts: int, top_k: int, *, noisy: bool = True) -> None:
         super().__init__()
-        self.top_k = top_k
+        self.top_k, self.noisy = top_k, noisy
         self.gate = nn.Parameter(torch.randn(width, num_experts) / math.sqrt(width))
         self.noise = nn.Parameter(torch.zeros(width, num_experts))
 
     def forward(self, hidden_BD: Tensor) -> Routing:
         clean_BE = hidden_BD @ self.gate
         logits_BE, std_BE = clean_BE, None
-        if self.training:
+        if self.training and self.noisy:
             std_BE = F.softplus(hidden_BD @ self.noise)
             logits_BE = clean_BE + torch.randn_like(clean_BE) * std_BE
         top_BK, experts_BK = logits_BE.topk(self.top_k, dim=-1)
@@ -153,7 +155,7 @@ class SparseMoE(nn.Module):
         routing = config.routing
         self.normalize = Normalize(config.mean, config.std)
         self.stem = linear_chain(28 * 28, config.model_width)[0]
-        self.router = Router(config.model_width, routing.num_experts, routing.top_k)
+        self.router = Router(config.model_width, routing.num_experts, routing.top_k, noisy=routing.noise)
         self.experts = Experts(routing.num_experts, config.model_width, config.expert_width, config.output_width)
         self.head = nn.ModuleList(linear_chain(config.output_width, *config.head_widths, NUM_CLASSES))
 
@@ -249,9 +251,11 @@ def limit_capacity(order_N: Tensor, load_E: Tensor, capacity_factor: float) -> t
 
 
 def balance_parts(routing: Routing, load_E: Tensor, balance: Balance) -> dict[str, Tensor]:
-    """The raw parts of a load-balancing loss, by name; each is smallest when the load is even."""
+    """The raw parts of a load-balancing loss, by name; each but the wrong sign's is smallest when the load is even."""
     if balance == "entropy":
         return {"entropy": entropy_loss(routing.logits_BE)}
+    if balance == "wrong-sign":
+        return {"entropy_wrong_sign": math.log(load_E.numel()) - entropy_loss(routing.logits_BE)}
     if balance == "switch":
         return {"switch": switch_loss(routing.logits_BE, load_E)}
     if balance == "cv":
