@@ -22,6 +22,7 @@ from mnist_lab.records import TABLE_BATCHES, Measurement, Record, confidence_int
 Verdict = Literal["supported", "refuted", "undecided"]
 Values = npt.NDArray[np.float64]
 RUNTIME = "onnxruntime"
+NUM_SHUFFLES = 100
 EPSILON = 1e-12  # keeps the logarithm of a probability that half precision rounded to 0 finite
 
 
@@ -96,14 +97,14 @@ def p_value(effects: Values, bound: float) -> float:
 
 
 class Evidence:
-    """The finished runs of one results folder, by model and seed."""
+    """The finished runs of one results folder, by model and seed; `suffix` is what all of their names end with."""
 
-    def __init__(self, folder: Path, records: Sequence[Record], seeds: Sequence[int]) -> None:
-        self.folder, self.seeds = folder, list(seeds)
+    def __init__(self, folder: Path, records: Sequence[Record], seeds: Sequence[int], *, suffix: str = "") -> None:
+        self.folder, self.seeds, self.suffix = folder, list(seeds), suffix
         self._records = {(record.model, record.seed): record for record in records}
 
     def runs(self, model: str) -> list[Record]:
-        return [self._records[model, seed] for seed in self.seeds]
+        return [self._records[model + self.suffix, seed] for seed in self.seeds]
 
     def values(self, model: str, measure: Callable[[Measurement], float]) -> Values:
         """A figure of every seed's measurement."""
@@ -133,98 +134,150 @@ class Evidence:
         return self.values(model, lambda m: m.size_mib) / self.values(other, lambda m: m.size_mib)
 
 
-def settle_claims(evidence: Evidence, suffix: str) -> list[Finding]:
+def settle_claims(evidence: Evidence) -> list[Finding]:
     """Every claim that the records of the table and its variants can settle."""
+    return [finding for settle in SETTLERS for finding in settle(evidence)]
 
-    def name(model: str) -> str:
-        return model + suffix
 
-    ffn, moe, student = name("FFN_baseline"), name("Sparse_MoE"), name("KD_FFN_Student")
-    findings: list[Finding] = []
-
-    claim = Claim(1, "A sparse MoE reaches a lower loss than the FFN baseline, and than dense FFNs of its size")
+def _sparse_against_dense(evidence: Evidence) -> list[Finding]:
+    loss = Claim(1, "A sparse MoE reaches a lower loss than the FFN baseline, and than dense FFNs of its size")
     rivals = ["FFN_baseline", "FFN_equal_active", "FFN_equal_total", "Sparse_MoE-K4"]
-    findings += [
-        claim.below(f"test loss, Sparse_MoE − {rival}", evidence.loss_gap(moe, name(rival)), 0, "nats")
-        for rival in rivals
+    accuracy = Claim(2, "Its test accuracy is slightly lower than the baseline's")
+    points = evidence.acc_points("Sparse_MoE", "FFN_baseline")
+    return [
+        *(
+            loss.below(f"test loss, Sparse_MoE − {rival}", evidence.loss_gap("Sparse_MoE", rival), 0, "nats")
+            for rival in rivals
+        ),
+        accuracy.below("test accuracy, Sparse_MoE − FFN_baseline", points, 0, "points"),
     ]
 
-    claim = Claim(2, "Its test accuracy is slightly lower than the baseline's")
-    findings.append(claim.below("test accuracy, Sparse_MoE − FFN_baseline", evidence.acc_points(moe, ffn), 0, "points"))
 
-    for number, int8, fp32, text in (
-        (3, "FFN_PTQ_INT8", ffn, "Static INT8 costs the dense FFN less than 0.1 point, at a quarter of the size"),
-        (4, "Sparse_MoE_INT8", moe, "Dynamic INT8 costs the MoE less than 0.1 point, at a quarter of the size"),
-    ):
-        claim = Claim(number, text)
-        findings += [
-            claim.above(f"test accuracy, {int8} − FP32", evidence.acc_points(name(int8), fp32), -0.1, "points"),
-            claim.below(f"size, {int8} / FP32", evidence.size_share(name(int8), fp32), 0.28, "share"),
-        ]
-    claim = Claim(3, findings[-3].statement)
-    findings += [
-        claim.below(
-            f"time at batch {batch}, INT8 / FP32", evidence.time_ratio(name("FFN_PTQ_INT8"), ffn, batch), 1, "ratio"
-        )
-        for batch in TABLE_BATCHES
+def _int8_of_the_ffn(evidence: Evidence) -> list[Finding]:
+    claim = Claim(3, "Static INT8 costs the dense FFN less than 0.1 point, takes a quarter of the size, and is faster")
+    int8, fp32 = "FFN_PTQ_INT8", "FFN_baseline"
+    return [
+        *_cost_and_size(claim, evidence, int8, fp32),
+        *(
+            claim.below(f"time at batch {batch}, INT8 / FP32", evidence.time_ratio(int8, fp32, batch), 1, "ratio")
+            for batch in TABLE_BATCHES
+        ),
     ]
 
-    claim = Claim(5, "Static calibration is unreliable for the MoE")
-    costs = evidence.acc_points(name("Sparse_MoE_PTQ"), moe)
-    findings.append(claim.below("test accuracy, Sparse_MoE_PTQ − FP32", costs, -0.1, "points"))
 
-    claim = Claim(6, "INT8 does not speed the MoE up")
-    for int8 in ("Sparse_MoE_INT8", "Sparse_MoE_PTQ"):
-        ratio = evidence.time_ratio(name(int8), moe, 64)
-        findings.append(claim.above(f"time at batch 64, {int8} / FP32", ratio, 0.95, "ratio"))
-
-    claim = Claim(7, "The balance loss prevents expert collapse, and the entropy with the wrong sign brings it about")
-    unbalanced = load_entropy(evidence.runs(name("Sparse_MoE-none")))
-    for balance, test in (
-        ("", claim.above),
-        ("-switch", claim.above),
-        ("-cv", claim.above),
-        ("-wrong-sign", claim.below),
-    ):
-        gain = load_entropy(evidence.runs(name(f"Sparse_MoE{balance}"))) - unbalanced
-        label = f"entropy of the expert load, {balance.removeprefix('-') or 'entropy'} − none"
-        findings.append(test(label, gain, 0, "nats"))
-
-    claim = Claim(9, "Noise in the router helps")
-    silent = name("Sparse_MoE-noiseFalse")
-    findings.append(claim.above("test accuracy, with noise − without", evidence.acc_points(moe, silent), 0, "points"))
-    gain = load_entropy(evidence.runs(moe)) - load_entropy(evidence.runs(silent))
-    findings.append(claim.above("entropy of the expert load, with noise − without", gain, 0, "nats"))
-
-    claim = Claim(10, "Distillation from the MoE beats distillation from the FFN, and both beat none")
-    from_ffn, control = name("KD_FFN_Student_from_FFN"), name("FFN_Student_no_KD")
-    for label, one, other in (
-        ("from the MoE − from the FFN", student, from_ffn),
-        ("from the MoE − none", student, control),
-        ("from the FFN − none", from_ffn, control),
-    ):
-        findings.append(claim.above(f"test accuracy, {label}", evidence.acc_points(one, other), 0, "points"))
-
-    claim = Claim(11, "The student matches the teacher's confidence and is slightly overconfident")
-    confidence = mean_confidence(evidence, student) - mean_confidence(evidence, moe)
-    findings += [
-        claim.below("|mean confidence, student − teacher|", np.abs(confidence), 0.01, "probability"),
-        claim.above("student's mean confidence − its accuracy", overconfidence(evidence, student), 0, "probability"),
-        claim.below("KL(teacher ‖ student), distilled − control", kl_gap(evidence, moe, student, control), 0, "nats"),
+def _int8_of_the_moe(evidence: Evidence) -> list[Finding]:
+    cheap = Claim(4, "Dynamic INT8 costs the MoE less than 0.1 point at a quarter of the size")
+    unreliable = Claim(5, "Static calibration is unreliable for the MoE")
+    slow = Claim(6, "INT8 does not speed the MoE up")
+    fp32 = "Sparse_MoE"
+    costs = evidence.acc_points("Sparse_MoE_PTQ", fp32)
+    return [
+        *_cost_and_size(cheap, evidence, "Sparse_MoE_INT8", fp32),
+        unreliable.below("test accuracy, Sparse_MoE_PTQ − FP32", costs, -0.1, "points"),
+        *(
+            slow.above(f"time at batch 64, {int8} / FP32", evidence.time_ratio(int8, fp32, 64), 0.95, "ratio")
+            for int8 in ("Sparse_MoE_INT8", "Sparse_MoE_PTQ")
+        ),
     ]
 
-    claim = Claim(13, "Compression composes: KD then INT8 loses no more than either alone")
-    both = evidence.acc_points(name("KD_FFN_Student_INT8"), ffn)
-    for label, model in (("KD", student), ("INT8", name("FFN_PTQ_INT8"))):
-        extra = both - evidence.acc_points(model, ffn)
-        findings.append(claim.above(f"test accuracy, KD + INT8 − {label} alone", extra, -0.1, "points"))
-    return findings
+
+def _cost_and_size(claim: Claim, evidence: Evidence, int8: str, fp32: str) -> list[Finding]:
+    return [
+        claim.above(f"test accuracy, {int8} − FP32", evidence.acc_points(int8, fp32), -0.1, "points"),
+        claim.below(f"size, {int8} / FP32", evidence.size_share(int8, fp32), 0.28, "share"),
+    ]
+
+
+def _balance_and_noise(evidence: Evidence) -> list[Finding]:
+    balance = Claim(7, "The balance loss prevents expert collapse, and the entropy with the wrong sign brings it about")
+    noise = Claim(9, "Noise in the router helps")
+    load = {name: load_entropy(evidence.runs(name)) for name in BALANCED}
+    even, label = load["Sparse_MoE"], "entropy of the expert load"
+    silent = "Sparse_MoE-noiseFalse"
+    return [
+        *(
+            balance.above(f"{label}, {loss} − none", load[model] - load["Sparse_MoE-none"], 0, "nats")
+            for model, loss in (("Sparse_MoE", "entropy"), ("Sparse_MoE-switch", "switch"), ("Sparse_MoE-cv", "cv"))
+        ),
+        balance.below(
+            f"{label}, wrong sign − none", load["Sparse_MoE-wrong-sign"] - load["Sparse_MoE-none"], 0, "nats"
+        ),
+        noise.above("test accuracy, with noise − without", evidence.acc_points("Sparse_MoE", silent), 0, "points"),
+        noise.above(f"{label}, with noise − without", even - load[silent], 0, "nats"),
+    ]
+
+
+def _specialisation(evidence: Evidence) -> list[Finding]:
+    claim = Claim(8, "Experts specialise")
+    gains = [knowledge_of_digits(record) for record in evidence.runs("Sparse_MoE")]
+    return [claim.above("information of expert about digit − the same shuffled", gains, 0, "nats")]
+
+
+def _distillation(evidence: Evidence) -> list[Finding]:
+    gains = Claim(10, "Distillation from the MoE beats distillation from the FFN, and both beat none")
+    confident = Claim(11, "The student matches the teacher's confidence and is slightly overconfident")
+    composes = Claim(13, "Compression composes: KD then INT8 loses no more than either alone")
+    teacher, student, control = "Sparse_MoE", "KD_FFN_Student", "FFN_Student_no_KD"
+    pairs = {
+        "from the MoE − from the FFN": (student, "KD_FFN_Student_from_FFN"),
+        "from the MoE − none": (student, control),
+        "from the FFN − none": ("KD_FFN_Student_from_FFN", control),
+    }
+    gap = np.abs(mean_confidence(evidence, student) - mean_confidence(evidence, teacher))
+    closer = kl_gap(evidence, teacher, student, control)
+    both = evidence.acc_points("KD_FFN_Student_INT8", "FFN_baseline")
+    return [
+        *(
+            gains.above(f"test accuracy, {label}", evidence.acc_points(*pair), 0, "points")
+            for label, pair in pairs.items()
+        ),
+        confident.below("|mean confidence, student − teacher|", gap, 0.01, "probability"),
+        confident.above("mean confidence − accuracy", overconfidence(evidence, student), 0, "probability"),
+        confident.below("KL(teacher ‖ student), distilled − control", closer, 0, "nats"),
+        *(
+            composes.above(
+                f"test accuracy, KD + INT8 − {label} alone",
+                both - evidence.acc_points(model, "FFN_baseline"),
+                -0.1,
+                "points",
+            )
+            for label, model in (("KD", student), ("INT8", "FFN_PTQ_INT8"))
+        ),
+    ]
+
+
+BALANCED = [f"Sparse_MoE{variant}" for variant in ("", "-none", "-switch", "-cv", "-wrong-sign", "-noiseFalse")]
+SETTLERS: list[Callable[[Evidence], list[Finding]]] = [
+    _sparse_against_dense,
+    _int8_of_the_ffn,
+    _int8_of_the_moe,
+    _balance_and_noise,
+    _specialisation,
+    _distillation,
+]
 
 
 def load_entropy(runs: Sequence[Record]) -> Values:
     """Entropy of the share of pairs that each expert takes in the last epoch, nats; log E when even."""
     shares = [np.array(record.curves[-1]["expert_load"]) for record in runs]
     return np.array([stats.entropy(share) for share in shares])
+
+
+def knowledge_of_digits(record: Record) -> float:
+    """Mutual information between an image's digit and its experts on the test split, above that of shuffled pairs."""
+    assert record.expert_by_class is not None
+    images = np.array(record.measurements[RUNTIME].confusion).sum(axis=1)
+    pairs = np.rint(
+        np.array(record.expert_by_class) * images[:, None] * record.config["architecture"]["routing"]["top_k"]
+    )
+    drawn = stats.random_table(pairs.sum(axis=1).astype(int), pairs.sum(axis=0).astype(int))
+    shuffled = drawn.rvs(NUM_SHUFFLES, random_state=record.seed)
+    return mutual_information(pairs) - float(np.mean([mutual_information(table) for table in shuffled]))
+
+
+def mutual_information(counts: Values) -> float:
+    """In nats, of the two variables whose joint counts these are."""
+    return float(stats.entropy(counts.sum(axis=0)) + stats.entropy(counts.sum(axis=1)) - stats.entropy(counts.ravel()))
 
 
 def mean_confidence(evidence: Evidence, model: str) -> Values:

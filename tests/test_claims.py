@@ -13,6 +13,7 @@ from mnist_lab.claims import (
     decide,
     format_claims,
     load_entropy,
+    mutual_information,
     p_value,
     settle_claims,
     summarize,
@@ -93,13 +94,17 @@ def make_runs(folder: Path) -> list[Record]:
                 load = [0.25, 0.25, 0.26 - 0.01 * seed, 0.24 + 0.01 * seed]
             record.curves = [{"expert_load": [1.0, 0, 0, 0]}, {"expert_load": load}]
             save_predictions(folder, record.run_name, generator.normal(size=(50, 10)).astype(np.float32) * 5)
+            # Experts 0 and 1 share the first five digits, 2 and 3 the others.
+            record.expert_by_class = [[0.5, 0.5, 0, 0]] * 5 + [[0, 0, 0.5, 0.5]] * 5
+            record.config = {"architecture": {"routing": {"top_k": 2}}}
+            record.measurements["onnxruntime"].confusion = (100 * np.eye(10, dtype=int)).tolist()
             runs.append(record)
     return runs
 
 
 @pytest.fixture
 def findings(tmp_path: Path) -> list[Finding]:
-    return settle_claims(Evidence(tmp_path, make_runs(tmp_path), SEEDS), "")
+    return settle_claims(Evidence(tmp_path, make_runs(tmp_path), SEEDS))
 
 
 def test_claims_are_settled_as_the_runs_are(findings: list[Finding]) -> None:
@@ -115,8 +120,20 @@ def test_claims_are_settled_as_the_runs_are(findings: list[Finding]) -> None:
     by_comparison = {finding.comparison: finding for finding in findings}
     assert by_comparison["test loss, Sparse_MoE − FFN_equal_total"].verdict == "supported"
     assert by_comparison["test accuracy, Sparse_MoE − FFN_baseline"].effect == pytest.approx(0.1, abs=0.02)
-    assert by_comparison["entropy of the expert load, wrong-sign − none"].effect < -0.5
+    assert by_comparison["entropy of the expert load, wrong sign − none"].effect < -0.5
     assert by_comparison["time at batch 64, Sparse_MoE_PTQ / FP32"].effect == pytest.approx(0.25, abs=0.02)
+
+
+def test_mutual_information_is_that_of_the_joint_counts() -> None:
+    assert mutual_information(np.full((10, 4), 7.0)) == pytest.approx(0)
+    assert mutual_information(np.eye(4) * 9) == pytest.approx(np.log(4))
+
+
+def test_specialisation_is_above_that_of_shuffled_pairs(findings: list[Finding]) -> None:
+    (finding,) = (finding for finding in findings if finding.claim == 8)
+    # Knowing the expert halves the digits; shuffled, 2,000 pairs still show (10 - 1)·(4 - 1)/2/2000 of it by chance.
+    assert finding.effect == pytest.approx(np.log(2) - 27 / 4000, abs=2e-3)
+    assert finding.verdict == "supported"
 
 
 def test_load_entropy_is_of_the_last_epoch(tmp_path: Path) -> None:
