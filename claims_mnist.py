@@ -32,7 +32,7 @@ def main(options: ClaimOptions) -> None:
         jobs = [(row, seed) for seed in seeds for row in claim_rows(suffix=options.suffix)]
         print_checkpoints(lab, jobs)
         records = make_all(lab, jobs, mode="load")
-        measure_latencies(lab, [record for record in records if record.model.removesuffix(options.suffix) in TIMED])
+        measure_latencies(lab, [(r, "onnxruntime") for r in records if r.model.removesuffix(options.suffix) in TIMED])
         findings = settle_claims(Evidence(lab.results, records, seeds, suffix=options.suffix))
         title = (
             f"Claims, tested: {lab.dataset.name}, {lab.preset} models, {lab.recipe_name} recipe, {options.seeds} seeds"

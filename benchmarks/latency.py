@@ -15,7 +15,7 @@ import tempfile
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -24,8 +24,10 @@ import torch
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
+from benchmarks.common import BenchmarkOptions
 from benchmarks.contestants import Call, Contestant, reference_contestants
 from benchmarks.limits import product_rate, read_rate, shortest_ms
+from mnist_lab.compress.bfloat16 import has_bfloat16
 from mnist_lab.console import open_lab
 from mnist_lab.convert import ensure_file
 from mnist_lab.drawing import COLORS, MARKERS, make_logarithmic
@@ -39,38 +41,43 @@ from mnist_lab.measure import Array, measure_latency
 from mnist_lab.models import build_model, count_parameters, dense_rival
 from mnist_lab.models.ffn import FFN
 from mnist_lab.models.moe import SparseMoE
-from mnist_lab.options import Options
-from mnist_lab.rows import Row, ffn_baseline, quantized, rounded, sparse_moe
-from mnist_lab.runtimes import Precision, RuntimeName, open_session
+from mnist_lab.rows import Quantized, Row, ffn_baseline, quantized, rounded, sparse_moe
+from mnist_lab.runtimes import RUNTIMES, Precision, RuntimeName, open_session
 from mnist_lab.scripts import run_script
-from mnist_lab.training import RecipeName, progress_bar
+from mnist_lab.training import progress_bar
 
 BATCHES = (1, 8, 64, 256, 1024, 10_000)
 NUM_ROUNDS = 7
 WEIGHT_BYTES: dict[Precision, int] = {"FP32": 4, "BF16": 2, "INT8": 1}
-FIRST_SCRIPT = {"FFN": "pytorch", "FFN of equal active": "pytorch", "MoE": "mask loop"}
+FIRST_SCRIPT = {"FFN": "pytorch", "MoE": "mask loop"}
 
 
 @dataclass(frozen=True)
-class LatencyOptions(Options):
-    recipe: RecipeName = "quick"
-    """Training budget of the models; their speed does not depend on it, but the router's spread does."""
-    runtime: tuple[Any, ...] = ("best",)
+class LatencyOptions(BenchmarkOptions):
+    runtime: tuple[RuntimeName | Literal["best"], ...] = ("best",)
     """Runtimes to measure in, one or more; best measures in all that can run here."""
 
 
 def main(options: LatencyOptions) -> None:
-    with open_lab(options) as lab, tempfile.TemporaryDirectory() as temporary:
-        rows: list[Row] = [ffn_baseline(), quantized("ffn"), rounded("ffn"), sparse_moe(), quantized("moe")]
-        rows += [quantized("moe", "static"), rounded("moe")]
-        rows = [row for row in rows if lab.runtimes_of(row)]
+    with open_lab(options.suite_options(*options.runtime)) as lab, tempfile.TemporaryDirectory() as temporary:
+        ffns: list[Row] = [ffn_baseline(), quantized("ffn")]
+        moes: list[Row] = [sparse_moe(), quantized("moe"), quantized("moe", "static")]
+        if has_bfloat16():
+            ffns.append(rounded("ffn"))
+            moes.append(rounded("moe"))
+        rows = ffns + moes
         for row in rows:
             load_or_make_row(lab, row, options.seed)
         ffn, moe = load_parent(lab, "FFN_baseline", options.seed), load_parent(lab, "Sparse_MoE", options.seed)
         assert isinstance(ffn, FFN)
         assert isinstance(moe, SparseMoE)
         peer = build_equal_active(moe)
-        contestants = [ours(lab, row, options.seed, runtime) for row in rows for runtime in lab.runtimes_of(row)]
+        contestants = [
+            ours(lab, row, options.seed, runtime, model=model)
+            for model, group in (("FFN", ffns), ("MoE", moes))
+            for row in group
+            for runtime in lab.runtimes_of(row)
+        ]
         contestants += peers(peer, Path(temporary), lab.runtimes)
         contestants += reference_contestants(ffn, moe, Path(temporary))
         models: dict[str, FFN | SparseMoE] = {"FFN": ffn, "MoE": moe, "FFN of equal active": peer}
@@ -85,12 +92,12 @@ def main(options: LatencyOptions) -> None:
     write_outputs(lab.results / "benchmarks", table, limits)
 
 
-def ours(lab: Lab, row: Row, seed: int, runtime: RuntimeName) -> Contestant:
+def ours(lab: Lab, row: Row, seed: int, runtime: RuntimeName, *, model: str) -> Contestant:
     """One of the suite's own rows in one runtime."""
     file = ensure_file(lab, row, seed, runtime)
-    mode = {"Sparse_MoE_INT8": " dynamic", "Sparse_MoE_PTQ": " static", "FFN_PTQ_INT8": " static"}.get(row.model, "")
+    mode = f" {row.mode}" if isinstance(row, Quantized) else ""
     open_file = partial(open_suite_session, runtime, file, row.precision)
-    return Contestant("FFN" if "FFN" in row.model else "MoE", row.precision, runtime + mode, open_file)
+    return Contestant(model, row.precision, runtime + mode, open_file)
 
 
 def open_suite_session(runtime: RuntimeName, file: Path, precision: Precision, threads: int) -> Any:
@@ -184,7 +191,7 @@ def write_outputs(folder: Path, table: pd.DataFrame, limits: dict[str, dict[str,
         "machine": describe_machine() | {"flags": sorted(cpu_flags())},
         "versions": package_versions(),
         "product_rates_per_s": limits,
-        "rows": table.to_dict("records"),
+        "rows": table.astype(object).where(table.notna(), None).to_dict("records"),
     }
     text = "# Latency: every model, precision and runtime by turns\n\n" + "\n".join(
         f"- limit on {threads} thread(s): "
@@ -197,7 +204,9 @@ def write_outputs(folder: Path, table: pd.DataFrame, limits: dict[str, dict[str,
         text += f"\n## {threads} thread(s): share of the machine's limit, %\n\n{pivot(group, 'limit_share', '.0%')}\n"
         text += f"\n## {threads} thread(s): times as fast as a first script\n\n{pivot(group, 'speedup', '.2f')}\n"
     write_atomically(folder / "latency.csv", lambda path: table.to_csv(path, index=False))
-    write_atomically(folder / "latency.json", lambda path: path.write_text(json.dumps(record, indent=1)))
+    write_atomically(
+        folder / "latency.json", lambda path: path.write_text(json.dumps(record, indent=1, allow_nan=False))
+    )
     write_atomically(folder / "latency.md", lambda path: path.write_text(text))
     write_atomically(folder / "latency.png", partial(draw(table).savefig, dpi=120))
     print(text + f"\nwritten: {folder}/latency.csv, .md, .json, .png")
@@ -218,16 +227,21 @@ def draw(table: pd.DataFrame) -> Figure:
     figure = Figure(figsize=(15, 9), layout="constrained")
     panels = figure.subplots(2, 3, sharex=True)
     one_thread = table[table["threads"] == 1]
-    suite = ("pytorch", "torch-compile", "onnxruntime", "openvino", "torchao")
+    names = list(dict.fromkeys(one_thread["runtime"]))
+    families = list(dict.fromkeys(name.split()[0] for name in names))
     for place, (model, precision) in enumerate((m, p) for m in ("FFN", "MoE") for p in WEIGHT_BYTES):
         axes = panels.flat[place]
         rows = one_thread[(one_thread["model"] == model) & (one_thread["precision"] == precision)]
-        for index, (runtime, group) in enumerate(rows.groupby("runtime", sort=False)):
-            style = "-" if str(runtime).split()[0] in suite else "--"
+        for runtime, group in rows.groupby("runtime", sort=False):
+            family = str(runtime).split()[0]
             axes.plot(
-                group["batch"], 1e3 * group["median_ms"] / group["batch"],
-                style, marker=MARKERS[index], color=COLORS[index], label=runtime,
-            )  # fmt: skip
+                group["batch"],
+                1e3 * group["median_ms"] / group["batch"],
+                "-" if family in RUNTIMES else "--",
+                marker=MARKERS[names.index(str(runtime)) % len(MARKERS)],
+                color=COLORS[families.index(family) % len(COLORS)],
+                label=runtime,
+            )
         if len(rows):
             shortest = rows.assign(ms=rows["median_ms"] * rows["limit_share"]).groupby("batch")["ms"].min()
             axes.fill_between(shortest.index, 1e3 * shortest / shortest.index, 1e-3, color="#dddddd", label="limit")

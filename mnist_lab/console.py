@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Literal
 
+import pandas as pd
 import torch
 
 from mnist_lab import evaluate, experiments
@@ -20,7 +21,7 @@ from mnist_lab.records import (
     SUMMARY_LEGEND,
     Record,
     build_table,
-    first_seeds,
+    first_in,
     format_fastest,
     format_summary,
     load_records,
@@ -65,12 +66,12 @@ def make_and_print(lab: Lab, row: Row, seed: int, *, beside: Row | None = None) 
     """Make one row, time it (by turns with a finished row to compare with), and print the figures."""
     _check_runtimes(lab, row)
     records = [experiments.make_row(lab, row, seed)]
-    if beside is not None and lab.runtimes_of(beside):
+    if beside is not None:
         records.append(experiments.load_or_measure_row(lab, beside, seed))
         if reason := find_reason_to_make(lab, beside, seed):
             print(f"note: {beside.model} is {reason}")
-    evaluate.measure_latencies(lab, records)
-    print_table(_as_asked(lab, records))
+    evaluate.measure_latencies(lab, first_in(records, lab.runtimes))
+    print_table(build_table(_as_asked(lab, records)))
     print(f"\nmodel: {lab.output(row, seed)}\nto deploy: {lab.artifact(row.model, seed)}")
     print(f"record: {lab.record(row.model, seed)}")
     return records[0]
@@ -93,7 +94,7 @@ def _find_runtimes(options: Options) -> tuple[RuntimeName, ...]:
 
 def _check_runtimes(lab: Lab, row: Row) -> None:
     """Raise UserError where a row runs in none of the runtimes asked for."""
-    if not lab.runtimes_of(row):
+    if not set(row.runtimes) & set(lab.runtimes):
         raise UserError(f"{row.model} is {row.precision} and runs in --runtime {' or '.join(row.runtimes)} only")
 
 
@@ -106,9 +107,11 @@ def _as_asked(lab: Lab, records: Iterable[Record]) -> list[Record]:
     return [record for record in asked if record.measurements]
 
 
-def print_table(records: list[Record]) -> None:
-    """The table and its comparisons, as plain aligned text that a pipe keeps whole."""
-    print(f"\n{format_summary(build_table(records), style='simple')}\n\n{SUMMARY_LEGEND}", flush=True)
+def print_table(table: pd.DataFrame) -> None:
+    """The table, its comparisons and the fastest runtimes, as plain aligned text that a pipe keeps whole."""
+    print(f"\n{format_summary(table, style='simple')}\n\n{SUMMARY_LEGEND}", flush=True)
+    if table["model"].duplicated().any():
+        print(f"\nfastest runtime:\n{format_fastest(table, style='simple')}", flush=True)
 
 
 def print_expert_load(record: Record) -> None:
@@ -133,7 +136,7 @@ def print_proof(record: Record) -> None:
 def run_table(options: Options, *, mode: Mode | None, seeds: range) -> None:
     """All rows for all seeds, then the table and the plots of everything in the results folder."""
     with open_lab(options) as lab:
-        rows = [row for row in table_rows(suffix=options.suffix, bfloat16=has_bfloat16()) if lab.runtimes_of(row)]
+        rows = table_rows(suffix=options.suffix, bfloat16=has_bfloat16())
         jobs = [(row, seed) for seed in seeds for row in rows]
         print_checkpoints(lab, jobs)
         load_records(lab.results)  # a broken one stops the run now, not after hours of work
@@ -141,8 +144,8 @@ def run_table(options: Options, *, mode: Mode | None, seeds: range) -> None:
         usable, left_out = usable_records(load_records(lab.results), lab.checkpoints, cpu_model(), current=records)
         for line in left_out:
             print(f"not in the table: {line}")
-        evaluate.measure_latencies(lab, first_seeds(usable))
-        write_results(lab, _as_asked(lab, usable))
+        evaluate.measure_latencies(lab, first_in(usable, lab.runtimes))
+        write_results(lab, usable)
 
 
 def make_all(lab: Lab, jobs: Sequence[tuple[Row, int]], *, mode: Mode) -> list[Record]:
@@ -189,11 +192,9 @@ def write_results(lab: Lab, records: list[Record]) -> None:
     """Table and plots."""
     from mnist_lab.plots import draw_all
 
-    table = build_table(records)
+    table = build_table(_as_asked(lab, records))
     write_table(lab.results, table, title=f"{lab.dataset.name}, {lab.preset} models, {lab.recipe_name} recipe")
-    print_table(records)
-    if len(lab.runtimes) > 1:
-        print(f"\nfastest runtime:\n{format_fastest(table, style='simple')}")
+    print_table(table)
     print(f"\ntable: {lab.results / 'table.csv'} and table.md")
     for path in draw_all(lab.results, records):
         print(f"plot: {path}")

@@ -17,7 +17,7 @@ from mnist_lab import measure
 from mnist_lab.artifacts import artifact_bytes, read_onnx_metadata
 from mnist_lab.checkpoints import load_checkpoint
 from mnist_lab.compress.quantize import prove_integer
-from mnist_lab.convert import artifact_of, ensure_artifact, ensure_file, exported
+from mnist_lab.convert import artifact_of, ensure_file, exported
 from mnist_lab.data import NUM_CLASSES, Split
 from mnist_lab.export import FLOAT_PRODUCTS, Dispatch
 from mnist_lab.files import sha256
@@ -57,21 +57,10 @@ def measure_row(
         model, metadata = load_parent(lab, row.parent, seed), read_onnx_metadata(output)
     else:
         model, metadata = load_checkpoint(output)
-    runtimes = lab.runtimes_of(row)
-    sessions = {runtime: _open(lab, row, seed, runtime) for runtime in runtimes}
-    first_session = sessions[runtimes[0]]
-    fp32_model = row.model if isinstance(row, Trained) else row.parent
-    reference = measure.predict(PyTorchSession(lab.checkpoint(fp32_model, seed)).predict, lab.test.numpy()[0])
-    measurements = {**known} | {
-        runtime: _measure_quality(
-            lab, session, reference=reference, file_bytes=lab.file(row.model, seed, runtime).stat().st_size,
-            stored_bytes=_stored_bytes(lab.file(row.model, seed, runtime), model),
-        )
-        for runtime, session in sessions.items()
-        if runtime not in known
-    }  # fmt: skip
+    sessions = {runtime: _open(lab, row, seed, runtime) for runtime in lab.runtimes_of(row)}
+    own_session = sessions.get(row.runtimes[0]) or _open(lab, row, seed, row.runtimes[0])
     validation_pixels, validation_labels = lab.dataset.validation.numpy()
-    validation_logits = measure.predict(first_session.predict, validation_pixels)
+    validation_logits = measure.predict(own_session.predict, validation_pixels)
     params_total, params_active = count_parameters(model)
     record = Record(
         model=row.model,
@@ -95,14 +84,33 @@ def measure_row(
         curves=metadata.get("curves", []),
         machine=describe_machine(),
         versions=package_versions(),
-        measurements={str(runtime): measurement for runtime, measurement in measurements.items()},
+        measurements=_measure_runtimes(lab, row, seed, sessions, model, known),
         expert_by_class=_expert_by_class(model, lab.test) if isinstance(row, Trained) else None,
         dispatch=read_onnx_metadata(artifact).get("dispatch"),
         proof=_prove(lab, row, seed) if isinstance(row, Quantized) else None,
     )
-    save_predictions(lab.results, record.run_name, measure.predict(first_session.predict, lab.test.numpy()[0]))
+    save_predictions(lab.results, record.run_name, measure.predict(own_session.predict, lab.test.numpy()[0]))
     save_record(lab.results, record)
     return record
+
+
+def _measure_runtimes(
+    lab: Lab,
+    row: Row,
+    seed: int,
+    sessions: Mapping[RuntimeName, Session],
+    model: FFN | SparseMoE,
+    known: Mapping[RuntimeName, Measurement],
+) -> dict[str, Measurement]:
+    """What is known already, and the measurements of the other runtimes."""
+    fp32_model = row.model if isinstance(row, Trained) else row.parent
+    reference = measure.predict(PyTorchSession(lab.checkpoint(fp32_model, seed)).predict, lab.test.numpy()[0])
+    measurements: dict[str, Measurement] = {str(runtime): measurement for runtime, measurement in known.items()}
+    for runtime, session in sessions.items():
+        if runtime not in known:
+            file = lab.file(row.model, seed, runtime)
+            measurements[runtime] = _measure_quality(lab, session, file, model, reference=reference)
+    return measurements
 
 
 def _open(lab: Lab, row: Row, seed: int, runtime: RuntimeName) -> Session:
@@ -121,18 +129,18 @@ def _stored_bytes(file: Path, model: FFN | SparseMoE) -> int:
     return parameter_bytes(model)
 
 
-def measure_latencies(lab: Lab, records: Sequence[Record]) -> None:
-    """Time all these models by turns, in every runtime asked for and batch size, and add that to their records."""
+def measure_latencies(lab: Lab, timed: Sequence[tuple[Record, RuntimeName]]) -> None:
+    """Time these models by turns, each in its runtime and at every batch size, and add that to their records.
+
+    A file that is no longer the one whose quality was measured is left out.
+    """
     pixels = lab.test.numpy()[0]
     sessions: dict[tuple[str, RuntimeName], Session] = {}
-    for record in records:
-        if record.precision != "INT8":
-            ensure_artifact(lab, record.model, record.seed, precision=record.precision)
-        for runtime in lab.runtimes:
-            if runtime in record.measurements:
-                file = lab.file(record.model, record.seed, runtime)
-                session = open_session(runtime, file, precision=record.precision, threads=lab.threads)
-                sessions[record.run_name, runtime] = session
+    for record, runtime in timed:
+        file = lab.file(record.model, record.seed, runtime)
+        if file.is_file() and sha256(file) == record.measurements[runtime].file["sha256"]:
+            session = open_session(runtime, file, precision=record.precision, threads=lab.threads)
+            sessions[record.run_name, runtime] = session
     session_id = uuid.uuid4().hex
     measured: dict[tuple[str, RuntimeName], dict[str, dict[str, float]]] = {key: {} for key in sessions}
     # The bar is redrawn between blocks only, not from a thread that would run beside what is timed.
@@ -149,12 +157,12 @@ def measure_latencies(lab: Lab, records: Sequence[Record]) -> None:
             latencies = measure.measure_latency(calls, num_rounds=LATENCY_ROUNDS, on_block=on_block)
             for key, latency in latencies.items():
                 measured[key][str(batch)] = asdict(latency)
-    for record in records:
-        for runtime in lab.runtimes:
-            if measurement := record.measurements.get(runtime):
-                measurement.latency_ms = measured[record.run_name, runtime]
-                measurement.threads, measurement.latency_session = lab.threads, session_id
-        save_record(lab.results, record)
+    for record, runtime in timed:
+        if (record.run_name, runtime) in sessions:
+            measurement = record.measurements[runtime]
+            measurement.latency_ms = measured[record.run_name, runtime]
+            measurement.threads, measurement.latency_session = lab.threads, session_id
+            save_record(lab.results, record)
 
 
 @contextmanager
@@ -177,7 +185,7 @@ def _prove(lab: Lab, row: Quantized, seed: int) -> dict[str, Any]:
 
 
 def _measure_quality(
-    lab: Lab, session: Session, *, reference: measure.Array, file_bytes: int, stored_bytes: int
+    lab: Lab, session: Session, file: Path, model: FFN | SparseMoE, *, reference: measure.Array
 ) -> Measurement:
     train_pixels, train_labels = lab.dataset.train.numpy()
     test_pixels, test_labels = lab.test.numpy()
@@ -186,13 +194,14 @@ def _measure_quality(
     test = measure.quality(test_logits, test_labels)
     return Measurement(
         version=session.version,
+        file={"file": file.name, "sha256": sha256(file)},
         test_acc=test.acc,
         test_loss=test.loss,
         test_ece=test.ece,
         train_acc=measure.accuracy(train_logits, train_labels),
         train_loss=measure.cross_entropy(train_logits, train_labels),
-        size_mib=stored_bytes / measure.MIB,
-        file_mb=file_bytes / 1e6,
+        size_mib=_stored_bytes(file, model) / measure.MIB,
+        file_mb=file.stat().st_size / 1e6,
         same_class=float((test_logits.argmax(axis=1) == reference.argmax(axis=1)).mean()),
         largest_gap=float(np.abs(test_logits - reference).max()),
         bins=asdict(test.bins),

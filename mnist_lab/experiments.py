@@ -13,9 +13,9 @@ from mnist_lab.files import sha256
 from mnist_lab.lab import Lab, find_reason_to_make, identity, load_parent, model_config
 from mnist_lab.machine import describe_machine, package_versions
 from mnist_lab.models import build_model
-from mnist_lab.records import Record, load_record
+from mnist_lab.records import Measurement, Record, load_record
 from mnist_lab.rows import Quantized, Rounded, Row, Trained
-from mnist_lab.runtimes import RUNTIMES
+from mnist_lab.runtimes import RUNTIMES, RuntimeName
 from mnist_lab.training import Objective, fit, supervised_loss
 
 
@@ -58,7 +58,11 @@ def load_or_measure_row(lab: Lab, row: Row, seed: int) -> Record:
         or record.versions != package_versions()
     ):
         return measure_row(lab, row, seed)
-    known = {name: measurement for name in RUNTIMES if (measurement := record.measurements.get(name))}
+    known: dict[RuntimeName, Measurement] = {}
+    for runtime in RUNTIMES:
+        measurement, file = record.measurements.get(runtime), lab.file(row.model, seed, runtime)
+        if measurement and file.is_file() and measurement.file["sha256"] == sha256(file):
+            known[runtime] = measurement
     if known.keys() >= set(lab.runtimes_of(row)):
         return record
     return measure_row(lab, row, seed, train_seconds=record.train_seconds, known=known)

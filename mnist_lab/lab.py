@@ -50,8 +50,8 @@ class Lab:
         return self.checkpoint(model, seed, EXTENSIONS[runtime])
 
     def runtimes_of(self, row: Row) -> list[RuntimeName]:
-        """Where a row is measured."""
-        return [runtime for runtime in row.runtimes if runtime in self.runtimes]
+        """Where a row is measured: where it was asked for, or if it runs in none of those, in its own first runtime."""
+        return [runtime for runtime in row.runtimes if runtime in self.runtimes] or [row.runtimes[0]]
 
     def record(self, model: str, seed: int) -> Path:
         return self.results / "runs" / f"{model}-seed{seed}.json"

@@ -40,7 +40,7 @@ class Options:
         "pytorch",
         "onnxruntime",
     )
-    """Runtimes to measure in, one or more; best measures in all that can run here and names the fastest."""
+    """Runtimes to measure in, one or more; best measures in all that can run here."""
     device: str = "cpu"
     """Device for training, by torch's name (cpu, cuda); measuring is on the CPU."""
     checkpoints: Path = Path("checkpoints")

@@ -44,7 +44,7 @@ from mnist_lab.drawing import (
 )
 from mnist_lab.files import write_atomically
 from mnist_lab.measure import NUM_BINS
-from mnist_lab.records import TABLE_BATCHES, Record, build_table
+from mnist_lab.records import TABLE_BATCHES, Record, build_table, first_seeds
 
 PARETO_COLUMNS = ["test_acc", "file_mb", "latency_ms_b64"]
 MAX_MOE_VARIANTS = 4
@@ -382,6 +382,11 @@ def latency_by_runtime(records: Sequence[Record]) -> Figure | None:
     timed = table[table[LATENCIES].notna().any(axis=1)]
     if timed.empty:
         return None
+    threads = timed["threads"].mode()[0]  # times on other numbers of threads do not compare
+    timed = timed[timed["threads"] == threads]
+    sessions = {
+        m.latency_session for record in first_seeds(records) for m in record.measurements.values() if m.latency_ms
+    }
     names = list(dict.fromkeys(timed["model"]))
     runtimes = sorted(timed["runtime"].unique())
     figure, panels = make_figure(
@@ -396,8 +401,10 @@ def latency_by_runtime(records: Sequence[Record]) -> Figure | None:
         axes.set_yticks(range(len(names)), names if axes is panels[0] else [""] * len(names))
         axes.set_ylim(len(names) - 0.5, -0.5)
     figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
-    threads, cpu = timed["threads"].dropna().astype(int).unique(), records[0].machine["cpu"]
-    write_footnote(figure, f"median, {'/'.join(map(str, threads))} thread(s), {cpu}")
+    note = f"median, {threads:.0f} thread{'s' if threads > 1 else ''}, {records[0].machine['cpu']}"
+    if len(sessions) > 1:
+        note += f", from {len(sessions)} sessions, whose times compare only roughly"
+    write_footnote(figure, note)
     return figure
 
 

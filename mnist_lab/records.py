@@ -17,7 +17,7 @@ from tabulate import tabulate
 
 from mnist_lab.errors import UserError
 from mnist_lab.files import sha256, write_atomically
-from mnist_lab.runtimes import Precision
+from mnist_lab.runtimes import Precision, RuntimeName
 
 SCHEMA = 2
 BASELINE = "FFN_baseline"
@@ -50,6 +50,7 @@ class Measurement:
     """What one runtime made of one trained model."""
 
     version: str  # of the runtime
+    file: dict[str, str]  # that the runtime loaded: its name and sha256
     test_acc: float
     test_loss: float
     test_ece: float
@@ -297,6 +298,16 @@ def first_seeds(records: Iterable[Record]) -> list[Record]:
     return list(first.values())
 
 
+def first_in(records: Iterable[Record], runtimes: Sequence[RuntimeName]) -> list[tuple[Record, RuntimeName]]:
+    """For every model and runtime the run with the lowest seed that was measured there: that whose latency counts."""
+    records = list(records)
+    return [
+        (record, runtime)
+        for runtime in runtimes
+        for record in first_seeds(record for record in records if runtime in record.measurements)
+    ]
+
+
 def _settings(record: Record) -> dict[str, Any]:
     return {**record.config, "seed": None, "versions": record.versions}
 
@@ -328,7 +339,8 @@ def write_table(folder: Path, table: pd.DataFrame, *, title: str) -> None:
 
 COMPARISON_LEGEND = (
     "Differences: `acc` in percentage points, `size` as a share of parameter storage, `x b1` … the speed-up at that "
-    "batch size; against the row's own FP32 model and against the baseline, both in the same runtime."
+    "batch size; against the row's own FP32 model and against the baseline, both in the same runtime "
+    "(torchao's rows: in torch-compile, whose engine they share)."
 )
 MEASURED_FORMATS = {"size_mib": ".3f", "file_mb": ".3f"} | {f"latency_ms_b{batch}": ".3f" for batch in TABLE_BATCHES}
 TEXT_COLUMNS = {"model", "technique", "precision", "runtime", *(f"fastest b{batch}" for batch in TABLE_BATCHES)}

@@ -1,5 +1,6 @@
 """The benchmarks' arithmetic, and that their contestants compute the same models."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +10,13 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import breakdown, latency, scaling
+from benchmarks import breakdown, latency, limits, scaling
+from benchmarks.common import BenchmarkOptions
 from benchmarks.contestants import reference_contestants
 from benchmarks.limits import shortest_ms
 from mnist_lab.compress.bfloat16 import has_bfloat16
 from mnist_lab.export import Dispatch, export_onnx
+from mnist_lab.measure import Latency
 from mnist_lab.models import PRESETS, count_parameters
 from mnist_lab.models.ffn import FFN
 from mnist_lab.models.moe import RoutingConfig, SparseMoE
@@ -45,6 +48,47 @@ def test_contestants_compute_the_same_models(models: tuple[FFN, SparseMoE], tmp_
             assert noise_db < 80  # or it would have run in FP32
     default = next(c for c in contestants if c.runtime == "OpenVINO default")
     assert default.precision == ("BF16" if has_bfloat16() else "FP32")
+
+
+def test_limit_is_the_best_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    def one_ms_each(calls: dict[int, Any], **_: Any) -> dict[int, Latency]:
+        for call in calls.values():
+            call()
+        return {size: Latency(1.0, 1.0, 1.0, 1) for size in calls}
+
+    monkeypatch.setattr(limits, "measure_latency", one_ms_each)
+    monkeypatch.setattr(limits, "SIZES", (16, 32))
+    for precision in latency.WEIGHT_BYTES:
+        assert limits.product_rate(precision) == pytest.approx(2 * 32**3 / 1e-3)
+
+
+def test_share_is_the_limits_time_over_the_measured(
+    models: tuple[FFN, SparseMoE], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latency, "read_rate", lambda _: 1e30)
+    row = {"model": "FFN", "precision": "FP32", "runtime": "pytorch", "batch": 10, "median_ms": 4.0}
+    table = latency.add_limits(pd.DataFrame([row]), {"FFN": models[0]}, {"FP32": 2 * 235_146 * 10 / 1e-3})
+    assert table["limit_share"][0] == pytest.approx(0.25)  # the limit takes 1 ms
+    assert table["gops"][0] == pytest.approx(2 * 235_146 * 10 / 4e-3 / 1e9)
+
+
+@pytest.mark.parametrize("name", ["latency", "breakdown"])
+def test_benchmark_runs_from_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = {"latency": latency, "breakdown": breakdown}[name]
+    monkeypatch.setattr(module, "BATCHES", (1, 8))
+    monkeypatch.setattr(module, "NUM_ROUNDS", 1)
+    monkeypatch.setattr(breakdown, "NUM_CALLS", 2)
+    monkeypatch.setattr(limits, "SIZES", (16,))
+    fields: dict[str, Any] = {"dataset": "digits", "checkpoints": tmp_path / "c", "results": tmp_path / "r"}
+    if name == "latency":
+        latency.main(latency.LatencyOptions(runtime=("onnxruntime",), **fields))
+        record = json.loads((tmp_path / "r/digits-compact-quick/benchmarks/latency.json").read_text())
+        assert {(row["model"], row["batch"]) for row in record["rows"]} >= {("FFN", 1), ("MoE", 8)}
+    else:
+        breakdown.main(BenchmarkOptions(**fields))
+    folder = tmp_path / "r" / "digits-compact-quick" / "benchmarks"
+    assert len(pd.read_csv(folder / f"{name}.csv")) >= 6
+    assert (folder / f"{name}.md").read_text().startswith("# ")
 
 
 def test_roofline_is_the_longer_of_products_and_reading() -> None:

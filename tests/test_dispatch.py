@@ -7,7 +7,7 @@ import pytest
 
 from mnist_lab import dispatch
 from mnist_lab.artifacts import read_onnx_metadata
-from mnist_lab.dispatch import FORMS, write_fastest
+from mnist_lab.dispatch import FORMS, is_dense_faster, write_fastest
 from mnist_lab.export import Dispatch, export_onnx
 from mnist_lab.models import PRESETS, build_model
 from mnist_lab.models.moe import RoutingConfig
@@ -22,6 +22,13 @@ open_file = functools.partial(OnnxRuntimeSession, threads=1)
 
 def write(path: Path, form: Dispatch) -> None:
     export_onnx(MODEL, path, {"parent_sha256": "7"}, dispatch=form)
+
+
+def test_dense_must_be_clearly_faster_over_all_batch_sizes_alike() -> None:
+    sparse = {"1": 1.0, "1024": 10.0}
+    assert is_dense_faster({"sparse": sparse, "dense": {"1": 0.5, "1024": 11.0}})
+    assert not is_dense_faster({"sparse": sparse, "dense": {"1": 1.2, "1024": 7.0 / 0.8}})
+    assert not is_dense_faster({"sparse": sparse, "dense": {"1": 0.97, "1024": 9.7}})
 
 
 @pytest.mark.parametrize("fastest", FORMS)

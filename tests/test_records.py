@@ -10,7 +10,7 @@ from builders import make_measurement, make_record
 from mnist_lab import records
 from mnist_lab.errors import UserError
 from mnist_lab.files import sha256
-from mnist_lab.records import COLUMNS, build_table, compare
+from mnist_lab.records import COLUMNS, build_table, compare, find_fastest, first_in
 
 
 def test_record_survives_the_disk(tmp_path: Path) -> None:
@@ -157,3 +157,26 @@ def test_predictions_keep_the_exact_class(tmp_path: Path) -> None:
     probabilities, predicted = records.load_predictions(tmp_path, "x-seed0")
     assert predicted.tolist() == [1, 2]
     assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-2)
+
+
+def test_fastest_runtime_is_named_per_model_and_batch_size() -> None:
+    record = make_record(pytorch=make_measurement(b64=3.0), onnxruntime=make_measurement(b64=2.0))
+    other = make_record("Sparse_MoE", order=2, openvino=make_measurement(b64=None))
+    first, second = find_fastest(build_table([record, other])).to_dict("records")
+    assert (first["model"], first["runtime_b64"], first["latency_ms_b64"]) == ("FFN_baseline", "onnxruntime", 2.0)
+    assert pd.isna(second["runtime_b64"])
+    assert math.isnan(second["latency_ms_b64"])
+
+
+def test_torchao_is_read_against_the_engine_that_it_shares() -> None:
+    measurements = {"torch-compile": make_measurement(b64=4.0), "pytorch": make_measurement(b64=8.0)}
+    fp32 = replace(make_record(), measurements=measurements)
+    int8 = make_record("FFN_PTQ_INT8", order=1, torchao=make_measurement(b64=2.0))
+    assert compare(build_table([fp32, int8]))["speedup_b64_vs_fp32"].iloc[-1] == 2.0
+
+
+def test_latency_is_of_the_first_seed_in_each_runtime() -> None:
+    both = {"pytorch": make_measurement(), "onnxruntime": make_measurement()}
+    runs = [replace(make_record(seed=1), measurements=both), make_record(seed=0, onnxruntime=make_measurement())]
+    timed = [(record.seed, runtime) for record, runtime in first_in(runs, ["pytorch", "onnxruntime"])]
+    assert timed == [(1, "pytorch"), (0, "onnxruntime")]

@@ -19,6 +19,7 @@ from mnist_lab import console, data, evaluate, experiments, measure, plots, trai
 from mnist_lab.artifacts import read_onnx_metadata, set_onnx_metadata
 from mnist_lab.checkpoints import load_checkpoint, read_metadata, save_checkpoint
 from mnist_lab.errors import TrainingDiverged
+from mnist_lab.files import sha256
 from mnist_lab.lab import Lab
 from mnist_lab.records import COLUMNS, load_records
 from mnist_lab.rows import Trained
@@ -339,6 +340,24 @@ class TestSingleScripts:
         assert "onnxruntime" not in outcome.out.split("note:")[-1]
         program = finished_bench.checkpoints / "FFN_PTQ_INT8-epochs1-seed0.pt2"
         assert int8.measurements["torchao"].file_mb == pytest.approx(program.stat().st_size / 1e6)
+
+    def test_program_that_is_gone_or_another_is_made_and_measured_anew(self, finished_bench: Bench) -> None:
+        arguments = ("ptq_mnist", "--runtime", "onnxruntime", "torchao")
+        assert finished_bench(*arguments).code == 0
+        program = finished_bench.checkpoints / "FFN_PTQ_INT8-epochs1-seed0.pt2"
+        first = program.read_bytes()
+        program.unlink()
+        outcome = finished_bench("run_all_experiments", "--mode", "load", "--runtime", "onnxruntime", "torchao")
+        assert outcome.code == 0
+        assert len(program.read_bytes()) == pytest.approx(len(first), rel=0.01)
+        record = next(r for r in load_records(finished_bench.results) if r.run_name == "FFN_PTQ_INT8-epochs1-seed0")
+        assert record.measurements["torchao"].file["sha256"] == sha256(program)
+
+    def test_runtime_asked_for_with_another_seed_is_timed(self, finished_bench: Bench) -> None:
+        assert finished_bench("run_all_experiments", "--mode", "load", "--runtime", "openvino", "--seed", "1").code == 0
+        table = pd.read_csv(finished_bench.results / "table.csv")
+        assert set(table["runtime"]) == {"openvino"}
+        assert table["latency_ms_b64"].notna().all()
 
     def test_runtime_that_is_missing_is_skipped_with_a_line(
         self, bench: Bench, monkeypatch: pytest.MonkeyPatch

@@ -30,7 +30,7 @@ Int8 = npt.NDArray[np.int8]
 CALIBRATION_BATCH = 100
 # Besides the products: Relu, which joins its Gemm only when both are quantized, and what moves an MoE's rows,
 # which then are bytes instead of floats.
-STATIC_OPERATORS = ["MatMul", "Gemm", "Relu", "Gather", "Split", "Concat", "Mul", "Reshape"]
+STATIC_OPERATORS = ["MatMul", "Gemm", "Relu", "Gather", "Split", "Concat"]
 INTEGER_OPERATORS = {"QGemm", "QLinearMatMul", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger"}
 FLOAT_OPERATORS = {"Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
 

@@ -1,7 +1,9 @@
 """Where a model runs. Each runtime loads a file and runs batches of raw pixels on the CPU."""
 
 import importlib.util
+import os
 import shutil
+import sysconfig
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -40,8 +42,16 @@ def why_missing(runtime: RuntimeName) -> str | None:
     """What a runtime lacks on this machine; None where it can run."""
     if runtime in {"openvino", "torchao"} and importlib.util.find_spec(runtime) is None:
         return f"{runtime} is not installed: pip install -r requirements-extra.txt"
-    if runtime in {"torch-compile", "torchao"} and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        return f"{runtime} compiles C++, and there is no compiler"
+    if runtime in {"torch-compile", "torchao"} and (lacking := _lacks_to_compile()):
+        return f"{runtime} compiles C++, and there is no {lacking}"
+    return None
+
+
+def _lacks_to_compile() -> str | None:
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Python.h (the python3-dev package of many systems)"
+    if shutil.which(os.environ.get("CXX") or "g++") is None:
+        return f"{os.environ.get('CXX') or 'g++'}"
     return None
 
 

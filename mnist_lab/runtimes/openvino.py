@@ -62,7 +62,7 @@ class OpenVINOSession:
         return batch.request
 
     def predict(self, pixels: Array) -> Array:
-        logits: Array = self.prepare(pixels).request.get_output_tensor().data.copy()
+        logits: Array = self.run(self.prepare(pixels)).get_output_tensor().data.copy()
         return logits
 
 
