@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from mnist_lab import runtimes
 from mnist_lab.artifacts import artifact_bytes
 from mnist_lab.checkpoints import save_checkpoint
 from mnist_lab.compress import pt2e
@@ -24,6 +25,7 @@ from mnist_lab.runtimes import EXTENSIONS, Precision, RuntimeName, Session, open
 from mnist_lab.training import torch_predictor
 
 PIXELS = np.random.default_rng(0).random((5, 1, 28, 28), np.float32)
+needs_compiler = pytest.mark.skipif(why_missing("torchao") is not None, reason=str(why_missing("torchao")))
 needs_bfloat16 = pytest.mark.skipif(not has_bfloat16(), reason="this CPU has no BF16 products")
 
 
@@ -54,7 +56,9 @@ def signal_to_noise_db(reference: Array, logits: Array) -> float:
 
 
 @pytest.mark.parametrize("kind", ["ffn", "moe"])
-@pytest.mark.parametrize("runtime", ["pytorch", "torch-compile", "onnxruntime", "openvino"])
+@pytest.mark.parametrize(
+    "runtime", ["pytorch", pytest.param("torch-compile", marks=needs_compiler), "onnxruntime", "openvino"]
+)
 def test_fp32_logits_are_the_models(runtime: RuntimeName, kind: str, tmp_path: Path) -> None:
     model = make_model(kind)
     write_files(model, tmp_path)
@@ -92,6 +96,7 @@ def test_bf16_is_half_and_close(runtime: RuntimeName, kind: str, tmp_path: Path)
     assert 30 < signal_to_noise_db(reference, logits) < 70
 
 
+@needs_compiler
 @pytest.mark.parametrize("kind", ["ffn", "moe"])
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 def test_torchao_runs_every_layer_in_int8(kind: str, mode: Mode, toy_dataset: Dataset, tmp_path: Path) -> None:
@@ -106,6 +111,7 @@ def test_torchao_runs_every_layer_in_int8(kind: str, mode: Mode, toy_dataset: Da
     assert 20 < signal_to_noise_db(torch_predictor(model)(pixels), logits) < 60
 
 
+@needs_compiler
 def test_torchao_layer_that_is_not_lowered_is_found(
     toy_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -161,7 +167,9 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "requirements-extra.txt" in (why_missing("torchao") or "")
     assert why_missing("onnxruntime") is None
     monkeypatch.setattr("shutil.which", lambda _: None)
-    assert "g++" in (why_missing("torch-compile") or "")
+    assert "there is no" in (why_missing("torch-compile") or "")
+    monkeypatch.setattr(runtimes, "COMPILING_TORCH", (99, 0))
+    assert "torch 99.0" in (why_missing("torch-compile") or "")
     assert why_missing("pytorch") is None
 
 

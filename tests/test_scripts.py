@@ -23,6 +23,7 @@ from mnist_lab.files import sha256
 from mnist_lab.lab import Lab
 from mnist_lab.records import COLUMNS, load_records
 from mnist_lab.rows import Trained
+from mnist_lab.runtimes import why_missing
 from mnist_lab.scripts import run_script
 
 ROOT = Path(__file__).parent.parent
@@ -327,6 +328,7 @@ class TestSingleScripts:
             assert "integer products" in outcome.out
             assert (finished_bench.checkpoints / f"{name}-seed0.onnx").is_file()
 
+    @pytest.mark.skipif(why_missing("torchao") is not None, reason=str(why_missing("torchao")))
     def test_runtimes_asked_for_are_those_of_the_table(self, finished_bench: Bench) -> None:
         outcome = finished_bench("ptq_mnist", "--runtime", "openvino", "torchao")
         assert outcome.code == 0
@@ -341,6 +343,7 @@ class TestSingleScripts:
         program = finished_bench.checkpoints / "FFN_PTQ_INT8-epochs1-seed0.pt2"
         assert int8.measurements["torchao"].file_mb == pytest.approx(program.stat().st_size / 1e6)
 
+    @pytest.mark.skipif(why_missing("torchao") is not None, reason=str(why_missing("torchao")))
     def test_program_that_is_gone_or_another_is_made_and_measured_anew(self, finished_bench: Bench) -> None:
         arguments = ("ptq_mnist", "--runtime", "onnxruntime", "torchao")
         assert finished_bench(*arguments).code == 0

@@ -1,5 +1,6 @@
 """Where a model runs. Each runtime loads a file and runs batches of raw pixels on the CPU."""
 
+import importlib.metadata
 import importlib.util
 import os
 import shutil
@@ -20,6 +21,9 @@ EXTENSIONS: dict[RuntimeName, str] = {
     "openvino": "onnx",
     "torchao": "pt2",
 }
+
+
+COMPILING_TORCH = (2, 15)  # 2.11 can neither trace the MoE's grouped products nor lower torchao's programs
 
 
 class Session(Protocol):
@@ -48,6 +52,9 @@ def why_missing(runtime: RuntimeName) -> str | None:
 
 
 def _lacks_to_compile() -> str | None:
+    installed = importlib.metadata.version("torch")
+    if tuple(map(int, installed.split(".")[:2])) < COMPILING_TORCH:
+        return f"torch {'.'.join(map(str, COMPILING_TORCH))} or newer here, but {installed}"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "Python.h (the python3-dev package of many systems)"
     if shutil.which(os.environ.get("CXX") or "g++") is None:
