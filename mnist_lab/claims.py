@@ -231,7 +231,7 @@ def _distillation(evidence: Evidence) -> list[Finding]:
             gains.above(f"test accuracy, {label}", evidence.acc_points(*pair), 0, "points")
             for label, pair in pairs.items()
         ),
-        confident.below("|mean confidence, student − teacher|", gap, 0.01, "probability"),
+        confident.below("distance of mean confidence, student − teacher", gap, 0.01, "probability"),
         confident.above("mean confidence − accuracy", overconfidence(evidence, student), 0, "probability"),
         confident.below("KL(teacher ‖ student), distilled − control", closer, 0, "nats"),
         *(
