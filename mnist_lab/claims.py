@@ -167,7 +167,7 @@ def _int8_of_the_ffn(evidence: Evidence) -> list[Finding]:
 
 def _int8_of_the_moe(evidence: Evidence) -> list[Finding]:
     cheap = Claim(4, "Dynamic INT8 costs the MoE less than 0.1 point at a quarter of the size")
-    unreliable = Claim(5, "Static calibration is unreliable for the MoE")
+    unreliable = Claim(5, "Static calibration (min–max, 1,000 images) is unreliable for the MoE")
     slow = Claim(6, "INT8 does not speed the MoE up")
     fp32 = "Sparse_MoE"
     costs = evidence.acc_points("Sparse_MoE_PTQ", fp32)

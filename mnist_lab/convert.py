@@ -57,8 +57,8 @@ def ensure_artifact(lab: Lab, model: str, seed: int, *, precision: Precision = "
     checkpoint_sha256 = sha256(checkpoint)
     if not path.exists() or read_onnx_metadata(path).get("parent_sha256") != checkpoint_sha256:
         loaded = load_checkpoint(checkpoint)
-        identity = {key: loaded.metadata[key] for key in ("model", "dataset", "preset", "recipe", "seed")}
-        metadata = identity | {"parent_sha256": checkpoint_sha256}
+        owner = {key: loaded.metadata[key] for key in ("model", "dataset", "preset", "recipe", "seed")}
+        metadata = owner | {"parent_sha256": checkpoint_sha256}
 
         def write(path: Path, dispatch: Dispatch) -> None:
             export_onnx(loaded.model, path, metadata, dispatch=dispatch)

@@ -46,19 +46,19 @@ def why_missing(runtime: RuntimeName) -> str | None:
     """What a runtime lacks on this machine; None where it can run."""
     if runtime in {"openvino", "torchao"} and importlib.util.find_spec(runtime) is None:
         return f"{runtime} is not installed: pip install -r requirements-extra.txt"
-    if runtime in {"torch-compile", "torchao"} and (lacking := _lacks_to_compile()):
-        return f"{runtime} compiles C++, and there is no {lacking}"
+    if runtime in {"torch-compile", "torchao"} and (needed := _needed_to_compile()):
+        return f"{runtime} needs {needed}"
     return None
 
 
-def _lacks_to_compile() -> str | None:
+def _needed_to_compile() -> str | None:
     installed = importlib.metadata.version("torch")
     if tuple(map(int, installed.split(".")[:2])) < COMPILING_TORCH:
-        return f"torch {'.'.join(map(str, COMPILING_TORCH))} or newer here, but {installed}"
+        return f"torch {'.'.join(map(str, COMPILING_TORCH))} or newer; installed is {installed}"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "Python.h (the python3-dev package of many systems)"
     if shutil.which(os.environ.get("CXX") or "g++") is None:
-        return f"{os.environ.get('CXX') or 'g++'}"
+        return f"a C++ compiler, and {os.environ.get('CXX') or 'g++'} is not there"
     return None
 
 
