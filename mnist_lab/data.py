@@ -4,6 +4,7 @@ Pixels are float32 in [0, 1], shape (N, 1, 28, 28); labels are int64, shape (N,)
 """
 
 import contextlib
+import functools
 import math
 import os
 import shutil
@@ -128,6 +129,7 @@ def augment(pixels: Tensor, augmentation: Augmentation, generator: torch.Generat
     """Give every image of a batch (B, 1, 28, 28) its own random map, bilinear, zero outside.
 
     Elastic displacements (Simard et al. 2003) are drawn on a coarse grid and smoothed by cubic interpolation.
+    Both kinds of map are linear in what is drawn, so one product with fixed fields gives every pixel its source.
     """
     num_images, _, height, width = pixels.shape
 
@@ -141,14 +143,24 @@ def augment(pixels: Tensor, augmentation: Augmentation, generator: torch.Generat
     shift_x, shift_y = draw(2 * augmentation.shift_pixels / width), draw(2 * augmentation.shift_pixels / height)
     rows_x = torch.stack([scale_x * cos, scale_y * (shear * cos - sin), shift_x], dim=1)
     rows_y = torch.stack([scale_x * sin, scale_y * (shear * sin + cos), shift_y], dim=1)
-    maps = torch.stack([rows_x, rows_y], dim=1).to(pixels.device)
-    grid = torch.nn.functional.affine_grid(maps, list(pixels.shape), align_corners=False)
+    drawn = torch.stack([rows_x, rows_y], dim=1)
     if augmentation.elastic_pixels:
-        coarse = torch.randn(num_images, 2, ELASTIC_GRID, ELASTIC_GRID, generator=generator)
-        smooth = torch.nn.functional.interpolate(coarse, size=(height, width), mode="bicubic", align_corners=False)
-        displacement = smooth * (2 * augmentation.elastic_pixels / width)
-        grid = grid + displacement.permute(0, 2, 3, 1).to(pixels.device)
-    return torch.nn.functional.grid_sample(pixels, grid, align_corners=False)
+        coarse = torch.randn(num_images, 2, ELASTIC_GRID**2, generator=generator)
+        drawn = torch.cat([drawn, coarse * (2 * augmentation.elastic_pixels / width)], dim=2)
+    fields = _displacement_fields(height, width)[: drawn.shape[2]]
+    sources = (drawn.to(pixels.device) @ fields.to(pixels.device)).view(num_images, 2, height, width)
+    return torch.nn.functional.grid_sample(pixels, sources.permute(0, 2, 3, 1), align_corners=False)
+
+
+@functools.cache
+def _displacement_fields(height: int, width: int) -> Tensor:
+    """Over all pixels (H·W): x, y and 1, in [-1, 1], then what each point of the coarse grid does to them."""
+    x = (torch.arange(width) * 2 + 1) / width - 1
+    y = (torch.arange(height) * 2 + 1) / height - 1
+    affine = torch.stack([x.expand(height, width), y[:, None].expand(height, width), torch.ones(height, width)])
+    points = torch.eye(ELASTIC_GRID**2).view(-1, 1, ELASTIC_GRID, ELASTIC_GRID)
+    smooth = torch.nn.functional.interpolate(points, size=(height, width), mode="bicubic", align_corners=False)
+    return torch.cat([affine.flatten(1), smooth.flatten(1)])
 
 
 def calibration_pixels(train: Split, num_images: int, *, seed: int) -> Tensor:

@@ -118,10 +118,10 @@ def fit(
             sums = _EpochSums()
             for step, rows in enumerate(iterate_batches(len(train), recipe.batch_size, generator), start=1):
                 rows = rows.to(device)
-                pixels = train.pixels[rows]
+                pixels, labels = train.pixels.index_select(0, rows), train.labels.index_select(0, rows)
                 if recipe.augmentation is not None:
                     pixels = augment(pixels, recipe.augmentation, generator)
-                loss = objective(model, Batch(pixels, train.labels[rows], rows))
+                loss = objective(model, Batch(pixels, labels, rows))
                 total = torch.stack(list(loss.terms.values())).sum()
                 if not math.isfinite(total.item()):
                     raise TrainingDiverged(
