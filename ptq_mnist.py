@@ -5,13 +5,13 @@ python ptq_mnist.py --model moe                     # the MoE, dynamic: ranges t
 python ptq_mnist.py --model moe --mode static       # the contrast
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from mnist_lab.compress.quantize import Mode
+from mnist_lab.compress.quantize import Calibration, Mode
 from mnist_lab.console import make_and_print, open_lab, print_proof
 from mnist_lab.errors import UserError
-from mnist_lab.options import Options, check_count
-from mnist_lab.rows import CALIBRATION_SIZE, ModelName, quantized, trained
+from mnist_lab.options import Options
+from mnist_lab.rows import ModelName, quantized, trained
 from mnist_lab.scripts import run_script
 
 
@@ -22,18 +22,16 @@ class PTQOptions(Options):
     mode: Mode | None = None
     """Where activation ranges come from: static (calibration) or dynamic (each batch); when not given, static
     for the dense models and dynamic for the MoE."""
-    calibration_size: int = CALIBRATION_SIZE
-    """Training images that static mode calibrates on."""
+    calibration: Calibration = field(default_factory=Calibration)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("--calibration-size", self.calibration_size)
-        if quantized(self.model, self.mode).mode == "dynamic" and self.calibration_size != CALIBRATION_SIZE:
-            raise UserError(f"--calibration-size {self.calibration_size} has no use in dynamic mode")
+        if quantized(self.model, self.mode).mode == "dynamic" and self.calibration != Calibration():
+            raise UserError("dynamic mode calibrates nothing: drop --calibration-size and --calibration-method")
 
 
 def main(options: PTQOptions) -> None:
-    row = quantized(options.model, options.mode, options.calibration_size, suffix=options.suffix)
+    row = quantized(options.model, options.mode, options.calibration, suffix=options.suffix)
     with open_lab(options) as lab:
         parent = trained(options.model, suffix=options.suffix)
         print_proof(make_and_print(lab, row, options.seed, beside=parent))

@@ -6,23 +6,17 @@ Writes breakdown.csv and .md to results/<dataset>-<preset>-<recipe>/benchmarks. 
 engine's own profile on one thread; the second compares artifacts with the router in float and in INT8.
 """
 
-import json
 import tempfile
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import onnx
-import onnxruntime
 import pandas as pd
-from onnx import TensorProto, helper
 from tabulate import tabulate
 
 from benchmarks.common import BenchmarkOptions
 from mnist_lab import measure
-from mnist_lab.compress.quantize import quantize
+from mnist_lab.compress.quantize import Calibration, quantize
 from mnist_lab.console import open_lab
 from mnist_lab.convert import ensure_file
 from mnist_lab.data import calibration_pixels
@@ -31,19 +25,13 @@ from mnist_lab.export import COMBINE, FLOAT_PRODUCTS, export_onnx
 from mnist_lab.files import write_atomically
 from mnist_lab.lab import load_parent
 from mnist_lab.measure import Array, accuracy, measure_latency
-from mnist_lab.rows import CALIBRATION_SIZE, Row, quantized, sparse_moe
-from mnist_lab.runtimes.onnxruntime import PROVIDERS, OnnxRuntimeSession, session_options
+from mnist_lab.routes import JOBS, choose_experts, time_by_job
+from mnist_lab.rows import Row, quantized, sparse_moe
+from mnist_lab.runtimes.onnxruntime import OnnxRuntimeSession
 from mnist_lab.scripts import run_script
 
 BATCHES = (1, 64, 1024)
-NUM_CALLS = 200
 NUM_ROUNDS = 9
-ROUTING = {"router", "top_logits", "expert_weights"}
-SORTING = {"expert_of_pair", "num_pairs", "ones", "load", "sorted_experts", "image"}
-SORTING |= {"end", "pairs", "place", "place_by_image"}
-MOVING = {"sorted_rows", "expert0.rows", "sorted_outputs", "by_image"}
-GATING = {"no_gates", "gates", "gates_as_column", "by_expert", "gated", "gated_rows"}
-JOBS = ["stem and head", "experts", "router", "sort", "move rows", "combine", "gate", "quantize"]
 
 
 def main(options: BenchmarkOptions) -> None:
@@ -54,12 +42,12 @@ def main(options: BenchmarkOptions) -> None:
         images, labels = lab.test.numpy()
         profiles = [
             {"model": row.model, "batch": batch}
-            | profile(ensure_file(lab, row, options.seed, "onnxruntime"), take(images, batch))
+            | time_by_job(ensure_file(lab, row, options.seed, "onnxruntime"), take(images, batch))
             for row in rows
             for batch in BATCHES
         ]
         model = load_parent(lab, "Sparse_MoE", options.seed)
-        calibration = calibration_pixels(lab.dataset.train, CALIBRATION_SIZE, seed=options.seed).numpy()
+        calibration = calibration_pixels(lab.dataset.train, Calibration().calibration_size, seed=options.seed).numpy()
         with tempfile.TemporaryDirectory() as temporary:
             files = {"FP32": Path(temporary) / "fp32.onnx"}
             export_onnx(model, files["FP32"], {})
@@ -82,39 +70,6 @@ def take(images: Array, batch: int) -> Array:
     return np.resize(images, (batch, *images.shape[1:]))
 
 
-def profile(artifact: Path, pixels: Array) -> dict[str, float]:
-    """Median microseconds per job of one call, as the engine itself takes the time of every node."""
-    with tempfile.TemporaryDirectory() as folder:
-        options = session_options(1)
-        options.enable_profiling = True
-        options.profile_file_prefix = str(Path(folder) / "profile")
-        session = onnxruntime.InferenceSession(artifact, options, providers=PROVIDERS)
-        for _ in range(NUM_CALLS):
-            session.run(None, {"pixels": pixels})
-        events = json.loads(Path(session.end_profiling()).read_text())
-    durations: dict[tuple[str, str], list[float]] = defaultdict(list)
-    for event in events:
-        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-            durations[event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]].append(event["dur"])
-    jobs = dict.fromkeys(JOBS, 0.0)
-    for (node, operator), samples in durations.items():
-        jobs[job_of(node, operator)] += float(np.median(samples))
-    return jobs
-
-
-def job_of(node: str, operator: str) -> str:
-    """What a node of the optimized graph is for, by the name that `export.py` gave it."""
-    if operator in {"QuantizeLinear", "DequantizeLinear"}:
-        return "quantize"
-    name = node.removeprefix("fused ").replace("_MatMul", "").replace("_quant", "")
-    for job, names in (("router", ROUTING), ("sort", SORTING), ("move rows", MOVING), ("gate", GATING)):
-        if name in names:
-            return job
-    if name.startswith("expert"):
-        return "experts"
-    return "combine" if name in {"weights_as_row", COMBINE, "mixed"} else "stem and head"
-
-
 def compare_routers(files: dict[str, Path], images: Array, labels: measure.Labels) -> pd.DataFrame:
     """Accuracy, share of images whose chosen experts differ from FP32's, and median milliseconds by batch size."""
     sessions = {name: OnnxRuntimeSession(file, threads=1) for name, file in files.items()}
@@ -132,18 +87,6 @@ def compare_routers(files: dict[str, Path], images: Array, labels: measure.Label
 def _bind(session: OnnxRuntimeSession, pixels: Array) -> Any:
     batch = session.prepare(pixels)
     return lambda: session.run(batch)
-
-
-def choose_experts(artifact: Path, images: Array) -> npt.NDArray[np.int64]:
-    """The set of experts (N, K) that an artifact chooses for each image, in the order of their numbers."""
-    model = onnx.load(artifact)
-    model.graph.output.append(helper.make_tensor_value_info("top_experts", TensorProto.INT64, None))
-    session = onnxruntime.InferenceSession(model.SerializeToString(), session_options(1), providers=PROVIDERS)
-    chosen = [
-        session.run(["top_experts"], {"pixels": images[start : start + measure.EVALUATION_BATCH]})[0]
-        for start in range(0, len(images), measure.EVALUATION_BATCH)
-    ]
-    return np.sort(np.concatenate(chosen), axis=1)
 
 
 def write_outputs(folder: Path, profiles: pd.DataFrame, routers: pd.DataFrame) -> None:

@@ -24,7 +24,6 @@ import torch
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from benchmarks.breakdown import choose_experts
 from mnist_lab.drawing import COLORS, make_logarithmic
 from mnist_lab.export import export_onnx
 from mnist_lab.files import ensure_writable, write_atomically
@@ -34,6 +33,7 @@ from mnist_lab.models import PRESETS, ModelConfig, build_model, count_parameters
 from mnist_lab.models.ffn import FFN, FFNConfig
 from mnist_lab.models.moe import RoutingConfig, SparseMoE, SparseMoEConfig
 from mnist_lab.options import check_count
+from mnist_lab.routes import choose_experts
 from mnist_lab.runtimes.onnxruntime import OnnxRuntimeSession
 from mnist_lab.scripts import run_script
 from mnist_lab.training import progress_bar

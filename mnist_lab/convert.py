@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from torch import Tensor
+
 from mnist_lab.artifacts import read_onnx_metadata
 from mnist_lab.checkpoints import load_checkpoint, save_checkpoint
 from mnist_lab.compress.bfloat16 import round_weights
@@ -35,7 +37,7 @@ def quantize_row(lab: Lab, row: Quantized, seed: int) -> None:
     ensure_artifact(lab, row.parent, seed)
     calibration = None
     if row.mode == "static":
-        calibration = calibration_pixels(lab.dataset.train, row.calibration_size, seed=seed).numpy()
+        calibration = _calibration_pixels(lab, row, seed).numpy()
 
     def write(path: Path, dispatch: Dispatch) -> None:
         with exported(parent, dispatch) as fp32_artifact:
@@ -44,6 +46,7 @@ def quantize_row(lab: Lab, row: Quantized, seed: int) -> None:
                 path,
                 mode=row.mode,
                 calibration=calibration,
+                method=row.calibration.calibration_method,
                 keep_float=FLOAT_PRODUCTS,
                 metadata=identity(lab, row, seed) | _lineage(lab, row, seed),
             )
@@ -87,8 +90,7 @@ def ensure_program(lab: Lab, row: Quantized, seed: int) -> Path:
             return path
     parent = load_parent(lab, row.parent, seed)
     model = EveryExpert(parent) if isinstance(parent, SparseMoE) else parent
-    calibration = calibration_pixels(lab.dataset.train, row.calibration_size, seed=seed)
-    quantize_program(model, path, mode=row.mode, calibration=calibration, metadata=metadata)
+    quantize_program(model, path, mode=row.mode, calibration=_calibration_pixels(lab, row, seed), metadata=metadata)
     return path
 
 
@@ -100,6 +102,10 @@ def ensure_file(lab: Lab, row: Row, seed: int, runtime: RuntimeName) -> Path:
     if isinstance(row, Quantized):
         return ensure_program(lab, row, seed)
     return path
+
+
+def _calibration_pixels(lab: Lab, row: Quantized, seed: int) -> Tensor:
+    return calibration_pixels(lab.dataset.train, row.calibration.calibration_size, seed=seed)
 
 
 def _lineage(lab: Lab, row: Quantized | Rounded, seed: int) -> dict[str, str]:

@@ -17,7 +17,7 @@ from mnist_lab import measure
 from mnist_lab.artifacts import artifact_bytes, read_onnx_metadata
 from mnist_lab.checkpoints import load_checkpoint
 from mnist_lab.compress.quantize import prove_integer
-from mnist_lab.convert import artifact_of, ensure_file, exported
+from mnist_lab.convert import artifact_of, ensure_artifact, ensure_file, exported
 from mnist_lab.data import NUM_CLASSES, Split
 from mnist_lab.export import FLOAT_PRODUCTS, Dispatch
 from mnist_lab.files import sha256
@@ -25,12 +25,13 @@ from mnist_lab.lab import Lab, load_parent
 from mnist_lab.machine import describe_machine, package_versions
 from mnist_lab.models import count_parameters, parameter_bytes
 from mnist_lab.models.ffn import FFN
-from mnist_lab.models.moe import SparseMoE
+from mnist_lab.models.moe import SparseMoE, without_expert
 from mnist_lab.records import TABLE_BATCHES, Measurement, Record, save_predictions, save_record
+from mnist_lab.routes import choose_experts, time_by_job
 from mnist_lab.rows import Quantized, Row, Trained, place_in_table
 from mnist_lab.runtimes import RuntimeName, Session, open_session
 from mnist_lab.runtimes.pytorch import PyTorchSession
-from mnist_lab.training import progress_bar
+from mnist_lab.training import progress_bar, torch_predictor
 
 LATENCY_ROUNDS = 7
 
@@ -61,6 +62,8 @@ def measure_row(
     own_session = sessions.get(row.runtimes[0]) or _open(lab, row, seed, row.runtimes[0])
     validation_pixels, validation_labels = lab.dataset.validation.numpy()
     validation_logits = measure.predict(own_session.predict, validation_pixels)
+    test_pixels, test_labels = lab.test.numpy()
+    test_logits = measure.predict(own_session.predict, test_pixels)
     params_total, params_active = count_parameters(model)
     record = Record(
         model=row.model,
@@ -88,8 +91,11 @@ def measure_row(
         expert_by_class=_expert_by_class(model, lab.test) if isinstance(row, Trained) else None,
         dispatch=read_onnx_metadata(artifact).get("dispatch"),
         proof=_prove(lab, row, seed) if isinstance(row, Quantized) else None,
+        scaled=_scale_temperature(validation_logits, validation_labels, test_logits, test_labels),
+        acc_without_expert=_acc_without_expert(model, lab.test) if isinstance(row, Trained) else None,
+        routes_changed=_routes_changed(lab, row, seed, model) if isinstance(row, Quantized) else None,
     )
-    save_predictions(lab.results, record.run_name, measure.predict(own_session.predict, lab.test.numpy()[0]))
+    save_predictions(lab.results, record.run_name, test_logits, test_labels)
     save_record(lab.results, record)
     return record
 
@@ -176,6 +182,14 @@ def torch_threads(threads: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def profile_routing(lab: Lab, records: Sequence[Record]) -> None:
+    """Add to the records of MoEs where a pass at batch 64 spends its time."""
+    images = np.resize(lab.test.pixels.numpy(), (64, *lab.test.pixels.shape[1:]))
+    for record in records:
+        record.time_by_job_us = time_by_job(lab.artifact(record.model, record.seed), images)
+        save_record(lab.results, record)
+
+
 def _prove(lab: Lab, row: Quantized, seed: int) -> dict[str, Any]:
     """That ONNX Runtime runs the file on disk in integers here."""
     artifact = lab.output(row, seed)
@@ -198,6 +212,7 @@ def _measure_quality(
         test_acc=test.acc,
         test_loss=test.loss,
         test_ece=test.ece,
+        test_brier=test.brier,
         train_acc=measure.accuracy(train_logits, train_labels),
         train_loss=measure.cross_entropy(train_logits, train_labels),
         size_mib=_stored_bytes(file, model) / measure.MIB,
@@ -221,3 +236,42 @@ def _expert_by_class(model: FFN | SparseMoE, split: Split) -> list[list[float]] 
     by_class = counts.view(NUM_CLASSES, num_experts).double()
     shares: list[list[float]] = (by_class / by_class.sum(dim=1, keepdim=True).clamp(min=1)).tolist()
     return shares
+
+
+def _acc_without_expert(model: FFN | SparseMoE, split: Split) -> list[list[float]] | None:
+    """Accuracy on each class with one expert closed: [expert][class]."""
+    if not isinstance(model, SparseMoE) or model.config.routing.num_experts == 1:
+        return None
+    pixels, labels = split.numpy()
+    images = np.maximum(np.bincount(labels, minlength=NUM_CLASSES), 1)
+    table = []
+    for expert in range(model.config.routing.num_experts):
+        logits = measure.predict(torch_predictor(without_expert(model, expert)), pixels)
+        right = labels[logits.argmax(axis=1) == labels]
+        table.append((np.bincount(right, minlength=NUM_CLASSES) / images).tolist())
+    return table
+
+
+def _routes_changed(lab: Lab, row: Quantized, seed: int, model: FFN | SparseMoE) -> float | None:
+    """Share of test images that the INT8 artifact sends to other experts than the FP32 artifact does."""
+    if not isinstance(model, SparseMoE):
+        return None
+    pixels = lab.test.numpy()[0]
+    before = choose_experts(ensure_artifact(lab, row.parent, seed), pixels)
+    after = choose_experts(lab.output(row, seed), pixels)
+    return float((before != after).any(axis=1).mean())
+
+
+def _scale_temperature(
+    validation_logits: measure.Array, validation_labels: measure.Labels, logits: measure.Array, labels: measure.Labels
+) -> dict[str, Any]:
+    """Calibration on the test split after one temperature, fitted on validation, has divided the logits."""
+    temperature = measure.fit_temperature(validation_logits, validation_labels)
+    test = measure.quality(logits / np.float32(temperature), labels)
+    return {
+        "temperature": temperature,
+        "test_loss": test.loss,
+        "test_ece": test.ece,
+        "test_brier": test.brier,
+        "bins": asdict(test.bins),
+    }

@@ -2,7 +2,7 @@
 
 import functools
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from mnist_lab.files import sha256
 from mnist_lab.models import PRESETS, ModelConfig, PresetName, dense_rival
 from mnist_lab.models.ffn import FFN
 from mnist_lab.models.moe import SparseMoE
+from mnist_lab.records import CLAIMS_FOLDER
 from mnist_lab.rows import Quantized, Row, Trained
 from mnist_lab.runtimes import EXTENSIONS, RuntimeName
 from mnist_lab.training import Recipe, RecipeName
@@ -38,6 +39,21 @@ class Lab:
     def test(self) -> Split:
         """The test split, read from disk once, when the first finished model is measured."""
         return self.dataset.load_test()
+
+    def with_recipe(self, name: RecipeName, recipe: Recipe) -> "Lab":
+        """The same data and preset on another budget, in folders of its own."""
+        folder = f"{self.dataset.name}-{self.preset}-{name}"
+        return replace(
+            self,
+            recipe_name=name,
+            recipe=recipe,
+            checkpoints=self.checkpoints.with_name(folder),
+            results=self.results.with_name(folder),
+        )
+
+    def for_claims(self) -> "Lab":
+        """The same models, with records in a folder below, so that those which only claims compare stay apart."""
+        return replace(self, results=self.results / CLAIMS_FOLDER)
 
     def checkpoint(self, model: str, seed: int, extension: str = "safetensors") -> Path:
         return self.checkpoints / f"{model}-seed{seed}.{extension}"
@@ -108,7 +124,7 @@ def config_of(lab: Lab, row: Row, seed: int) -> dict[str, Any]:
     elif isinstance(row, Quantized):
         settings = {
             "mode": row.mode,
-            "calibration_size": row.calibration_size if row.mode == "static" else None,
+            "calibration": asdict(row.calibration) if row.mode == "static" else None,
             "reduce_range": needs_reduced_range(),
         }
     else:

@@ -36,6 +36,7 @@ class Quality:
     acc: float  # fraction of images
     loss: float  # mean cross-entropy, nats
     ece: float  # expected calibration error, 15 bins
+    brier: float  # mean squared distance of the probabilities from the label's
     bins: ConfidenceBins
     confusion: list[list[int]]  # [true class][predicted class]
 
@@ -90,6 +91,23 @@ def expected_calibration_error(bins: ConfidenceBins) -> float:
     return float(gaps.sum() / sum(bins.count))
 
 
+def brier_score(logits: Array, labels: Labels) -> float:
+    """Mean over images of Σ_c (p_c − [c is the label])², in [0, 2] (Brier 1950)."""
+    distance = np.exp(log_softmax(logits))
+    distance[np.arange(len(labels)), labels] -= 1
+    return float(np.square(distance).sum(axis=1).mean())
+
+
+def fit_temperature(logits: Array, labels: Labels) -> float:
+    """The T for which softmax(logits / T) has the lowest cross-entropy (Guo et al. 2017, arXiv:1706.04599)."""
+    from scipy.optimize import minimize_scalar
+
+    found = minimize_scalar(
+        lambda log_t: cross_entropy(logits * np.float32(np.exp(-log_t)), labels), bounds=(-3, 3), method="bounded"
+    )
+    return float(np.exp(found.x))
+
+
 def confusion_matrix(predicted: Labels, labels: Labels, num_classes: int) -> list[list[int]]:
     """Counts [true class][predicted class]."""
     counts: list[list[int]] = (
@@ -107,6 +125,7 @@ def quality(logits: Array, labels: Labels) -> Quality:
         acc=accuracy(logits, labels),
         loss=cross_entropy(logits, labels),
         ece=expected_calibration_error(bins),
+        brier=brier_score(logits, labels),
         bins=bins,
         confusion=confusion_matrix(logits.argmax(axis=1), labels, logits.shape[1]),
     )

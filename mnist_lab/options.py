@@ -17,19 +17,33 @@ MAX_COUNT = 10**9
 
 
 @dataclass(frozen=True)
-class Options:
-    """What every training and converting script takes."""
+class DataOptions:
+    """Which data, which seed, and where files lie: what every script and benchmark that needs models takes."""
 
-    preset: PresetName = "compact"
-    """Set of architectures."""
-    recipe: RecipeName = "standard"
-    """Training budget: quick (seconds a model), standard (up to two minutes), best (as good as it gets)."""
     dataset: DatasetName | None = None
     """Data set; when not given, MNIST, or the bundled digits where MNIST can be neither found nor downloaded."""
     data_dir: Path | None = None
     """Folder that holds MNIST/raw/ and the like; when not given, $MNIST_LAB_DATA, else ./data (downloaded into)."""
     seed: int = 0
     """Seed of initial weights, batches, augmentation and router noise."""
+    checkpoints: Path = Path("checkpoints")
+    """Folder for trained and converted models."""
+    results: Path = Path("results")
+    """Folder for records, tables and plots."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed} must lie between 0 and {2**32 - 1}")
+
+
+@dataclass(frozen=True)
+class Options(DataOptions):
+    """What every training and converting script takes."""
+
+    preset: PresetName = "compact"
+    """Set of architectures."""
+    recipe: RecipeName = "standard"
+    """Training budget: quick (seconds a model), standard (up to two minutes), best (as good as it gets)."""
     epochs: int | None = None
     """Passes over the training images, in place of the recipe's."""
     batch_size: int | None = None
@@ -43,14 +57,9 @@ class Options:
     """Runtimes to measure in, one or more; best measures in all that can run here."""
     device: str = "cpu"
     """Device for training, by torch's name (cpu, cuda); measuring is on the CPU."""
-    checkpoints: Path = Path("checkpoints")
-    """Folder for trained and converted models."""
-    results: Path = Path("results")
-    """Folder for records, tables and plots."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed {self.seed} must lie between 0 and {2**32 - 1}")
+        super().__post_init__()
         check_count("--epochs", self.epochs)
         check_count("--batch-size", self.batch_size)
         check_count("--threads", self.threads)
@@ -59,10 +68,7 @@ class Options:
         cores = os.cpu_count() or 1
         if self.threads > cores:
             raise UserError(f"--threads {self.threads} is more than this machine's {cores} cores")
-        try:
-            torch.ones(1, device=self.device).sum().item()
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            raise UserError(f"--device {self.device} cannot be used here: {str(error).splitlines()[0]}") from error
+        check_device(self.device)
 
     def make_recipe(self) -> Recipe:
         """The named recipe with this run's departures."""
@@ -83,3 +89,11 @@ def check_count(name: str, value: int | None) -> None:
     """
     if value is not None and not 1 <= value <= MAX_COUNT:
         raise UserError(f"{name} {value} must lie between 1 and {MAX_COUNT:,}")
+
+
+def check_device(device: str) -> None:
+    """Raise UserError where torch cannot compute on a device."""
+    try:
+        torch.ones(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error

@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.projections.polar import PolarAxes
 from matplotlib.ticker import MaxNLocator
 
+from mnist_lab.claims.evidence import Evidence
+from mnist_lab.claims.plots import CLAIM_FIGURES
 from mnist_lab.drawing import (
     ACCURACY_LABEL,
     COLORS,
@@ -44,7 +46,7 @@ from mnist_lab.drawing import (
 )
 from mnist_lab.files import write_atomically
 from mnist_lab.measure import NUM_BINS
-from mnist_lab.records import TABLE_BATCHES, Record, build_table, first_seeds
+from mnist_lab.records import CLAIMS_FOLDER, TABLE_BATCHES, Record, build_table, first_seeds
 
 PARETO_COLUMNS = ["test_acc", "file_mb", "latency_ms_b64"]
 MAX_MOE_VARIANTS = 4
@@ -54,15 +56,20 @@ DOTS_PER_INCH = 120
 def draw_all(folder: Path, records: Sequence[Record]) -> list[Path]:
     """Write every figure that the records have data for into `folder/plots`, and return the files.
 
-    A figure without data is not drawn, and the file that an earlier run left of it is removed.
+    A figure without data is not drawn, and the file that an earlier run left of it is removed. A folder of claims
+    has figures of its own.
 
     Raises:
         UserError: the folder cannot be written.
     """
+    if folder.name == CLAIMS_FOLDER:
+        evidence = Evidence.in_folder(folder, records)
+        figures = {name: draw(evidence) for name, draw in CLAIM_FIGURES.items()}
+    else:
+        figures = {name: draw(records) if records else None for name, draw in FIGURES.items()}
     paths = []
-    for name, draw in FIGURES.items():
+    for name, figure in figures.items():
         path = folder / "plots" / f"{name}.png"
-        figure = draw(records) if records else None
         if figure is None:
             path.unlink(missing_ok=True)
         else:

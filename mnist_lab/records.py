@@ -5,10 +5,11 @@
 """
 
 import json
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,6 +25,7 @@ BASELINE = "FFN_baseline"
 SAME_ENGINE = {"torchao": "torch-compile"}  # where a runtime has no FP32 of its own
 RECORD_PATTERN = "[!.]*.json"  # not what an interrupted write left
 TABLE_BATCHES = (1, 64, 1024)
+CLAIMS_FOLDER = "claims"  # below a results folder: the runs that only claims compare
 COLUMNS = [
     "model",
     "technique",
@@ -65,6 +67,7 @@ class Measurement:
     threads: int | None = None  # of the latencies
     latency_ms: dict[str, dict[str, float]] = field(default_factory=dict)  # batch -> median, q1, q3, num_calls
     latency_session: str = ""  # latencies of one session were measured by turns, and compare
+    test_brier: float | None = None
 
 
 @dataclass
@@ -96,6 +99,10 @@ class Record:
     expert_by_class: list[list[float]] | None = None  # [class][expert], share of the class's test pairs
     dispatch: dict[str, Any] | None = None  # form of an MoE's artifact, and the times by which it was chosen
     proof: dict[str, Any] | None = None  # that an INT8 model runs in integers
+    scaled: dict[str, Any] | None = None  # temperature fitted on validation, then test_loss, …, bins
+    acc_without_expert: list[list[float]] | None = None  # [expert][class], test accuracy with that expert closed
+    routes_changed: float | None = None  # share of test images whose experts are not those of the FP32 MoE
+    time_by_job_us: dict[str, float] | None = None  # of an MoE's pass at batch 64, by ONNX Runtime's own profile
     schema: int = SCHEMA
 
     @property
@@ -134,23 +141,43 @@ def load_records(folder: Path) -> list[Record]:
     return sorted(records, key=lambda record: (record.order, record.model, record.seed))
 
 
-def save_predictions(folder: Path, run_name: str, logits: npt.NDArray[np.float32]) -> None:
-    """Keep the test predictions, as probabilities in half precision (N, C), for plots and paired tests."""
+class Predictions(NamedTuple):
+    """What one run says of the N test images."""
+
+    probabilities: npt.NDArray[np.float16]  # (N, C)
+    predicted: npt.NDArray[np.uint8]  # (N,), exact, where rounded probabilities may tie
+    labels: npt.NDArray[np.uint8]  # (N,)
+
+
+def save_predictions(
+    folder: Path, run_name: str, logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]
+) -> None:
+    """Keep the test predictions for plots and paired tests."""
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = (exponentials / exponentials.sum(axis=1, keepdims=True)).astype(np.float16)
-    predicted = logits.argmax(axis=1).astype(np.uint8)  # exact, where rounded probabilities may tie
+    predictions = Predictions(probabilities, logits.argmax(axis=1).astype(np.uint8), labels.astype(np.uint8))
 
     def write(path: Path) -> None:
         with path.open("wb") as file:
-            np.savez_compressed(file, probabilities=probabilities, predicted=predicted)
+            np.savez_compressed(file, **predictions._asdict())
 
     write_atomically(folder / "runs" / f"{run_name}.npz", write)
 
 
-def load_predictions(folder: Path, run_name: str) -> tuple[npt.NDArray[np.float16], npt.NDArray[np.uint8]]:
-    """Test probabilities (N, C) and predicted classes (N,) of one run."""
-    with np.load(folder / "runs" / f"{run_name}.npz") as arrays:
-        return arrays["probabilities"], arrays["predicted"]
+def load_predictions(folder: Path, run_name: str) -> Predictions:
+    """What `save_predictions` kept.
+
+    Raises:
+        UserError: the file is missing or broken.
+    """
+    path = folder / "runs" / f"{run_name}.npz"
+    try:
+        with np.load(path) as arrays:
+            return Predictions(*(arrays[name] for name in Predictions._fields))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(
+            f"{path} does not hold a run's predictions ({error}). Delete its record and run the model again."
+        ) from error
 
 
 def build_table(records: Iterable[Record]) -> pd.DataFrame:

@@ -4,13 +4,12 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, get_args
 
 from mnist_lab.compress.distill import DistillationConfig
-from mnist_lab.compress.quantize import Mode
+from mnist_lab.compress.quantize import Calibration, CalibrationMethod, Mode
 from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.runtimes import Precision, RuntimeName
 
 ModelName = Literal["ffn", "moe", "student"]
 Rival = Literal["ffn-active", "ffn-total"]  # dense FFNs with as many parameters as the MoE has per image, or in all
-CALIBRATION_SIZE = 1000
 
 
 @dataclass(frozen=True)
@@ -37,15 +36,18 @@ class Quantized:
     technique: str
     parent: str
     mode: Mode
-    calibration_size: int = CALIBRATION_SIZE  # training images; static mode only
+    calibration: Calibration = field(default_factory=Calibration)  # static mode only
 
     precision: ClassVar[Precision] = "INT8"
     extension: ClassVar[str] = "onnx"
 
     @property
     def runtimes(self) -> tuple[RuntimeName, ...]:
-        """OpenVINO reads a dynamically quantized file, but computes its products in FP32."""
-        return ("onnxruntime", "openvino", "torchao") if self.mode == "static" else ("onnxruntime", "torchao")
+        """OpenVINO reads a dynamically quantized file, but computes its products in FP32; torchao knows minmax only."""
+        if self.mode == "dynamic":
+            return ("onnxruntime", "torchao")
+        is_minmax = self.calibration.calibration_method == "minmax"
+        return ("onnxruntime", "openvino", "torchao") if is_minmax else ("onnxruntime", "openvino")
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,11 @@ def trained(model: ModelName, *, suffix: str = "") -> Trained:
 
 
 def quantized(
-    model: ModelName, mode: Mode | None = None, calibration_size: int = CALIBRATION_SIZE, *, suffix: str = ""
+    model: ModelName,
+    mode: Mode | None = None,
+    calibration: Calibration = Calibration(),
+    *,
+    suffix: str = "",
 ) -> Quantized:
     """The INT8 form of a trained model; static by default, for the MoE dynamic."""
     parent = trained(model, suffix=suffix)
@@ -120,10 +126,9 @@ def quantized(
     else:
         name = {"ffn": "FFN_PTQ_INT8", "student": "KD_FFN_Student_INT8"}[model]
         name += "" if mode == default_mode else f"-{mode}"
-    if mode == "static" and calibration_size != CALIBRATION_SIZE:
-        name += f"-cal{calibration_size}"
     technique = f"{mode} ptq" if model == "ffn" else f"{parent.technique} + {mode} ptq"
-    return Quantized(name + suffix, technique, parent.model, mode, calibration_size)
+    name += departures(calibration, {"calibration_size": "cal", "calibration_method": ""}) + suffix
+    return Quantized(name, technique, parent.model, mode, calibration)
 
 
 def rounded(model: Literal["ffn", "moe"], *, suffix: str = "") -> Rounded:
@@ -148,6 +153,14 @@ def table_rows(*, suffix: str = "", bfloat16: bool = True) -> list[Row]:
     return rows + [rounded("ffn", suffix=suffix), rounded("moe", suffix=suffix)] * bfloat16
 
 
+CALIBRATIONS = [
+    Calibration(size, method)
+    for method in get_args(CalibrationMethod)
+    for size in (10, 100, Calibration().calibration_size)
+]
+GRID = [DistillationConfig(temperature, alpha) for temperature in (1, 2, 3, 5, 10, 20) for alpha in (0.3, 0.7, 0.9, 1)]
+
+
 def claim_rows(*, suffix: str = "") -> list[Row]:
     """The nine models, and what else the claims about them compare with."""
     rivals: tuple[Rival, ...] = get_args(Rival)
@@ -161,8 +174,18 @@ def claim_rows(*, suffix: str = "") -> list[Row]:
     ]
     return [
         *table_rows(suffix=suffix, bfloat16=False),
+        *(quantized("moe", "static", other, suffix=suffix) for other in CALIBRATIONS if other != Calibration()),
         *(dense_rival(rival, suffix=suffix) for rival in rivals),
         *(sparse_moe(routing, suffix=suffix) for routing in variants),
+    ]
+
+
+def grid_rows(*, suffix: str = "") -> list[Row]:
+    """Students of every temperature and alpha that claims try, with their teacher and the control."""
+    return [
+        sparse_moe(suffix=suffix),
+        student(distillation=None, suffix=suffix),
+        *(student("moe", distillation, suffix=suffix) for distillation in GRID),
     ]
 
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import pandas as pd
 import pytest
 import torch
@@ -14,8 +13,8 @@ from benchmarks import breakdown, latency, limits, scaling
 from benchmarks.common import BenchmarkOptions
 from benchmarks.contestants import reference_contestants
 from benchmarks.limits import shortest_ms
+from mnist_lab import routes
 from mnist_lab.compress.bfloat16 import has_bfloat16
-from mnist_lab.export import Dispatch, export_onnx
 from mnist_lab.measure import Latency
 from mnist_lab.models import PRESETS, count_parameters
 from mnist_lab.models.ffn import FFN
@@ -77,7 +76,7 @@ def test_benchmark_runs_from_nothing(name: str, tmp_path: Path, monkeypatch: pyt
     module = {"latency": latency, "breakdown": breakdown}[name]
     monkeypatch.setattr(module, "BATCHES", (1, 8))
     monkeypatch.setattr(module, "NUM_ROUNDS", 1)
-    monkeypatch.setattr(breakdown, "NUM_CALLS", 2)
+    monkeypatch.setattr(routes, "NUM_CALLS", 2)
     monkeypatch.setattr(limits, "SIZES", (16,))
     fields: dict[str, Any] = {"dataset": "digits", "checkpoints": tmp_path / "c", "results": tmp_path / "r"}
     if name == "latency":
@@ -141,29 +140,3 @@ def test_dense_rivals_have_as_many_parameters_in_all_and_per_image() -> None:
     assert rows["dense, equal total"]["parameters"] == pytest.approx(sparse["parameters"], rel=0.02)
     assert rows["dense, equal active"]["parameters"] == pytest.approx(sparse["active"], rel=0.02)
     assert all(float(str(row["median_ms"])) > 0 for row in rows.values())
-
-
-@pytest.mark.parametrize("dispatch", ["sparse", "dense"])
-def test_breakdown_knows_what_every_node_is_for(
-    models: tuple[FFN, SparseMoE], dispatch: Dispatch, tmp_path: Path
-) -> None:
-    export_onnx(models[1], tmp_path / "moe.onnx", {}, dispatch=dispatch)
-    jobs: dict[str, set[str]] = {}
-    for node in onnx.load(tmp_path / "moe.onnx").graph.node:
-        jobs.setdefault(breakdown.job_of(node.name, node.op_type), set()).add(node.name)
-    assert jobs["stem and head"] == {"flat_pixels", "stem", "hidden", "mixed.relu", "logits"}
-    assert jobs["router"] == {"router", "top_logits", "expert_weights"}
-    assert all(name.startswith("expert") for name in jobs["experts"])
-    assert set(jobs) == {"stem and head", "router", "experts", "combine"} | (
-        {"sort", "move rows"} if dispatch == "sparse" else {"gate"}
-    )
-    times = breakdown.profile(tmp_path / "moe.onnx", PIXELS)
-    assert times["experts"] > 0
-    assert times["quantize"] == 0
-
-
-def test_routes_are_the_models(models: tuple[FFN, SparseMoE], tmp_path: Path) -> None:
-    export_onnx(models[1], tmp_path / "moe.onnx", {})
-    with torch.inference_mode():
-        expected = models[1].routed(torch.from_numpy(PIXELS)).experts.sort(dim=1).values
-    assert np.array_equal(breakdown.choose_experts(tmp_path / "moe.onnx", PIXELS), expected.numpy())

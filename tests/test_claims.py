@@ -1,26 +1,32 @@
 import json
+from dataclasses import asdict
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+import pandas as pd
 import pytest
 from builders import make_measurement, make_record
 from scipy import stats
 
-from mnist_lab.claims import (
+from mnist_lab.claims.evidence import Evidence, load_cv, load_entropy, mutual_information, num_dead_experts, soften
+from mnist_lab.claims.findings import (
     Claim,
-    Evidence,
     Finding,
     decide,
     format_claims,
-    load_entropy,
-    mutual_information,
+    mcnemar,
     p_value,
-    settle_claims,
+    ratio_of_medians,
     summarize,
     write_claims,
 )
+from mnist_lab.claims.plots import CLAIM_FIGURES
+from mnist_lab.claims.settle import Settings, find_winner, settle_claims, settle_dark_knowledge, settle_scaling
+from mnist_lab.compress.distill import DistillationConfig
 from mnist_lab.records import Record, save_predictions
-from mnist_lab.rows import claim_rows
+from mnist_lab.routes import JOBS
+from mnist_lab.rows import CALIBRATIONS, Quantized, Rounded, Trained, claim_rows, grid_rows, quantized, student
 
 SEEDS = range(3)
 CLAIM = Claim(1, "it is so")
@@ -40,7 +46,7 @@ CLAIM = Claim(1, "it is so")
     ],
 )
 def test_verdict_follows_from_where_the_interval_lies(
-    low: float, high: float, bound: float, sign: int, verdict: str
+    low: float, high: float, bound: float, sign: Literal[-1, 1], verdict: str
 ) -> None:
     assert decide(low, high, bound, sign=sign) == verdict
 
@@ -75,53 +81,162 @@ def test_claim_needs_all_of_its_comparisons() -> None:
     assert summarize([good, open_, bad]) == {1: "refuted"}
 
 
-def make_runs(folder: Path) -> list[Record]:
-    """Three seeds of every model: the MoE better than all dense ones, its load even but where the sign is wrong."""
+LABELS = np.arange(50) % 10
+
+
+def make_run(folder: Path, row: Trained | Quantized, seed: int, generator: np.random.Generator) -> Record:
+    """The MoE better than all dense models, its load even but where the sign is wrong, INT8 four times as fast."""
+    is_moe = row.model.startswith("Sparse_MoE") and row.model != "Sparse_MoE-K4"
+    measurement = make_measurement(0.99 + 0.001 * is_moe + 1e-4 * generator.random())
+    measurement.test_loss = 0.05 - 0.01 * is_moe + 1e-3 * generator.random()
+    measurement.test_brier = 0.02
+    speed = 0.25 if row.precision == "INT8" else 1.0
+    measurement.size_mib = speed * 1.02
+    for batch in ("1", "64", "1024"):
+        measurement.latency_ms[batch] = {"median_ms": speed + 0.01 * generator.random()}
+    measurement.confusion = (100 * np.eye(10, dtype=int)).tolist()
+    record = make_record(row.model, seed, onnxruntime=measurement)
+    load = [0.94, 0.02, 0.02, 0.02] if "wrong" in row.model else [0.4, 0.2, 0.2, 0.2]
+    if row.model in {"Sparse_MoE", "Sparse_MoE-switch", "Sparse_MoE-cv"}:
+        load = [0.25, 0.25, 0.26 - 0.01 * seed, 0.24 + 0.01 * seed]
+    record.curves = [{"epoch": epoch, "expert_load": shares} for epoch, shares in ((1, [1.0, 0, 0, 0]), (2, load))]
+    logits = generator.normal(size=(50, 10)).astype(np.float32) * 5
+    save_predictions(folder, record.run_name, logits, LABELS)
+    record.scaled = {"temperature": 2.0, "test_loss": 0.03, "test_ece": 0.01, "test_brier": 0.01}
+    # Experts 0 and 1 share the first five digits, 2 and 3 the others; without one, its digits lose a tenth.
+    record.expert_by_class = [[0.5, 0.5, 0, 0]] * 5 + [[0, 0, 0.5, 0.5]] * 5
+    record.acc_without_expert = [[0.9] * 5 + [1.0] * 5] * 2 + [[1.0] * 5 + [0.9] * 5] * 2
+    record.time_by_job_us = dict.fromkeys(JOBS, 1.0)
+    record.config = {"architecture": {"routing": {"top_k": 2}}}
+    if isinstance(row, Quantized):
+        record.config = {"calibration": asdict(row.calibration)}
+        record.routes_changed = 0.001
+    elif row.distillation:
+        record.config = {"distillation": asdict(row.distillation)}
+    return record
+
+
+def make_evidence(folder: Path) -> tuple[Evidence, Settings]:
+    """Three seeds of every model, and a grid whose winner is T = 5, α = 0.9."""
     generator = np.random.default_rng(0)
-    runs = []
-    for seed in SEEDS:
-        for row in claim_rows():
-            is_moe = row.model.startswith("Sparse_MoE") and row.model != "Sparse_MoE-K4"
-            measurement = make_measurement(0.99 + 0.001 * is_moe + 1e-4 * generator.random())
-            measurement.test_loss = 0.05 - 0.01 * is_moe + 1e-3 * generator.random()
-            speed = 0.25 if row.precision == "INT8" else 1.0
-            measurement.size_mib = speed * 1.02
-            for batch in ("1", "64", "1024"):
-                measurement.latency_ms[batch] = {"median_ms": speed + 0.01 * generator.random()}
-            record = make_record(row.model, seed, onnxruntime=measurement)
-            load = [0.94, 0.02, 0.02, 0.02] if "wrong" in row.model else [0.4, 0.2, 0.2, 0.2]
-            if row.model in {"Sparse_MoE", "Sparse_MoE-switch", "Sparse_MoE-cv"}:
-                load = [0.25, 0.25, 0.26 - 0.01 * seed, 0.24 + 0.01 * seed]
-            record.curves = [{"expert_load": [1.0, 0, 0, 0]}, {"expert_load": load}]
-            save_predictions(folder, record.run_name, generator.normal(size=(50, 10)).astype(np.float32) * 5)
-            # Experts 0 and 1 share the first five digits, 2 and 3 the others.
-            record.expert_by_class = [[0.5, 0.5, 0, 0]] * 5 + [[0, 0, 0.5, 0.5]] * 5
-            record.config = {"architecture": {"routing": {"top_k": 2}}}
-            record.measurements["onnxruntime"].confusion = (100 * np.eye(10, dtype=int)).tolist()
-            runs.append(record)
-    return runs
+    winners = [student(teacher, DistillationConfig(5, 0.9)) for teacher in ("moe", "ffn")]
+    runs, grid = (
+        [
+            make_run(folder / name, row, seed, generator)
+            for seed in SEEDS
+            for row in rows
+            if not isinstance(row, Rounded)
+        ]
+        for name, rows in (("own", [*claim_rows(), *winners]), ("grid", grid_rows()))
+    )
+    for record in grid:
+        record.validation_acc = 0.99 if record.model == "KD_FFN_Student-T5-a0.9" else 0.98
+    settings = Settings(
+        calibrations=[quantized("moe", "static", calibration).model for calibration in CALIBRATIONS],
+        winner="-T5-a0.9",
+        grid=Evidence.in_folder(folder / "grid", grid),
+    )
+    return Evidence.in_folder(folder / "own", runs), settings
 
 
 @pytest.fixture
 def findings(tmp_path: Path) -> list[Finding]:
-    return settle_claims(Evidence(tmp_path, make_runs(tmp_path), SEEDS))
+    return settle_claims(*make_evidence(tmp_path))
 
 
 def test_claims_are_settled_as_the_runs_are(findings: list[Finding]) -> None:
     verdicts = summarize(findings)
-    assert [verdicts[number] for number in (1, 2, 3, 4, 6, 7)] == [
-        "supported",
-        "refuted",
-        "supported",
-        "supported",
-        "refuted",
-        "supported",
-    ]
+    assert set(verdicts) == {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14}
+    assert [number for number, verdict in verdicts.items() if verdict == "supported"] == [1, 3, 4, 7, 8, 13]
+    assert [verdicts[number] for number in (2, 5, 6)] == ["refuted"] * 3
     by_comparison = {finding.comparison: finding for finding in findings}
     assert by_comparison["test loss, Sparse_MoE − FFN_equal_total"].verdict == "supported"
     assert by_comparison["test accuracy, Sparse_MoE − FFN_baseline"].effect == pytest.approx(0.1, abs=0.02)
     assert by_comparison["entropy of the expert load, wrong sign − none"].effect < -0.5
     assert by_comparison["time at batch 64, Sparse_MoE_PTQ / FP32"].effect == pytest.approx(0.25, abs=0.02)
+    assert by_comparison["routing's share of the time, Sparse_MoE"].effect == pytest.approx(5 / 8)
+    assert by_comparison["dead experts, wrong sign"].effect == 3
+    assert by_comparison["images whose experts change, Sparse_MoE_PTQ-cal10-entropy"].effect == pytest.approx(1e-3)
+    lost = "test accuracy lost when an expert is closed, mean over experts"
+    assert by_comparison[lost].effect == pytest.approx(5)
+    assert by_comparison["the same, on the expert's own digits − on the others"].effect == pytest.approx(10)
+
+
+def test_accuracies_are_also_compared_image_by_image(findings: list[Finding]) -> None:
+    with_images = [finding for finding in findings if "test accuracy, " in finding.comparison]
+    assert all(len(finding.mcnemar_p) == 3 for finding in with_images)
+    assert all(0 < p <= 1 for finding in with_images for p in finding.mcnemar_p)
+
+
+def test_mcnemar_counts_the_images_that_only_one_gets_right() -> None:
+    one = np.array([True] * 90 + [True] * 8 + [False] * 1 + [False] * 5)
+    other = np.array([True] * 90 + [False] * 8 + [True] * 1 + [False] * 5)
+    # Two-sided sign test of 8 against 1: 2·(1 + 9)/2⁹.
+    assert mcnemar(one, other) == pytest.approx(20 / 512)
+    assert mcnemar(one, one) == 1
+
+
+def test_reported_figures_decide_nothing() -> None:
+    reported = CLAIM.report("a", [1.0, 1.1], "x")
+    assert (reported.verdict, reported.bound) == ("reported", "")
+    assert summarize([reported, CLAIM.below("b", [-1.0, -1.1], 0, "x")]) == {1: "supported"}
+    assert summarize([reported]) == {1: "undecided"}
+
+
+def test_ratio_of_medians_has_the_notches_interval() -> None:
+    ratio, low, high = ratio_of_medians(2.0, 0.1, 100, 1.0, 0.2, 400)
+    assert ratio == 2
+    assert low == pytest.approx((2 - 0.0157) / (1 + 0.0157))
+    assert high == pytest.approx((2 + 0.0157) / (1 - 0.0157))
+
+
+def test_winner_is_chosen_on_validation(tmp_path: Path) -> None:
+    _, settings = make_evidence(tmp_path)
+    assert find_winner(settings.grid, settings.grid.find("KD_FFN_Student")) == "KD_FFN_Student-T5-a0.9"
+
+
+def test_softening_is_the_softmax_of_divided_logits() -> None:
+    logits = np.random.default_rng(0).normal(size=(5, 10))
+    probabilities, softened = (np.exp(z) / np.exp(z).sum(axis=1, keepdims=True) for z in (logits, logits / 3))
+    np.testing.assert_allclose(soften(probabilities, 3), softened)
+
+
+def test_scaling_table_tells_whether_sparse_wins_when_large() -> None:
+    kinds = {"sparse": 2.0, "dense, equal total": 8.0, "dense, equal active": 1.0}
+    rows = [
+        {"sweep": sweep, "experts": 8, "width": 512, "batch": 256, "kind": kind, "median_ms": ms * size}
+        | {sweep: size, "q1_ms": ms - 0.01, "q3_ms": ms + 0.01, "num_calls": 36}
+        for sweep in ("experts", "width")
+        for size in (2, 64)
+        for kind, ms in kinds.items()
+    ]
+    findings = settle_scaling(pd.DataFrame(rows))
+    assert [(finding.verdict, finding.effect) for finding in findings] == [("supported", 0.25), ("reported", 2.0)] * 2
+
+
+def test_dark_knowledge_counts_threes() -> None:
+    errors = {"labels": 140, "distilled": 80, "distilled-without-3": 200, "bias corrected": 100}
+    threes = {"labels": 10, "distilled": 5, "distilled-without-3": 150, "bias corrected": 20}
+    runs = [
+        {
+            "num_threes": 1000,
+            "errors": {role: {"all_digits": n + s, "threes": threes[role]} for role, n in errors.items()},
+        }
+        for s in (0, 1)
+    ]
+    by_comparison = {finding.comparison: finding for finding in settle_dark_knowledge(runs)}
+    assert by_comparison["share of threes recognised, bias corrected"].effect == pytest.approx(0.98)
+    assert by_comparison["share of threes recognised, bias corrected"].verdict == "supported"
+    assert by_comparison["test errors, labels − distilled"].effect == 60
+
+
+def test_every_figure_is_drawn_from_the_runs(tmp_path: Path) -> None:
+    evidence, settings = make_evidence(tmp_path)
+    drawn = {name: draw(evidence) for name, draw in CLAIM_FIGURES.items()}
+    assert None not in drawn.values()
+    assert CLAIM_FIGURES["temperature_and_alpha"](settings.grid) is not None
+    empty = Evidence(tmp_path, [], [])
+    assert not any(draw(empty) for draw in CLAIM_FIGURES.values())
 
 
 def test_mutual_information_is_that_of_the_joint_counts() -> None:
@@ -130,16 +245,20 @@ def test_mutual_information_is_that_of_the_joint_counts() -> None:
 
 
 def test_specialisation_is_above_that_of_shuffled_pairs(findings: list[Finding]) -> None:
-    (finding,) = (finding for finding in findings if finding.claim == 8)
+    finding = next(finding for finding in findings if finding.claim == 8)
     # Knowing the expert halves the digits; shuffled, 2,000 pairs still show (10 - 1)·(4 - 1)/2/2000 of it by chance.
     assert finding.effect == pytest.approx(np.log(2) - 27 / 4000, abs=2e-3)
     assert finding.verdict == "supported"
 
 
-def test_load_entropy_is_of_the_last_epoch(tmp_path: Path) -> None:
-    record = next(run for run in make_runs(tmp_path) if run.model == "Sparse_MoE")
+def test_load_is_of_the_last_epoch(tmp_path: Path) -> None:
+    evidence, _ = make_evidence(tmp_path)
+    record = evidence.run("Sparse_MoE", 0)
     record.curves[-1]["expert_load"] = [0.25] * 4
-    assert load_entropy([record])[0] == pytest.approx(np.log(4))
+    assert load_entropy(record) == pytest.approx(np.log(4))
+    assert (load_cv(record), num_dead_experts(record)) == (0, 0)
+    record.curves[-1]["expert_load"] = [0.5, 0.48, 0.02, 0]
+    assert num_dead_experts(record) == 2
 
 
 def test_files_hold_every_finding(findings: list[Finding], tmp_path: Path) -> None:

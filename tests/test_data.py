@@ -151,7 +151,7 @@ class TestWithoutNetwork:
 
 def test_augmentation_of_no_range_changes_nothing() -> None:
     pixels = torch.rand(5, 1, 28, 28)
-    still = Augmentation(rotation_degrees=0, shift_pixels=0, scale=0, shear=0)
+    still = Augmentation(rotation_degrees=0, shift_pixels=0, scale=0, shear=0, elastic_pixels=0)
     torch.testing.assert_close(augment(pixels, still, torch.Generator()), pixels, atol=1e-5, rtol=0)
 
 
@@ -165,11 +165,27 @@ def test_augmentation_moves_each_image_its_own_way_and_repeats_with_its_seed() -
     assert once.max() <= 1
 
 
+def test_elastic_map_is_a_smoothed_grid_on_top_of_the_affine_one() -> None:
+    pixels, count = load_dataset("digits").train.pixels[:4], 4
+    still = Augmentation(rotation_degrees=0, shift_pixels=0, scale=0, shear=0, elastic_pixels=1.5)
+    generator = torch.Generator().manual_seed(0)
+    torch.rand(count * 6, generator=generator)  # what the affine map draws
+    coarse = torch.randn(count, 2, 6, 6, generator=generator) * 1.5 * 2 / 28
+    smooth = torch.nn.functional.interpolate(coarse, size=(28, 28), mode="bicubic", align_corners=False)
+    identity = torch.nn.functional.affine_grid(torch.eye(2, 3).repeat(count, 1, 1), [count, 1, 28, 28], False)
+    expected = torch.nn.functional.grid_sample(pixels, identity + smooth.permute(0, 2, 3, 1), align_corners=False)
+    moved = augment(pixels, still, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(moved, expected, atol=1e-4, rtol=0)
+    assert (moved - pixels).abs().max() > 0.1
+
+
 def test_augmentation_shifts_by_whole_pixels() -> None:
     pixels = torch.zeros(200, 1, 28, 28)
     pixels[:, :, 14, 14] = 1
     moved = augment(
-        pixels, Augmentation(rotation_degrees=0, shift_pixels=3, scale=0, shear=0), torch.Generator().manual_seed(0)
+        pixels,
+        Augmentation(rotation_degrees=0, shift_pixels=3, scale=0, shear=0, elastic_pixels=0),
+        torch.Generator().manual_seed(0),
     )
     rows = (moved.sum(dim=(1, 3)) * torch.arange(28)).sum(dim=1) - 14
     assert rows.abs().max() <= 3.001

@@ -90,3 +90,17 @@ def test_latency_is_a_median_of_milliseconds() -> None:
     durations = iter([0.0, 0.0] + [0.002] * 4 + [0.05] + [0.002] * 1000)
     latency = measure.measure_latency({"x": lambda: time.sleep(next(durations))}, num_rounds=1, block_s=0.09)["x"]
     assert 2.0 <= latency.median_ms < 10
+
+
+def test_brier_score_is_the_squared_distance_from_the_label() -> None:
+    logits = np.log(np.array([[0.7, 0.2, 0.1], [0.5, 0.25, 0.25]], np.float32))
+    expected = (0.3**2 + 0.2**2 + 0.1**2 + 0.5**2 + 0.75**2 + 0.25**2) / 2
+    assert measure.brier_score(logits, np.array([0, 1])) == pytest.approx(expected, rel=1e-5)
+
+
+def test_temperature_undoes_the_scale_of_logits() -> None:
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(20_000, 10)).astype(np.float32) * 2
+    cumulated = np.exp(measure.log_softmax(logits)).cumsum(axis=1)
+    labels = (generator.random((20_000, 1)) > cumulated).sum(axis=1).clip(max=9)  # drawn from softmax(logits)
+    assert measure.fit_temperature(logits * 3, labels) == pytest.approx(3, rel=0.03)

@@ -13,6 +13,7 @@ from mnist_lab.models.moe import (
     smooth_load,
     squared_cv,
     switch_loss,
+    without_expert,
 )
 
 
@@ -210,3 +211,21 @@ class TestBalance:
 def test_impossible_routing_is_the_users_error(settings: dict[str, float]) -> None:
     with pytest.raises(UserError):
         RoutingConfig(**settings)  # type: ignore[arg-type]
+
+
+def test_closed_expert_sends_its_images_to_the_best_of_the_others() -> None:
+    model = make_moe()
+    pixels = torch.rand(64, 1, 28, 28)
+    with torch.inference_mode():
+        before, after = model.routed(pixels), without_expert(model, 1).routed(pixels)
+        scores = (model.embed(pixels) @ model.router.gate)[:, [0, 2, 3]]
+    unaffected = (before.experts != 1).all(dim=1)
+    assert 0 < unaffected.sum() < 64
+    torch.testing.assert_close(after.logits[unaffected], before.logits[unaffected])
+    assert torch.equal(after.experts, scores.topk(2).indices)
+    assert after.expert_load.tolist() == [int((after.experts == expert).sum()) for expert in range(3)]
+
+
+def test_last_expert_cannot_be_closed() -> None:
+    with pytest.raises(ValueError, match="one expert"):
+        without_expert(make_moe(RoutingConfig(num_experts=1, top_k=1)), 0)

@@ -10,7 +10,7 @@ from mnist_lab.artifacts import artifact_bytes, read_onnx_metadata
 from mnist_lab.compress import quantize as q
 from mnist_lab.compress.quantize import Mode
 from mnist_lab.data import Dataset
-from mnist_lab.errors import WrongPrecision
+from mnist_lab.errors import UserError, WrongPrecision
 from mnist_lab.export import FLOAT_PRODUCTS, export_onnx
 from mnist_lab.models import PRESETS, build_model
 from mnist_lab.models.moe import RoutingConfig
@@ -161,3 +161,27 @@ def test_failed_conversion_leaves_the_old_file(
         convert(fp32, toy_dataset, "dynamic")
     assert output.read_bytes() == before
     assert sorted(path.name for path in fp32.parent.iterdir()) == [f"{fp32.stem}-dynamic.onnx", fp32.name]
+
+
+@pytest.mark.parametrize("method", ["entropy", "percentile"])
+def test_histogram_methods_calibrate_experts_of_unequal_load(
+    toy_dataset: Dataset, tmp_path: Path, method: q.CalibrationMethod
+) -> None:
+    fp32, output = tmp_path / "moe.onnx", tmp_path / "int8.onnx"
+    export_onnx(build_model(PRESETS["compact"].moe(0.18, 0.18, RoutingConfig())), fp32, {})
+    calibration = toy_dataset.train.pixels.numpy()
+    assert len(calibration) > q.CALIBRATION_BATCH
+    q.quantize(
+        fp32, output, mode="static", calibration=calibration, method=method, keep_float=FLOAT_PRODUCTS, metadata={}
+    )
+    minmax = tmp_path / "minmax.onnx"
+    q.quantize(fp32, minmax, mode="static", calibration=calibration, keep_float=FLOAT_PRODUCTS, metadata={})
+    pixels = toy_dataset.validation.pixels.numpy()
+    reference, clipped, whole = (OnnxRuntimeSession(path, threads=1).predict(pixels) for path in (fp32, output, minmax))
+    assert np.square(reference - clipped).sum() < 0.1 * np.square(reference).sum()
+    assert not np.array_equal(clipped, whole)
+
+
+def test_calibration_size_is_checked() -> None:
+    with pytest.raises(UserError, match="--calibration-size 0"):
+        q.Calibration(calibration_size=0)

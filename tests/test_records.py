@@ -153,10 +153,21 @@ def test_table_leaves_out_what_was_made_from_an_older_parent(tmp_path: Path) -> 
 
 def test_predictions_keep_the_exact_class(tmp_path: Path) -> None:
     logits = np.array([[5.0, 5.0001, 0.0], [-3.0, 0.0, 3.0]], np.float32)
-    records.save_predictions(tmp_path, "x-seed0", logits)
-    probabilities, predicted = records.load_predictions(tmp_path, "x-seed0")
-    assert predicted.tolist() == [1, 2]
-    assert np.allclose(probabilities.sum(axis=1), 1, atol=1e-2)
+    records.save_predictions(tmp_path, "x-seed0", logits, np.array([0, 2]))
+    predictions = records.load_predictions(tmp_path, "x-seed0")
+    assert predictions.predicted.tolist() == [1, 2]
+    assert predictions.labels.tolist() == [0, 2]
+    assert np.allclose(predictions.probabilities.sum(axis=1), 1, atol=1e-2)
+
+
+def test_broken_predictions_are_named(tmp_path: Path) -> None:
+    (tmp_path / "runs").mkdir()
+    path = tmp_path / "runs" / "x-seed0.npz"
+    for content in (None, b"", b"PK\x03\x04 truncated"):
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match="x-seed0.npz"):
+            records.load_predictions(tmp_path, "x-seed0")
 
 
 def test_fastest_runtime_is_named_per_model_and_batch_size() -> None:

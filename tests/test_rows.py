@@ -1,6 +1,7 @@
 import pytest
 
 from mnist_lab.compress.distill import DistillationConfig
+from mnist_lab.compress.quantize import Calibration
 from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.rows import Row, place_in_table, quantized, sparse_moe, student, table_rows
 
@@ -41,7 +42,8 @@ def test_table_has_the_nine_models_and_the_bf16_ones_parents_first() -> None:
         (quantized("ffn"), "FFN_PTQ_INT8", "static ptq", "FFN_baseline"),
         (quantized("ffn", "dynamic"), "FFN_PTQ_INT8-dynamic", "dynamic ptq", "FFN_baseline"),
         (quantized("moe"), "Sparse_MoE_INT8", "moe + dynamic ptq", "Sparse_MoE"),
-        (quantized("moe", "static", 50), "Sparse_MoE_PTQ-cal50", "moe + static ptq", "Sparse_MoE"),
+        (quantized("moe", "static", Calibration(50)), "Sparse_MoE_PTQ-cal50", "moe + static ptq", "Sparse_MoE"),
+        (quantized("ffn", None, Calibration(1000, "entropy")), "FFN_PTQ_INT8-entropy", "static ptq", "FFN_baseline"),
         (quantized("student"), "KD_FFN_Student_INT8", "kd + static ptq", "KD_FFN_Student"),
     ],
 )

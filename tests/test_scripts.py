@@ -15,9 +15,12 @@ import pandas as pd
 import pytest
 import torch
 
-from mnist_lab import console, data, evaluate, experiments, measure, plots, training
+from mnist_lab import console, data, evaluate, experiments, measure, plots, rows, training
 from mnist_lab.artifacts import read_onnx_metadata, set_onnx_metadata
 from mnist_lab.checkpoints import load_checkpoint, read_metadata, save_checkpoint
+from mnist_lab.claims import run as claims_run
+from mnist_lab.compress.distill import DistillationConfig
+from mnist_lab.compress.quantize import Calibration
 from mnist_lab.errors import TrainingDiverged
 from mnist_lab.files import sha256
 from mnist_lab.lab import Lab
@@ -35,6 +38,7 @@ OPTIONS = {
     "run_all_experiments": "RunOptions",
     "visualize_results": "PlotOptions",
     "claims_mnist": "ClaimOptions",
+    "dark_knowledge_mnist": "DarkKnowledgeOptions",
 }
 FOLDER = "digits-compact-quick"
 
@@ -286,9 +290,13 @@ class TestClaims:
     def test_every_claim_gets_a_verdict_and_finished_seeds_are_not_run_again(
         self, bench: Bench, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr(rows, "CALIBRATIONS", [Calibration(), Calibration(10, "entropy")])
+        monkeypatch.setattr(claims_run, "CALIBRATIONS", rows.CALIBRATIONS)
+        monkeypatch.setattr(rows, "GRID", [DistillationConfig(t, a) for t in (1, 3) for a in (0.7, 1)])
+        monkeypatch.setattr(claims_run, "GRID", rows.GRID)
         assert bench("claims_mnist", "--seeds", "2").code == 0
         findings = json.loads((bench.results / "claims.json").read_text())
-        assert {finding["claim"] for finding in findings} == {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13}
+        assert {finding["claim"] for finding in findings} == {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14}
         assert {finding["n"] for finding in findings} == {2}
         monkeypatch.setattr(experiments, "train_row", None)  # would fail if it were called
         outcome = bench("claims_mnist", "--seeds", "2")
@@ -298,6 +306,15 @@ class TestClaims:
 
     def test_bad_number_of_seeds(self, bench: Bench) -> None:
         bench.expect_user_error("claims_mnist", "--seeds", "0", says="--seeds")
+
+    def test_dark_knowledge_is_written_beside_the_paper(self, bench: Bench) -> None:
+        outcome = bench("dark_knowledge_mnist", "--dataset", "digits", "--epochs", "1", "--seeds", "1", quick=False)
+        assert outcome.code == 0
+        folder = bench.folder / "results" / "digits-dark-knowledge"
+        (run,) = json.loads((folder / "dark_knowledge.json").read_text())
+        assert run["errors"].keys() == {"teacher", "labels", "distilled", "distilled-without-3", "bias corrected"}
+        assert "paper" in (folder / "dark_knowledge.md").read_text()
+        bench.expect_user_error("dark_knowledge_mnist", "--epochs", "0", quick=False, says="--epochs")
 
 
 class TestSingleScripts:

@@ -7,7 +7,7 @@ input, N = B·K (input, expert) pairs, sorted by expert.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -225,6 +225,31 @@ class EveryExpert(nn.Module):
             for layer_in, layer_out, gate_B in zip(self.layers_in, self.layers_out, gate_BE.unbind(1), strict=True)
         ]
         return relu_chain(model.head, torch.stack(outputs).sum(dim=0).relu_())
+
+
+def without_expert(model: SparseMoE, expert: int) -> SparseMoE:
+    """The same mixture with one expert closed, in evaluation mode: its images go to the best of the others.
+
+    Raises:
+        ValueError: there is no other expert.
+    """
+    routing = model.config.routing
+    others = [index for index in range(routing.num_experts) if index != expert]
+    if not others:
+        raise ValueError("a mixture of one expert has none to spare")
+    weights = {
+        name: weight[:, others]
+        if name.startswith("router.")
+        else weight[others]
+        if name.startswith("experts.")
+        else weight
+        for name, weight in model.state_dict().items()
+    }
+    rest = replace(routing, num_experts=len(others), top_k=min(routing.top_k, len(others)))
+    with torch.device("meta"):
+        smaller = SparseMoE(replace(model.config, routing=rest))
+    smaller.load_state_dict(weights, assign=True)
+    return smaller.eval()
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
