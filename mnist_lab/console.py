@@ -156,7 +156,9 @@ def make_all(lab: Lab, jobs: Sequence[tuple[Row, int]], *, mode: Mode) -> list[R
     for number, (row, seed) in enumerate(jobs, start=1):
         record = make(lab, row, seed)
         records.append(record)
-        progress = f"[{number}/{len(jobs)}, {time.perf_counter() - start:.0f} s]"
+        elapsed = time.perf_counter() - start
+        left = elapsed / number * (len(jobs) - number)
+        progress = f"[{number}/{len(jobs)}, {elapsed:.0f} s, about {left:.0f} s left]"
         print(f"{progress} {record.run_name}: validation accuracy {record.validation_acc:.2%}", flush=True)
     return records
 

@@ -103,10 +103,7 @@ def fit(
     validation_pixels, validation_labels = dataset.validation.numpy()
     steps_per_epoch = math.ceil(len(train) / recipe.batch_size)
     num_steps = recipe.epochs * steps_per_epoch
-    # Fused updates all parameters in one pass over memory.
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True
-    )
+    optimizer = make_optimizer(model, recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_then_decay(num_steps, recipe.warmup_share))
     generator = torch.Generator().manual_seed(seed)
     curves: list[EpochMetrics] = []
@@ -122,7 +119,7 @@ def fit(
                 if recipe.augmentation is not None:
                     pixels = augment(pixels, recipe.augmentation, generator)
                 loss = objective(model, Batch(pixels, labels, rows))
-                total = torch.stack(list(loss.terms.values())).sum()
+                total = sum_terms(loss.terms)
                 if not math.isfinite(total.item()):
                     raise TrainingDiverged(
                         f"{name}: the loss is {total.item()} at step {step} of epoch {epoch}; nothing was saved"
@@ -145,6 +142,16 @@ def fit(
     model.to("cpu")
     model.eval()
     return curves
+
+
+def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    """AdamW (arXiv:1711.05101); fused, it updates all parameters in one pass over memory."""
+    return torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+
+
+def sum_terms(terms: LossTerms) -> Tensor:
+    """What a step minimises."""
+    return torch.stack(list(terms.values())).sum()
 
 
 def torch_predictor(model: nn.Module, device: str = "cpu") -> Callable[[measure.Array], measure.Array]:

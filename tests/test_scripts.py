@@ -19,6 +19,7 @@ from mnist_lab import console, data, evaluate, experiments, measure, plots, rows
 from mnist_lab.artifacts import read_onnx_metadata, set_onnx_metadata
 from mnist_lab.checkpoints import load_checkpoint, read_metadata, save_checkpoint
 from mnist_lab.claims import run as claims_run
+from mnist_lab.claims.plots import CLAIM_FIGURES
 from mnist_lab.compress.distill import DistillationConfig
 from mnist_lab.compress.quantize import Calibration
 from mnist_lab.errors import TrainingDiverged
@@ -301,8 +302,10 @@ class TestClaims:
         monkeypatch.setattr(experiments, "train_row", None)  # would fail if it were called
         outcome = bench("claims_mnist", "--seeds", "2")
         assert outcome.code == 0
-        assert ": missing" not in outcome.out
+        assert outcome.out.count(" 0 of them to make") == 3  # the table and its variants, the grid, the winner
         assert "verdict" in outcome.out
+        drawn = {path.stem for path in (bench.results / "claims" / "plots").iterdir()}
+        assert drawn == set(CLAIM_FIGURES)
 
     def test_bad_number_of_seeds(self, bench: Bench) -> None:
         bench.expect_user_error("claims_mnist", "--seeds", "0", says="--seeds")

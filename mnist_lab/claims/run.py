@@ -17,9 +17,9 @@ from mnist_lab.claims.settle import (
     settle_scaling,
 )
 from mnist_lab.compress.distill import DistillationConfig
-from mnist_lab.console import make_all, open_lab, print_checkpoints
+from mnist_lab.console import make_all, open_lab
 from mnist_lab.evaluate import measure_latencies, profile_routing
-from mnist_lab.lab import Lab
+from mnist_lab.lab import Lab, find_reason_to_make
 from mnist_lab.options import Options
 from mnist_lab.plots import draw_all
 from mnist_lab.records import Record
@@ -62,7 +62,8 @@ def run_claims(options: Options, *, grid_options: Options, seeds: range) -> None
 
 def _make(lab: Lab, rows: Sequence[Row], seeds: range) -> list[Record]:
     jobs = [(row, seed) for seed in seeds for row in rows]
-    print_checkpoints(lab, jobs)
+    due = sum(find_reason_to_make(lab, row, seed) is not None for row, seed in jobs)
+    print(f"{lab.checkpoints.name}: {len(jobs)} models, {due} of them to make", flush=True)
     return make_all(lab, jobs, mode="load")
 
 
