@@ -118,10 +118,10 @@ ELASTIC_GRID = 6  # points a side, 5 pixels apart
 class Augmentation:
     """Ranges of a random affine map, each drawn evenly from ± its value, and of an elastic one on top."""
 
-    rotation_degrees: float = 6.0
-    shift_pixels: float = 1.0
-    scale: float = 0.06
-    shear: float = 0.06
+    rotation_degrees: float = 7.0
+    shift_pixels: float = 1.25
+    scale: float = 0.07
+    shear: float = 0.07
     elastic_pixels: float = 0.5  # standard deviation of the displacement of a coarse grid's points
 
 
