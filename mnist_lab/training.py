@@ -34,8 +34,8 @@ class Recipe:
 
 RECIPES: dict[RecipeName, Recipe] = {
     "quick": Recipe(epochs=5, batch_size=256, learning_rate=5e-3),
-    "standard": Recipe(epochs=32, batch_size=256, learning_rate=4e-3, weight_decay=0.05, augmentation=Augmentation()),
-    "best": Recipe(epochs=100, batch_size=256, learning_rate=4e-3, weight_decay=0.05, augmentation=Augmentation()),
+    "standard": Recipe(epochs=32, batch_size=256, learning_rate=4e-3, weight_decay=0.1, augmentation=Augmentation()),
+    "best": Recipe(epochs=100, batch_size=256, learning_rate=4e-3, weight_decay=0.1, augmentation=Augmentation()),
 }
 
 
