@@ -18,7 +18,7 @@ class DarkKnowledgeOptions(DataOptions):
     seeds: int = 2
     """Number of seeds, from --seed upward."""
     epochs: int | None = None
-    """Passes over the training images of teacher and students, in place of 40 and 30."""
+    """Passes over the training images of teacher and students, in place of 30 and 20."""
     device: str = "cpu"
     """Device for training, by torch's name (cpu, cuda)."""
 

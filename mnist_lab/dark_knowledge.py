@@ -28,8 +28,8 @@ Role = Literal["teacher", "labels", "distilled", "distilled-without-3"]
 TEACHER_WIDTHS, STUDENT_WIDTHS = (1200, 1200), (800, 800)
 LEFT_OUT = 3
 SHIFTS = Augmentation(rotation_degrees=0, shift_pixels=2, scale=0, shear=0, elastic_pixels=0)
-TEACHER_RECIPE = Recipe(epochs=40, batch_size=256, augmentation=SHIFTS)
-STUDENT_RECIPE = Recipe(epochs=30, batch_size=256)
+TEACHER_RECIPE = Recipe(epochs=30, batch_size=256, augmentation=SHIFTS)
+STUDENT_RECIPE = Recipe(epochs=20, batch_size=256)
 DISTILLATION = DistillationConfig(temperature=20, alpha=1)
 BIASES = np.arange(0, 20.05, 0.1, dtype=np.float32)
 

@@ -52,6 +52,8 @@ def run_claims(options: Options, *, grid_options: Options, seeds: range) -> None
         )
         findings = settle_claims(Evidence(lab.results, records, seeds, suffix=suffix), settings)
         more, notes = _settle_other_files(options.results, table_lab.dataset.name)
+        machine = records[0].machine
+        notes.insert(0, f"Measured on {machine['cpu']}, {machine['cores']} cores; {lab.threads} thread(s) for latency.")
         title = f"Claims, tested: {lab.dataset.name}, {lab.preset} models, {lab.recipe_name} recipe, {len(seeds)} seeds"
         findings = sorted([*findings, *more], key=lambda finding: finding.claim)
         write_claims(table_lab.results, findings, title=title, notes=notes)

@@ -36,7 +36,7 @@ class Normalize(nn.Module):
         self.register_buffer("std", torch.tensor(std))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return ((pixels.flatten(1) - self.mean) / self.std).to(self.dtype)
+        return (pixels.flatten(1) - self.mean).div_(self.std).to(self.dtype)
 
 
 class FFN(nn.Module):
