@@ -77,7 +77,8 @@ class Evidence:
 
     def acc_points(self, model: str, other: str) -> Values:
         """Difference in test accuracy, percentage points, per seed."""
-        return 100 * (self.values(model, lambda m: m.test_acc) - self.values(other, lambda m: m.test_acc))
+        points = 100 * (self.values(model, lambda m: m.test_acc) - self.values(other, lambda m: m.test_acc))
+        return np.round(points, 9)  # equal counts of images give exactly 0
 
     def mcnemar_p(self, model: str, other: str) -> list[float]:
         """McNemar's exact p of every seed's two models."""

@@ -41,16 +41,17 @@ def student_against_teacher(evidence: Evidence) -> Figure | None:
         counts, _, _ = np.histogram2d(student, teacher, bins=[CONFIDENCES, CONFIDENCES])
         shares = 100 * counts / counts.sum()
         sns.heatmap(
-            np.sqrt(shares), ax=axes, cmap="cividis", annot=shares, fmt=".2g", annot_kws={"fontsize": 8}, cbar=False,
+            np.log10(shares + 1e-3), ax=axes, cmap="cividis", annot=shares, fmt=".2g", annot_kws={"fontsize": 8}, cbar=False,
             xticklabels=labels, yticklabels=labels, linewidths=0.5, square=True,
         )  # fmt: skip
         axes.invert_yaxis()
+        axes.tick_params(axis="y", labelrotation=0)
         axes.set(xlabel=f"confidence of the teacher, {FP32_MOE}", ylabel="confidence of the student")
         axes.set_title(
             f"{model}, {role}\nmean confidence {100 * student.mean():.2f} %, teacher {100 * teacher.mean():.2f} %",
             fontsize=10,
         )
-    _note_seeds(figure, evidence, "share of test images in %, shaded by its square root")
+    _note_seeds(figure, evidence, "share of test images in %, shaded by its logarithm")
     return figure
 
 
@@ -178,7 +179,7 @@ def temperature_and_alpha(evidence: Evidence) -> Figure | None:
         key = settings["temperature"], settings["alpha"]
         gains[key] = np.array([_accuracy(run) - _accuracy(evidence.run(NO_KD, run.seed)) for run in runs])
     temperatures, alphas = sorted({t for t, _ in gains}), sorted({a for _, a in gains})
-    if len(temperatures) < 2 or len(alphas) < 2:
+    if min(len(temperatures), len(alphas)) < 2 or len(gains) < len(temperatures) * len(alphas):
         return None
     means, texts = (
         np.full((len(alphas), len(temperatures)), np.nan),
