@@ -41,8 +41,8 @@ def student_against_teacher(evidence: Evidence) -> Figure | None:
         counts, _, _ = np.histogram2d(student, teacher, bins=[CONFIDENCES, CONFIDENCES])
         shares = 100 * counts / counts.sum()
         sns.heatmap(
-            np.log10(shares + 1e-3), ax=axes, cmap="cividis", annot=shares, fmt=".2g", annot_kws={"fontsize": 8}, cbar=False,
-            xticklabels=labels, yticklabels=labels, linewidths=0.5, square=True,
+            np.log10(shares + 1e-3), ax=axes, cmap="cividis", annot=shares, fmt=".2g", annot_kws={"fontsize": 8},
+            cbar=False, xticklabels=labels, yticklabels=labels, linewidths=0.5, square=True,
         )  # fmt: skip
         axes.invert_yaxis()
         axes.tick_params(axis="y", labelrotation=0)
