@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import breakdown, latency, limits, scaling
+from benchmarks import breakdown, latency, limits, scaling, training
 from benchmarks.common import BenchmarkOptions
 from benchmarks.contestants import reference_contestants
 from benchmarks.limits import shortest_ms
@@ -88,6 +88,19 @@ def test_benchmark_runs_from_nothing(name: str, tmp_path: Path, monkeypatch: pyt
     folder = tmp_path / "r" / "digits-compact-quick" / "benchmarks"
     assert len(pd.read_csv(folder / f"{name}.csv")) >= 6
     assert (folder / f"{name}.md").read_text().startswith("# ")
+
+
+def test_training_benchmark_times_every_part_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "NUM_ROUNDS", 1)
+    monkeypatch.setattr(training, "product_rate", lambda _: 1e9)
+    training.main(training.TrainingOptions("digits", checkpoints=tmp_path / "c", results=tmp_path / "r"))
+    table = pd.read_csv(tmp_path / "r/digits-compact-standard/benchmarks/training.csv")
+    assert table["model"].tolist() == ["FFN_baseline", "Sparse_MoE", "KD_FFN_Student", "FFN_Student_no_KD"]
+    parts = table[["batch", "augmentation", "forward and backward", "update"]]
+    assert (parts > 0).all(axis=None)
+    # The FFN's three products, forward and backward, but for the gradient of the pixels.
+    operations = 6 * (784 * 256 + 256 * 128 + 128 * 10) - 2 * 784 * 256
+    assert table["share of limit"][0] == pytest.approx(operations * table["images/s"][0] / 1e9, rel=1e-2)
 
 
 def test_roofline_is_the_longer_of_products_and_reading() -> None:

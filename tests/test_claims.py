@@ -234,8 +234,8 @@ def test_dark_knowledge_counts_threes() -> None:
 
 def test_every_figure_is_drawn_from_the_runs(tmp_path: Path) -> None:
     evidence, settings = make_evidence(tmp_path)
-    drawn = {name: draw(evidence) for name, draw in CLAIM_FIGURES.items()}
-    assert None not in drawn.values()
+    without_figure = {name for name, draw in CLAIM_FIGURES.items() if draw(evidence) is None}
+    assert without_figure == {"temperature_and_alpha"}
     assert CLAIM_FIGURES["temperature_and_alpha"](settings.grid) is not None
     empty = Evidence(tmp_path, [], [])
     assert not any(draw(empty) for draw in CLAIM_FIGURES.values())
