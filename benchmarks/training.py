@@ -3,9 +3,9 @@
 python -m benchmarks.training                       # the standard recipe's steps, about a minute
 
 Writes training.csv and .md to results/<dataset>-<preset>-<recipe>/benchmarks. Every part of a step is timed by turns on
-all cores, then a whole epoch of `fit`, with its batches, progress bar and validation. Useful operations are those of
-the matrix products: 2 per active parameter and image forward, 4 backward, where the first layer needs no gradient of
-the pixels. The limit is the best FP32 matrix product on all cores.
+all cores, then whole epochs of `fit`, with their batches, progress bar and validation. Useful operations are those of
+the matrix products: 2 per active parameter and image forward (of a teacher too), 4 backward, where the first layer
+needs no gradient of the pixels. The limit is the best FP32 matrix product on all cores.
 """
 
 import time
@@ -20,9 +20,9 @@ from torch import nn
 
 from benchmarks.common import BenchmarkOptions
 from benchmarks.limits import product_rate
-from mnist_lab.compress.distill import DistillationConfig, distillation_objective
+from mnist_lab.compress.distill import distillation_objective
 from mnist_lab.console import open_lab
-from mnist_lab.data import augment
+from mnist_lab.data import Split, augment
 from mnist_lab.files import write_atomically
 from mnist_lab.lab import Lab, model_config
 from mnist_lab.measure import Latency, measure_latency
@@ -31,9 +31,10 @@ from mnist_lab.models.ffn import FFN
 from mnist_lab.models.moe import SparseMoE
 from mnist_lab.rows import Trained, ffn_baseline, sparse_moe, student
 from mnist_lab.scripts import run_script
-from mnist_lab.training import Batch, Objective, RecipeName, fit, make_optimizer, sum_terms, supervised_loss
+from mnist_lab.training import Batch, Objective, Recipe, RecipeName, fit, make_optimizer, sum_terms, supervised_loss
 
 NUM_ROUNDS = 9
+NUM_EPOCHS = 3
 
 
 @dataclass(frozen=True)
@@ -59,33 +60,29 @@ def main(options: TrainingOptions) -> None:
 
 
 def measure_training(lab: Lab, row: Trained, seed: int, *, limit: float) -> dict[str, object]:
-    """A row of the table: the parts of a step, an epoch, and its share of the limit."""
+    """A row of the table: the parts of a step, images per second, and their share of the limit."""
     torch.manual_seed(seed)
     model = build_model(model_config(lab, row)).train()
-    objective = objective_of(lab, row)
-    times = {name: latency.median_ms for name, latency in time_step(lab, model, objective).items()}
+    recipe, operations = lab.recipe, useful_operations(model)
+    objective: Objective = supervised_loss
+    if row.distillation is not None:
+        teacher = build_model(model_config(lab, sparse_moe()))  # its random weights are as fast as trained ones
+        objective = distillation_objective(teacher, row.distillation, device="cpu")
+        operations += 2 * count_parameters(teacher)[1]
+    times = time_step(recipe, lab.dataset.train, model, objective)
     start = time.perf_counter()
-    fit(model, lab.dataset, replace(lab.recipe, epochs=1), seed=seed, objective=objective, name=row.model)
-    images_per_s = len(lab.dataset.train) / (time.perf_counter() - start)
+    fit(model, lab.dataset, replace(recipe, epochs=NUM_EPOCHS), seed=seed, objective=objective, name=row.model)
+    images_per_s = NUM_EPOCHS * len(lab.dataset.train) / (time.perf_counter() - start)
     return {
         "model": row.model,
-        **times,
+        **{part: latency.median_ms for part, latency in times.items()},
         "images/s": round(images_per_s),
-        "share of limit": useful_operations(model) * images_per_s / limit,
+        "share of limit": operations * images_per_s / limit,
     }
 
 
-def objective_of(lab: Lab, row: Trained) -> Objective:
-    """The row's own loss; a student's teacher is a MoE whose weights are random, which is as fast."""
-    if row.parent is None:
-        return supervised_loss
-    teacher = build_model(model_config(lab, sparse_moe()))
-    return distillation_objective(teacher, row.distillation or DistillationConfig(), device="cpu")
-
-
-def time_step(lab: Lab, model: nn.Module, objective: Objective) -> dict[str, Latency]:
+def time_step(recipe: Recipe, train: Split, model: nn.Module, objective: Objective) -> dict[str, Latency]:
     """Median milliseconds of each part of a step, by turns."""
-    recipe, train = lab.recipe, lab.dataset.train
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(len(train), generator=generator)[: recipe.batch_size]
     pixels, labels = train.pixels.index_select(0, rows), train.labels.index_select(0, rows)
@@ -104,7 +101,7 @@ def time_step(lab: Lab, model: nn.Module, objective: Objective) -> dict[str, Lat
 
 
 def useful_operations(model: FFN | SparseMoE) -> float:
-    """Multiplications and additions of the matrix products for one training image."""
+    """Multiplications and additions of a model's matrix products for one training image."""
     first = model.stem if isinstance(model, SparseMoE) else model.layers[0]
     assert isinstance(first, nn.Linear)
     return 6 * count_parameters(model)[1] - 2 * first.weight.numel()

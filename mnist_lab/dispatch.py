@@ -16,7 +16,7 @@ from mnist_lab.measure import Array, measure_latency
 from mnist_lab.records import TABLE_BATCHES
 from mnist_lab.runtimes import Session
 
-NUM_ROUNDS = 7
+NUM_ROUNDS = 3
 MARGIN = 0.95  # the dense form must need less than this share of the sparse one's time: nearer, chance would choose
 FORMS: tuple[Dispatch, ...] = get_args(Dispatch)
 

@@ -33,7 +33,7 @@ from mnist_lab.runtimes import RuntimeName, Session, open_session
 from mnist_lab.runtimes.pytorch import PyTorchSession
 from mnist_lab.training import progress_bar, torch_predictor
 
-LATENCY_ROUNDS = 7
+LATENCY_ROUNDS = 5
 
 
 def measure_row(

@@ -32,10 +32,11 @@ class Recipe:
     augmentation: Augmentation | None = None
 
 
+STRONG = Augmentation(rotation_degrees=8, shift_pixels=1.5, scale=0.08, shear=0.08, elastic_pixels=0.6)
 RECIPES: dict[RecipeName, Recipe] = {
     "quick": Recipe(epochs=5, batch_size=256, learning_rate=5e-3),
     "standard": Recipe(epochs=32, batch_size=256, learning_rate=4e-3, weight_decay=0.1, augmentation=Augmentation()),
-    "best": Recipe(epochs=100, batch_size=256, learning_rate=4e-3, weight_decay=0.1, augmentation=Augmentation()),
+    "best": Recipe(epochs=100, batch_size=256, learning_rate=4e-3, weight_decay=0.1, augmentation=STRONG),
 }
 
 

@@ -92,6 +92,7 @@ def test_benchmark_runs_from_nothing(name: str, tmp_path: Path, monkeypatch: pyt
 
 def test_training_benchmark_times_every_part_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "NUM_ROUNDS", 1)
+    monkeypatch.setattr(training, "NUM_EPOCHS", 1)
     monkeypatch.setattr(training, "product_rate", lambda _: 1e9)
     training.main(training.TrainingOptions("digits", checkpoints=tmp_path / "c", results=tmp_path / "r"))
     table = pd.read_csv(tmp_path / "r/digits-compact-standard/benchmarks/training.csv")
