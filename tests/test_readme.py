@@ -51,3 +51,10 @@ def test_tables_are_the_reference_runs() -> None:
     assert set(shown.splitlines()) <= set(summary.splitlines())
     assert set(re.findall(r"^\| (\w+)", shown, flags=re.M)) == {"model", *table["model"]}
     assert f"<!-- fastest -->\n{format_fastest(table, style='github')}\n<!-- /fastest -->" in README
+
+
+def test_verdicts_are_the_reference_runs() -> None:
+    settled = (ROOT / "docs" / "reference-run" / "claims" / "claims.md").read_text()
+    verdicts = re.findall(r"^## (\d+)\. .*: (\w+)$", settled, flags=re.M)
+    assert re.findall(r"^\| (\d+) \| .* \| (\w+):", README, flags=re.M) == verdicts
+    assert [int(claim) for claim, _ in verdicts] == list(range(1, 15))
