@@ -24,6 +24,7 @@ from mnist_lab.records import (
     first_in,
     format_fastest,
     format_summary,
+    judge_distillation,
     load_records,
     usable_records,
     write_table,
@@ -194,9 +195,12 @@ def write_results(lab: Lab, records: list[Record]) -> None:
     """Table and plots."""
     from mnist_lab.plots import draw_all
 
-    table = build_table(_as_asked(lab, records))
-    write_table(lab.results, table, title=f"{lab.dataset.name}, {lab.preset} models, {lab.recipe_name} recipe")
+    table, distillation = build_table(_as_asked(lab, records)), judge_distillation(records)
+    title = f"{lab.dataset.name}, {lab.preset} models, {lab.recipe_name} recipe"
+    write_table(lab.results, table, title=title, distillation=distillation)
     print_table(table)
+    if distillation:
+        print(f"\ndistillation:\n{distillation}")
     print(f"\ntable: {lab.results / 'table.csv'} and table.md")
     for path in draw_all(lab.results, records):
         print(f"plot: {path}")

@@ -22,6 +22,7 @@ from mnist_lab.runtimes import Precision, RuntimeName
 
 SCHEMA = 2
 BASELINE = "FFN_baseline"
+CONTROL = "FFN_Student_no_KD"
 SAME_ENGINE = {"torchao": "torch-compile"}  # where a runtime has no FP32 of its own
 RECORD_PATTERN = "[!.]*.json"  # not what an interrupted write left
 TABLE_BATCHES = (1, 64, 1024)
@@ -267,6 +268,33 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(columns)
 
 
+def judge_distillation(records: Iterable[Record]) -> str:
+    """A line for each taught student: does it beat the same student on labels alone, of the same seeds and budget?"""
+    records = list(records)
+    controls = {
+        (control.seed, json.dumps(control.config.get("recipe"))): control
+        for control in records
+        if control.model.partition("-")[0] == CONTROL
+    }
+    gains: dict[str, list[float]] = {}
+    for taught in records:
+        control = controls.get((taught.seed, json.dumps(taught.config.get("recipe"))))
+        if taught.technique == "kd" and control is not None:
+            runtime = next((name for name in taught.measurements if name in control.measurements), None)
+            if runtime is not None:
+                gain = taught.measurements[runtime].test_acc - control.measurements[runtime].test_acc
+                gains.setdefault(taught.model, []).append(100 * gain)
+    return "\n".join(f"- {model} {_judge_gain(points)}" for model, points in gains.items())
+
+
+def _judge_gain(points: list[float]) -> str:
+    mean, half = float(np.mean(points)), confidence_interval(points)
+    if len(points) == 1:
+        return f"against labels alone: {mean:+.2f} points; one seed decides nothing."
+    verdict = "beats" if mean > half else "falls behind" if mean < -half else "does not beat"
+    return f"{verdict} labels alone: {mean:+.2f} ± {half:.2f} points over {len(points)} seeds."
+
+
 def find_fastest(table: pd.DataFrame) -> pd.DataFrame:
     """Per model and batch size the runtime with the lowest median latency, and that latency in ms; blank if untimed."""
     rows = []
@@ -346,8 +374,8 @@ def _parent_has_changed(record: Record, checkpoints: Path) -> bool:
     return path.is_file() and sha256(path) != record.parent["sha256"]
 
 
-def write_table(folder: Path, table: pd.DataFrame, *, title: str) -> None:
-    """Write `table.csv` and `table.md`; the latter adds a summary and the comparisons."""
+def write_table(folder: Path, table: pd.DataFrame, *, title: str, distillation: str) -> None:
+    """Write `table.csv` and `table.md`; the latter adds a summary and the comparisons, that of students among them."""
     write_atomically(folder / "table.csv", lambda path: table.to_csv(path, index=False))
     parts = [
         f"# {title}",
@@ -358,6 +386,7 @@ def write_table(folder: Path, table: pd.DataFrame, *, title: str) -> None:
         "## Against FP32 and against the baseline",
         format_comparison(table),
         COMPARISON_LEGEND,
+        *(["## Does distillation help?", distillation] if distillation else []),
         "## Fastest runtime",
         format_fastest(table, style="github"),
     ]

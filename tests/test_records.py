@@ -66,7 +66,7 @@ def test_seeds_give_mean_and_student_t_interval_and_the_first_seeds_latency() ->
 
 def test_what_was_not_measured_is_blank(tmp_path: Path) -> None:
     table = build_table([make_record(onnxruntime=make_measurement(b64=None))])
-    records.write_table(tmp_path, table, title="x")
+    records.write_table(tmp_path, table, title="x", distillation="- as good")
     read = pd.read_csv(tmp_path / "table.csv")
     assert read[["test_acc_ci95", "latency_ms_b1", "latency_ms_b64"]].isna().all(axis=None)
     assert "nan" not in (tmp_path / "table.md").read_text().lower()
@@ -191,3 +191,23 @@ def test_latency_is_of_the_first_seed_in_each_runtime() -> None:
     runs = [replace(make_record(seed=1), measurements=both), make_record(seed=0, onnxruntime=make_measurement())]
     timed = [(record.seed, runtime) for record, runtime in first_in(runs, ["pytorch", "onnxruntime"])]
     assert timed == [(1, "pytorch"), (0, "onnxruntime")]
+
+
+@pytest.mark.parametrize(
+    ("gains", "says"),
+    [
+        ([0.001, 0.002, 0.003], "- KD_FFN_Student does not beat labels alone: +0.20 ± 0.25 points over 3 seeds."),
+        ([0.003, 0.003, 0.003], "- KD_FFN_Student beats labels alone: +0.30 ± 0.00 points over 3 seeds."),
+        ([-0.004, -0.003, -0.005], "- KD_FFN_Student falls behind labels alone: -0.40 ± 0.25 points over 3 seeds."),
+        ([0.002], "- KD_FFN_Student against labels alone: +0.20 points; one seed decides nothing."),
+    ],
+)
+def test_students_are_judged_against_labels_alone(gains: list[float], says: str) -> None:
+    runs = []
+    for seed, gain in enumerate(gains):
+        for model, acc in (("FFN_Student_no_KD", 0.97 + 0.01 * seed), ("KD_FFN_Student", 0.97 + 0.01 * seed + gain)):
+            run = make_record(model, seed, pytorch=make_measurement(acc))
+            runs.append(replace(run, technique="kd" if model.startswith("KD") else "dense"))
+    other_budget = replace(make_record("FFN_Student_no_KD-epochs1", 0), config={"recipe": {"epochs": 1}})
+    assert records.judge_distillation([*runs, other_budget]) == says
+    assert records.judge_distillation([run for run in runs if run.technique == "kd"]) == ""
