@@ -299,6 +299,9 @@ class TestClaims:
         findings = json.loads((bench.results / "claims.json").read_text())
         assert {finding["claim"] for finding in findings} == {1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 13, 14}
         assert {finding["n"] for finding in findings} == {2}
+        trained = [record for record in load_records(bench.results / "claims") if record.curves]
+        threads = torch.get_num_threads()
+        assert {record.train_threads for record in trained} == {max(1, threads // 2)}  # the two seeds side by side
         monkeypatch.setattr(experiments, "train_row", None)  # would fail if it were called
         outcome = bench("claims_mnist", "--seeds", "2")
         assert outcome.code == 0
