@@ -30,10 +30,18 @@ SPLIT_SEED = 20_240_501  # one split for every model and every seed
 VALIDATION_SHARE = {"digits": 180 / 1437}  # elsewhere 5,000 of 60,000
 # torchvision's classes, which are also the names of their folders.
 TORCHVISION_CLASSES = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "kmnist": "KMNIST", "qmnist": "QMNIST"}
-# QMNIST's own train=False is the 60,000 set; "test10k" is the usual one.
-SPLIT_ARGUMENTS: dict[str, dict[str, dict[str, Any]]] = {
-    "qmnist": {"train": {"what": "train"}, "test": {"what": "test10k"}},
+SplitName = Literal["train", "test"]
+# Images and labels of each split.
+MNIST_FILES: dict[SplitName, tuple[str, str]] = {
+    "train": ("train-images-idx3-ubyte", "train-labels-idx1-ubyte"),
+    "test": ("t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte"),
 }
+QMNIST_FILES: dict[SplitName, tuple[str, str]] = {
+    "train": ("qmnist-train-images-idx3-ubyte", "qmnist-train-labels-idx2-int"),
+    "test": ("qmnist-test-images-idx3-ubyte", "qmnist-test-labels-idx2-int"),
+}
+NUM_TEST_IMAGES = 10_000  # QMNIST's file holds 60,000, the usual ones first
+IDX_TYPES: dict[int, np.dtype[Any]] = {8: np.dtype("u1"), 12: np.dtype(">i4")}
 HOW_TO_GET_DATA = (
     "To get {0}: connect to a network once (it is downloaded into ./data), "
     "or point --data-dir or MNIST_LAB_DATA at a folder that holds {0}/raw/."
@@ -100,10 +108,8 @@ def load_dataset(name: DatasetName | None = None, data_dir: Path | None = None) 
         )
         return _load_digits(notice=notice)
     found: DatasetName = name or "mnist"
-    _check_files(found, root)
-    return _split_off_validation(
-        found, _read_torchvision(found, root, "train"), lambda: _to_split(*_read_torchvision(found, root, "test"))
-    )
+    train, test = _map_split(found, root, "train"), _map_split(found, root, "test")
+    return _split_off_validation(found, _read(train), lambda: _to_split(*_read(test)))
 
 
 def iterate_batches(num_rows: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -199,73 +205,69 @@ def _split_off_validation(
 
 
 def _to_split(pixels_u8: Tensor, labels: Tensor) -> Split:
-    return Split(pixels_u8.float().div_(255).unsqueeze(1), labels)
+    return Split(pixels_u8.div(255).unsqueeze(1), labels)
 
 
-def _torchvision_class(name: DatasetName) -> Any:
-    import torchvision  # here, as importing it takes longer than most commands without it
-
-    return getattr(torchvision.datasets, TORCHVISION_CLASSES[name])
-
-
-def _torchvision_dataset(name: DatasetName, root: Path, split: Literal["train", "test"], **options: Any) -> Any:
-    arguments = SPLIT_ARGUMENTS.get(name, {}).get(split, {"train": split == "train"})
-    return _torchvision_class(name)(root, **arguments, **options)
+def _read(split: tuple[npt.NDArray[Any], npt.NDArray[Any]]) -> tuple[Tensor, Tensor]:
+    """Pixels (N, 28, 28) as bytes, and labels, off the disk."""
+    images, labels = split
+    return torch.from_numpy(np.array(images)), torch.from_numpy(labels.astype(np.int64))
 
 
-def _read_torchvision(name: DatasetName, root: Path, split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
-    """Pixels (N, 28, 28) as bytes, and labels."""
-    try:
-        data = _torchvision_dataset(name, root, split)
-    except (RuntimeError, ValueError, TypeError, OSError) as error:
-        raise UserError(f"{name} in {root} cannot be read: {error}") from error
-    labels = data.targets if data.targets.ndim == 1 else data.targets[:, 0]  # QMNIST has more to say of each image
-    if len(labels) != len(data.data):
-        raise UserError(f"{name} in {root} is broken: {len(data.data):,} {split} images, {len(labels):,} labels")
-    return data.data, labels
-
-
-def _check_files(name: DatasetName, root: Path) -> None:
-    """Compare every IDX file with its own header: torchvision only checks that files exist.
+def _map_split(name: DatasetName, root: Path, split: SplitName) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    """Images and labels of a split, checked and mapped, not read. Importing torchvision for it would take a second.
 
     Raises:
-        UserError: the folder or a file is missing, or a file is not as long as its header says.
+        UserError: the folder or a file is missing or broken, or the two do not belong together.
     """
     raw = root / TORCHVISION_CLASSES[name] / "raw"
     if not raw.is_dir():
         raise UserError(f"no {name} in {root}: the folder {raw} does not exist. {_how_to_get(name)}")
-    for file_name in _file_names(name):
-        path = raw / file_name
-        if not path.is_file():
-            raise UserError(f"{name} in {root} is incomplete: {path} is missing. {_how_to_get(name)}")
-        try:
-            with path.open("rb") as file:
-                header = file.read(16)
-        except OSError as error:
-            raise UserError(f"{path} cannot be read: {error.strerror}") from error
-        num_dimensions = header[3] if len(header) >= 4 else 0
-        item_bytes = {8: 1, 12: 4}.get(header[2] if len(header) >= 4 else 0, 0)
-        header_bytes = 4 + 4 * num_dimensions
-        if not item_bytes or not 1 <= num_dimensions <= 3 or len(header) < min(header_bytes, 16):
-            raise UserError(f"{name} in {root} is broken: {path} is not an IDX file. Delete it and fetch it again.")
-        expected_bytes = header_bytes + item_bytes * math.prod(
-            struct.unpack(f">{num_dimensions}I", header[4:header_bytes])
+    images_file, labels_file = _files(name)[split]
+    for file in (images_file, labels_file):
+        if not (raw / file).is_file():
+            raise UserError(f"{name} in {root} is incomplete: {raw / file} is missing. {_how_to_get(name)}")
+    images, labels = _map_idx(raw / images_file), _map_idx(raw / labels_file)
+    if labels.ndim == 2:  # QMNIST has more to say of each image
+        labels = labels[:, 0]
+    if images.shape != (len(labels), 28, 28):
+        size = "x".join(map(str, images.shape[1:]))
+        raise UserError(f"{name} in {root} is broken: {len(images):,} {split} images of {size}, {len(labels):,} labels")
+    return (images, labels) if split == "train" else (images[:NUM_TEST_IMAGES], labels[:NUM_TEST_IMAGES])
+
+
+def _map_idx(path: Path) -> npt.NDArray[Any]:
+    """The array of an IDX file: two zeros, type, number of dimensions, the sizes, the data; all big-endian.
+
+    Raises:
+        UserError: the file cannot be read, or is not as long as its header says.
+    """
+    try:
+        with path.open("rb") as file:
+            start = file.read(4).ljust(4, b"\0")
+            sizes = file.read(4 * start[3])
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+    kind, num_dimensions = IDX_TYPES.get(start[2]), start[3]
+    if kind is None or not 1 <= num_dimensions <= 3 or len(sizes) < 4 * num_dimensions:
+        raise UserError(f"{path} is broken: it is not an IDX file. Delete it and fetch it again.")
+    shape = struct.unpack(f">{num_dimensions}I", sizes)
+    header_bytes = 4 + len(sizes)
+    found_bytes, expected_bytes = path.stat().st_size, header_bytes + kind.itemsize * math.prod(shape)
+    if found_bytes != expected_bytes or found_bytes == header_bytes:
+        raise UserError(
+            f"{path} is broken: it has {found_bytes:,} bytes, its header promises {expected_bytes:,}. "
+            "Delete it and fetch it again."
         )
-        if path.stat().st_size != expected_bytes:
-            raise UserError(
-                f"{name} in {root} is broken: {path} has {path.stat().st_size:,} bytes, its header promises "
-                f"{expected_bytes:,}. Delete it and fetch it again."
-            )
+    return np.memmap(path, kind, "r", offset=header_bytes, shape=shape)
 
 
 def _how_to_get(name: DatasetName) -> str:
     return HOW_TO_GET_DATA.format(TORCHVISION_CLASSES[name])
 
 
-def _file_names(name: DatasetName) -> list[str]:
-    resources = _torchvision_class(name).resources
-    entries = resources if isinstance(resources, list) else resources["train"] + resources["test"]
-    return [Path(address).stem for address, _ in entries]
+def _files(name: DatasetName) -> dict[SplitName, tuple[str, str]]:
+    return QMNIST_FILES if name == "qmnist" else MNIST_FILES
 
 
 def _download(name: DatasetName) -> Path:
@@ -275,14 +277,16 @@ def _download(name: DatasetName) -> Path:
         OSError: the files are not there and cannot be fetched.
     """
     folder = DOWNLOAD_DIR / TORCHVISION_CLASSES[name]
-    if all((folder / "raw" / file_name).exists() for file_name in _file_names(name)):
+    if all((folder / "raw" / file).exists() for files in _files(name).values() for file in files):
         return DOWNLOAD_DIR
+    import torchvision
+
     is_new, is_new_root = not folder.exists(), not DOWNLOAD_DIR.exists()
     timeout_before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torchvision sets none, and a silent network would hang
     try:
-        for split in ("train", "test"):
-            _torchvision_dataset(name, DOWNLOAD_DIR, split, download=True)
+        for train in (True, False):
+            getattr(torchvision.datasets, TORCHVISION_CLASSES[name])(DOWNLOAD_DIR, train=train, download=True)
     except BaseException as error:
         if is_new:
             shutil.rmtree(folder, ignore_errors=True)
@@ -301,7 +305,7 @@ def _load_digits(*, notice: str = "") -> Dataset:
     return _split_off_validation("digits", _digits("train"), lambda: _to_split(*_digits("test")), notice=notice)
 
 
-def _digits(split: Literal["train", "test"]) -> tuple[Tensor, Tensor]:
+def _digits(split: SplitName) -> tuple[Tensor, Tensor]:
     """scikit-learn's UCI digits, 8x8, enlarged to 20x20 and padded to 28x28 as MNIST is."""
     from sklearn.datasets import load_digits
 

@@ -1,3 +1,4 @@
+import itertools
 import shutil
 import struct
 from pathlib import Path
@@ -68,7 +69,7 @@ def small_set(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[data.Data
     name: data.DatasetName = request.param
     raw = tmp_path / data.TORCHVISION_CLASSES[name] / "raw"
     rng = np.random.default_rng(0)
-    for file in data._file_names(name):
+    for file in itertools.chain(*data._files(name).values()):
         num_images = 120 if "train" in file else 60
         if "images" in file:
             write_idx(raw / file, rng.integers(0, 256, (num_images, 28, 28), np.uint8))
@@ -87,12 +88,22 @@ def test_other_sets_of_torchvision_are_read(small_set: tuple[data.DatasetName, P
     assert sorted(torch.cat([dataset.train.labels, dataset.validation.labels]).tolist()) == sorted([*range(10)] * 12)
 
 
+def test_qmnist_is_tested_on_the_first_10_000_of_its_60_000(tmp_path: Path) -> None:
+    raw = tmp_path / "QMNIST" / "raw"
+    for (images, labels), num_images in zip(data.QMNIST_FILES.values(), (12, 10_003), strict=True):
+        write_idx(raw / images, np.ones((num_images, 28, 28), np.uint8))
+        write_idx(raw / labels, np.repeat(np.arange(num_images, dtype=np.int32) // 10_000, 8).reshape(-1, 8))
+    test = load_dataset("qmnist", tmp_path).load_test()
+    assert len(test) == 10_000
+    assert test.labels.max() == 0
+
+
 def test_labels_of_another_split_are_found(small_set: tuple[data.DatasetName, Path]) -> None:
     name, root = small_set
     raw = root / data.TORCHVISION_CLASSES[name] / "raw"
     train, test = (next(raw.glob(f"*{split}*labels*")) for split in ("train", "t*k" if name != "qmnist" else "test"))
     shutil.copyfile(test, train)
-    with pytest.raises(UserError, match="120 train images, 60 labels"):
+    with pytest.raises(UserError, match="120 train images of 28x28, 60 labels"):
         load_dataset(name, root)
 
 
