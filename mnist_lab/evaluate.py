@@ -58,12 +58,13 @@ def measure_row(
         model, metadata = load_parent(lab, row.parent, seed), read_onnx_metadata(output)
     else:
         model, metadata = load_checkpoint(output)
-    sessions = {runtime: _open(lab, row, seed, runtime) for runtime in lab.runtimes_of(row)}
-    own_session = sessions.get(row.runtimes[0]) or _open(lab, row, seed, row.runtimes[0])
+    own = row.runtimes[0]
+    sessions = {runtime: _open(lab, row, seed, runtime) for runtime in dict.fromkeys([own, *lab.runtimes_of(row)])}
     validation_pixels, validation_labels = lab.dataset.validation.numpy()
-    validation_logits = measure.predict(own_session.predict, validation_pixels)
+    validation_logits = measure.predict(sessions[own].predict, validation_pixels)
     test_pixels, test_labels = lab.test.numpy()
-    test_logits = measure.predict(own_session.predict, test_pixels)
+    logits_in = {runtime: measure.predict(session.predict, test_pixels) for runtime, session in sessions.items()}
+    test_logits = logits_in[own]
     params_total, params_active = count_parameters(model)
     record = Record(
         model=row.model,
@@ -87,7 +88,7 @@ def measure_row(
         curves=metadata.get("curves", []),
         machine=describe_machine(),
         versions=package_versions(),
-        measurements=_measure_runtimes(lab, row, seed, sessions, model, known),
+        measurements=_measure_runtimes(lab, row, seed, sessions, logits_in, model, known),
         expert_by_class=_expert_by_class(model, lab.test) if isinstance(row, Trained) else None,
         dispatch=read_onnx_metadata(artifact).get("dispatch"),
         proof=_prove(lab, row, seed) if isinstance(row, Quantized) else None,
@@ -105,17 +106,22 @@ def _measure_runtimes(
     row: Row,
     seed: int,
     sessions: Mapping[RuntimeName, Session],
+    logits_in: Mapping[RuntimeName, measure.Array],
     model: FFN | SparseMoE,
     known: Mapping[RuntimeName, Measurement],
 ) -> dict[str, Measurement]:
     """What is known already, and the measurements of the other runtimes."""
-    fp32_model = row.model if isinstance(row, Trained) else row.parent
-    reference = measure.predict(PyTorchSession(lab.checkpoint(fp32_model, seed)).predict, lab.test.numpy()[0])
+    if isinstance(row, Trained):
+        reference = logits_in[row.runtimes[0]]
+    else:
+        reference = measure.predict(PyTorchSession(lab.checkpoint(row.parent, seed)).predict, lab.test.numpy()[0])
     measurements: dict[str, Measurement] = {str(runtime): measurement for runtime, measurement in known.items()}
-    for runtime, session in sessions.items():
+    for runtime in lab.runtimes_of(row):
         if runtime not in known:
             file = lab.file(row.model, seed, runtime)
-            measurements[runtime] = _measure_quality(lab, session, file, model, reference=reference)
+            measurements[runtime] = _measure_quality(
+                lab, sessions[runtime], file, model, test_logits=logits_in[runtime], reference=reference
+            )
     return measurements
 
 
@@ -199,13 +205,17 @@ def _prove(lab: Lab, row: Quantized, seed: int) -> dict[str, Any]:
 
 
 def _measure_quality(
-    lab: Lab, session: Session, file: Path, model: FFN | SparseMoE, *, reference: measure.Array
+    lab: Lab,
+    session: Session,
+    file: Path,
+    model: FFN | SparseMoE,
+    *,
+    test_logits: measure.Array,
+    reference: measure.Array,
 ) -> Measurement:
     train_pixels, train_labels = lab.dataset.train.numpy()
-    test_pixels, test_labels = lab.test.numpy()
     train_logits = measure.predict(session.predict, train_pixels)
-    test_logits = measure.predict(session.predict, test_pixels)
-    test = measure.quality(test_logits, test_labels)
+    test = measure.quality(test_logits, lab.test.numpy()[1])
     return Measurement(
         version=session.version,
         file={"file": file.name, "sha256": sha256(file)},
