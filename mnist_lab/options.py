@@ -11,7 +11,7 @@ from mnist_lab.data import DatasetName
 from mnist_lab.errors import UserError
 from mnist_lab.models import PresetName
 from mnist_lab.rows import departures
-from mnist_lab.training import RECIPES, Recipe, RecipeName
+from mnist_lab.training import Recipe, RecipeName, find_recipe
 
 MAX_COUNT = 10**9
 
@@ -72,13 +72,14 @@ class Options(DataOptions):
 
     def make_recipe(self) -> Recipe:
         """The named recipe with this run's departures."""
-        recipe = RECIPES[self.recipe]
+        recipe = find_recipe(self.recipe, self.preset)
         return replace(recipe, epochs=self.epochs or recipe.epochs, batch_size=self.batch_size or recipe.batch_size)
 
     @property
     def suffix(self) -> str:
         """How departures from the recipe show in the names of this run's models."""
-        return departures(self.make_recipe(), {"epochs": "epochs", "batch_size": "batch"}, default=RECIPES[self.recipe])
+        default = find_recipe(self.recipe, self.preset)
+        return departures(self.make_recipe(), {"epochs": "epochs", "batch_size": "batch"}, default=default)
 
 
 def check_count(name: str, value: int | None) -> None:

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from mnist_lab import measure
 from mnist_lab.data import Augmentation, Dataset, augment, iterate_batches
 from mnist_lab.errors import TrainingDiverged
+from mnist_lab.models import PresetName
 from mnist_lab.models.moe import SparseMoE
 
 RecipeName = Literal["quick", "standard", "best"]
@@ -38,6 +39,12 @@ RECIPES: dict[RecipeName, Recipe] = {
     "standard": Recipe(epochs=32, batch_size=256, learning_rate=4e-3, weight_decay=0.1, augmentation=Augmentation()),
     "best": Recipe(epochs=100, batch_size=256, learning_rate=4e-3, weight_decay=0.1, augmentation=STRONG),
 }
+WIDE_BEST = replace(RECIPES["best"], epochs=200, learning_rate=2e-3)  # wide models gain from smaller steps for longer
+
+
+def find_recipe(name: RecipeName, preset: PresetName) -> Recipe:
+    """The recipe of that name for the models of a preset."""
+    return WIDE_BEST if (name, preset) == ("best", "wide") else RECIPES[name]
 
 
 @dataclass

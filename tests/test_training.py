@@ -11,6 +11,7 @@ from mnist_lab.data import Augmentation, Dataset
 from mnist_lab.errors import TrainingDiverged
 from mnist_lab.models import PRESETS, ModelConfig, build_model
 from mnist_lab.models.moe import RoutingConfig
+from mnist_lab.options import Options
 from mnist_lab.training import Batch, Recipe, StepLoss, fit, torch_predictor
 
 RECIPE = Recipe(epochs=8, batch_size=32, learning_rate=3e-3, augmentation=Augmentation())
@@ -101,3 +102,12 @@ def test_learning_rate_warms_up_then_falls_to_zero(toy_dataset: Dataset) -> None
     assert rates[4:] == sorted(rates[4:], reverse=True)
     assert max(rates) <= RECIPE.learning_rate
     assert rates[-1] < 0.02 * RECIPE.learning_rate
+
+
+def test_wide_models_have_a_best_recipe_of_their_own() -> None:
+    wide, compact = Options(preset="wide", recipe="best"), Options(recipe="best")
+    assert wide.make_recipe().epochs > compact.make_recipe().epochs
+    assert wide.suffix == compact.suffix == ""
+    shortened = Options(preset="wide", recipe="best", epochs=compact.make_recipe().epochs)
+    assert shortened.suffix == "-epochs100"
+    assert Options(preset="wide").make_recipe() == Options().make_recipe()
