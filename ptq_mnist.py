@@ -1,23 +1,27 @@
 """Convert a trained model to INT8 (post-training quantization), and measure it beside its FP32 form.
 
-python ptq_mnist.py                                 # the FFN, static: calibrated on training images
-python ptq_mnist.py --model moe                     # the MoE, dynamic: ranges taken from each batch
-python ptq_mnist.py --model moe --mode static       # the contrast
+python ptq_mnist.py                                 # the FFN, static: expect 99.29 ± 0.08 % (five seeds), 0.230 MiB
+python ptq_mnist.py --model moe                     # the MoE, dynamic: expect 99.19 ± 0.07 %, 0.718 MiB
+python ptq_mnist.py --model moe --mode static       # the contrast: expect 99.21 ± 0.07 %, 0.735 MiB
 """
 
 from dataclasses import dataclass, field
+from typing import Literal
 
-from mnist_lab.compress.quantize import Calibration, Mode
-from mnist_lab.console import make_and_print, open_lab, print_proof
+from mnist_lab.command.console import make_and_print, open_lab, print_proof
+from mnist_lab.command.entry import run_script
+from mnist_lab.command.options import Options
+from mnist_lab.compress.int8 import Calibration, Mode, StaticInt8
 from mnist_lab.errors import UserError
-from mnist_lab.options import Options
-from mnist_lab.rows import ModelName, quantized, trained
-from mnist_lab.scripts import run_script
+from mnist_lab.experiments.rows import FFN, MOE, STUDENT, dynamic_int8, static_int8
+from mnist_lab.experiments.run import Run
+
+SOURCES = {"ffn": FFN, "moe": MOE, "student": STUDENT}
 
 
 @dataclass(frozen=True)
 class PTQOptions(Options):
-    model: ModelName = "ffn"
+    model: Literal["ffn", "moe", "student"] = "ffn"
     """Trained model to convert; student is KD_FFN_Student."""
     mode: Mode | None = None
     """Where activation ranges come from: static (calibration) or dynamic (each batch); when not given, static
@@ -26,15 +30,19 @@ class PTQOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if quantized(self.model, self.mode).mode == "dynamic" and self.calibration != Calibration():
+        if self.is_dynamic and self.calibration != Calibration():
             raise UserError("dynamic mode calibrates nothing: drop --calibration-size and --calibration-method")
+
+    @property
+    def is_dynamic(self) -> bool:
+        return (self.mode or ("dynamic" if self.model == "moe" else "static")) == "dynamic"
 
 
 def main(options: PTQOptions) -> None:
-    row = quantized(options.model, options.mode, options.calibration, suffix=options.suffix)
+    source = SOURCES[options.model]
+    row = dynamic_int8(source) if options.is_dynamic else static_int8(source, StaticInt8(options.calibration))
     with open_lab(options) as lab:
-        parent = trained(options.model, suffix=options.suffix)
-        print_proof(make_and_print(lab, row, options.seed, beside=parent))
+        print_proof(make_and_print(Run(lab, row, options.seed), beside=Run(lab, source, options.seed)))
 
 
 if __name__ == "__main__":

@@ -1,17 +1,19 @@
-"""Train or load all nine models, measure them side by side, and write the table and the plots.
+"""Train or load all models of the table, measure them side by side, and write the table and the plots.
 
 python run_all_experiments.py                               # asks: train or load?
 python run_all_experiments.py --mode load                   # uses what is there, trains the rest
-python run_all_experiments.py --mode train --recipe quick   # everything anew in about a minute
+python run_all_experiments.py --mode train --recipe quick   # everything anew in less than a minute
 python run_all_experiments.py --mode load --seeds 5         # means and 95 % intervals
 """
 
 from dataclasses import dataclass
 from typing import Literal
 
-from mnist_lab.console import run_table
-from mnist_lab.options import Options, check_count
-from mnist_lab.scripts import run_script
+from mnist_lab.command.console import run_table
+from mnist_lab.command.entry import run_script
+from mnist_lab.command.options import Options, check_count
+from mnist_lab.compress.bfloat16 import has_bfloat16
+from mnist_lab.experiments.rows import MODELS, TABLE
 
 
 @dataclass(frozen=True)
@@ -27,7 +29,8 @@ class RunOptions(Options):
 
 
 def main(options: RunOptions) -> None:
-    run_table(options, mode=options.mode, seeds=range(options.seed, options.seed + options.seeds))
+    rows = TABLE if has_bfloat16() else MODELS
+    run_table(options, rows, mode=options.mode, seeds=range(options.seed, options.seed + options.seeds))
 
 
 if __name__ == "__main__":

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from mnist_lab.command.entry import run_script
 from mnist_lab.errors import UserError
-from mnist_lab.plots import draw_all
-from mnist_lab.records import RECORD_PATTERN, Record, load_records
-from mnist_lab.scripts import run_script
+from mnist_lab.report.records import CLAIMS_FOLDER, RECORD_PATTERN, Record, load_records
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,21 @@ def find_folders(root: Path) -> list[Path]:
     return folders
 
 
+def draw(folder: Path, records: list[Record]) -> list[Path]:
+    """The figures of a results folder; one of claims has its own."""
+    # Imported once there is something to draw: the rows, which give the order, bring torch.
+    from mnist_lab.report.results import Results
+
+    from mnist_lab.experiments.rows import TABLE, families
+    from mnist_lab.report.figures import draw_all
+    from mnist_lab.studies.claims.evidence import Evidence
+    from mnist_lab.studies.claims.figures import draw_claims
+
+    if folder.name == CLAIMS_FOLDER:
+        return draw_claims(folder, Evidence.in_folder(folder, records))
+    return draw_all(folder, Results(records, families(TABLE)))
+
+
 def main(options: PlotOptions) -> None:
     records_by_folder = {folder: load_records(folder) for folder in find_folders(options.results)}
     chosen = {
@@ -62,7 +76,7 @@ def main(options: PlotOptions) -> None:
         found = ", ".join(str(folder) for folder in records_by_folder)
         raise UserError(f"none of the records in {options.results} is of {options.filters}; there are: {found}")
     for folder, records in chosen.items():
-        for path in draw_all(folder, records):
+        for path in draw(folder, records):
             print(f"plot: {path}", flush=True)
 
 

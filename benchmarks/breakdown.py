@@ -16,19 +16,19 @@ from tabulate import tabulate
 
 from benchmarks.common import BenchmarkOptions
 from mnist_lab import measure
-from mnist_lab.compress.quantize import Calibration, quantize
-from mnist_lab.console import open_lab
+from mnist_lab.compress.int8 import Calibration, quantize
+from mnist_lab.command.console import open_lab
 from mnist_lab.convert import ensure_file
 from mnist_lab.data import calibration_pixels
-from mnist_lab.experiments import load_or_make_row
-from mnist_lab.export import COMBINE, FLOAT_PRODUCTS, export_onnx
+from mnist_lab.experiments.make import load_or_make_row
+from mnist_lab.deploy.onnx import COMBINE, FLOAT_PRODUCTS, export_onnx
 from mnist_lab.files import write_atomically
-from mnist_lab.lab import load_parent
+from mnist_lab.experiments.lab import load_parent
 from mnist_lab.measure import Array, accuracy, measure_latency
-from mnist_lab.routes import JOBS, choose_experts, time_by_job
-from mnist_lab.rows import Row, quantized, sparse_moe
+from mnist_lab.deploy.inside import JOBS, choose_experts, time_by_job
+from mnist_lab.experiments.rows import Row, quantized, sparse_moe
 from mnist_lab.runtimes.onnxruntime import OnnxRuntimeSession
-from mnist_lab.scripts import run_script
+from mnist_lab.command.entry import run_script
 
 BATCHES = (1, 64, 1024)
 NUM_ROUNDS = 9

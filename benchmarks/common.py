@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from mnist_lab.models import PresetName
-from mnist_lab.options import DataOptions, Options
+from mnist_lab.command.options import DataOptions, Options
 from mnist_lab.training import RecipeName
 
 

@@ -16,7 +16,7 @@ from onnxruntime import quantization
 from torch import Tensor
 
 from benchmarks.mask_loop import mask_loop_forward
-from mnist_lab.export import ROUTER, export_onnx
+from mnist_lab.deploy.onnx import ROUTER, export_onnx
 from mnist_lab.measure import Array
 from mnist_lab.models.ffn import FFN
 from mnist_lab.models.moe import EveryExpert, SparseMoE

@@ -28,22 +28,22 @@ from benchmarks.common import BenchmarkOptions
 from benchmarks.contestants import Call, Contestant, reference_contestants
 from benchmarks.limits import product_rate, read_rate, shortest_ms
 from mnist_lab.compress.bfloat16 import has_bfloat16
-from mnist_lab.console import open_lab
+from mnist_lab.command.console import open_lab
 from mnist_lab.convert import ensure_file
-from mnist_lab.drawing import COLORS, MARKERS, make_logarithmic
-from mnist_lab.evaluate import torch_threads
-from mnist_lab.experiments import load_or_make_row
-from mnist_lab.export import export_onnx
+from mnist_lab.report.drawing import COLORS, MARKERS, make_logarithmic
+from mnist_lab.experiments.measure_run import torch_threads
+from mnist_lab.experiments.make import load_or_make_row
+from mnist_lab.deploy.onnx import export_onnx
 from mnist_lab.files import write_atomically
-from mnist_lab.lab import Lab, load_parent
+from mnist_lab.experiments.lab import Lab, load_parent
 from mnist_lab.machine import cpu_flags, describe_machine, package_versions
 from mnist_lab.measure import Array, measure_latency
 from mnist_lab.models import build_model, count_parameters, dense_rival
 from mnist_lab.models.ffn import FFN
 from mnist_lab.models.moe import SparseMoE
-from mnist_lab.rows import Quantized, Row, ffn_baseline, quantized, rounded, sparse_moe
+from mnist_lab.experiments.rows import Quantized, Row, ffn_baseline, quantized, rounded, sparse_moe
 from mnist_lab.runtimes import RUNTIMES, Precision, RuntimeName, open_session
-from mnist_lab.scripts import run_script
+from mnist_lab.command.entry import run_script
 from mnist_lab.training import progress_bar
 
 BATCHES = (1, 8, 64, 256, 1024, 10_000)

@@ -24,18 +24,18 @@ import torch
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from mnist_lab.drawing import COLORS, make_logarithmic
-from mnist_lab.export import export_onnx
+from mnist_lab.report.drawing import COLORS, make_logarithmic
+from mnist_lab.deploy.onnx import export_onnx
 from mnist_lab.files import ensure_writable, write_atomically
 from mnist_lab.machine import cpu_flags, describe_machine, package_versions
 from mnist_lab.measure import Array, measure_latency
 from mnist_lab.models import PRESETS, ModelConfig, build_model, count_parameters, dense_rival
 from mnist_lab.models.ffn import FFN, FFNConfig
 from mnist_lab.models.moe import RoutingConfig, SparseMoE, SparseMoEConfig
-from mnist_lab.options import check_count
-from mnist_lab.routes import choose_experts
+from mnist_lab.command.options import check_count
+from mnist_lab.deploy.inside import choose_experts
 from mnist_lab.runtimes.onnxruntime import OnnxRuntimeSession
-from mnist_lab.scripts import run_script
+from mnist_lab.command.entry import run_script
 from mnist_lab.training import progress_bar
 
 TOP_K = 2

@@ -21,16 +21,16 @@ from torch import nn
 from benchmarks.common import BenchmarkOptions
 from benchmarks.limits import product_rate
 from mnist_lab.compress.distill import distillation_objective
-from mnist_lab.console import open_lab
+from mnist_lab.command.console import open_lab
 from mnist_lab.data import Split, augment
 from mnist_lab.files import write_atomically
-from mnist_lab.lab import Lab, model_config
+from mnist_lab.experiments.lab import Lab, model_config
 from mnist_lab.measure import Latency, measure_latency
 from mnist_lab.models import build_model, count_parameters
 from mnist_lab.models.ffn import FFN
 from mnist_lab.models.moe import SparseMoE
-from mnist_lab.rows import Trained, ffn_baseline, sparse_moe, student
-from mnist_lab.scripts import run_script
+from mnist_lab.experiments.rows import Trained, ffn_baseline, sparse_moe, student
+from mnist_lab.command.entry import run_script
 from mnist_lab.training import Batch, Objective, Recipe, RecipeName, fit, make_optimizer, sum_terms, supervised_loss
 
 NUM_ROUNDS = 9

@@ -1,6 +1,6 @@
 """Data sets as in-memory tensors: train/validation/test, augmentation, calibration set.
 
-Pixels are float32 in [0, 1], shape (N, 1, 28, 28); labels are int64, shape (N,).
+Pixels are float32 in [0, 1], shape (N, 1, height, width); labels are int64, shape (N,).
 """
 
 import contextlib
@@ -23,7 +23,6 @@ from torch import Tensor
 from mnist_lab.errors import UserError
 
 DatasetName = Literal["mnist", "fashion-mnist", "kmnist", "qmnist", "digits"]
-NUM_CLASSES = 10
 DOWNLOAD_DIR = Path("data")
 DOWNLOAD_TIMEOUT_S = 20
 SPLIT_SEED = 20_240_501  # one split for every model and every seed
@@ -64,18 +63,30 @@ class Split(NamedTuple):
 
 
 @dataclass(frozen=True)
+class DataSpec:
+    """What a model must know of its data; it travels in the model's configuration, and nothing else knows it."""
+
+    num_classes: int
+    image_size: tuple[int, int]  # height, width
+    mean: float  # of the training pixels; models normalise with both
+    std: float
+
+    @property
+    def num_pixels(self) -> int:
+        return math.prod(self.image_size)
+
+
+@dataclass(frozen=True)
 class Dataset:
     """Train and validation splits in memory; the test split stays on disk until `load_test`.
 
-    `mean` and `std` describe the training pixels; models normalise with them. `notice` is a
-    sentence for the user where this is not the data set that one would expect.
+    `notice` is a sentence for the user where this is not the data set that one would expect.
     """
 
     name: DatasetName
+    spec: DataSpec
     train: Split
     validation: Split
-    mean: float
-    std: float
     notice: str = ""
     load_test: Callable[[], Split] = field(repr=False, kw_only=True)
 
@@ -132,7 +143,7 @@ class Augmentation:
 
 
 def augment(pixels: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-    """Give every image of a batch (B, 1, 28, 28) its own random map, bilinear, zero outside.
+    """Give every image of a batch (B, 1, height, width) its own random map, bilinear, zero outside.
 
     Elastic displacements (Simard et al. 2003) are drawn on a coarse grid and smoothed by cubic interpolation.
     Both kinds of map are linear in what is drawn, so one product with fixed fields gives every pixel its source.
@@ -193,12 +204,17 @@ def _split_off_validation(
     levels = torch.arange(256).double() / 255
     mean = (counts @ levels / counts.sum()).item()
     variance = (counts @ (levels - mean).square() / counts.sum()).item()
-    return Dataset(
-        name=name,
-        train=_to_split(pixels_u8[train_rows], labels[train_rows]),
-        validation=_to_split(pixels_u8[validation_rows], labels[validation_rows]),
+    spec = DataSpec(
+        num_classes=int(labels.max()) + 1,
+        image_size=(pixels_u8.shape[1], pixels_u8.shape[2]),
         mean=mean,
         std=math.sqrt(variance),
+    )
+    return Dataset(
+        name=name,
+        spec=spec,
+        train=_to_split(pixels_u8[train_rows], labels[train_rows]),
+        validation=_to_split(pixels_u8[validation_rows], labels[validation_rows]),
         notice=notice,
         load_test=load_test,
     )
@@ -209,7 +225,7 @@ def _to_split(pixels_u8: Tensor, labels: Tensor) -> Split:
 
 
 def _read(split: tuple[npt.NDArray[Any], npt.NDArray[Any]]) -> tuple[Tensor, Tensor]:
-    """Pixels (N, 28, 28) as bytes, and labels, off the disk."""
+    """Pixels (N, height, width) as bytes, and labels, off the disk."""
     images, labels = split
     return torch.from_numpy(np.array(images)), torch.from_numpy(labels.astype(np.int64))
 

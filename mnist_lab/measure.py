@@ -15,6 +15,7 @@ Array = npt.NDArray[np.float32]
 Labels = npt.NDArray[np.int64]
 K = TypeVar("K")
 
+TABLE_BATCHES = (1, 64, 1024)  # at which every row's latency is measured
 EVALUATION_BATCH = 1000  # dynamic INT8 scales depend on the batch, so it is one size everywhere
 NUM_BINS = 15
 MIB = 2**20
@@ -129,6 +130,11 @@ def quality(logits: Array, labels: Labels) -> Quality:
         bins=bins,
         confusion=confusion_matrix(logits.argmax(axis=1), labels, logits.shape[1]),
     )
+
+
+def take_images(pixels: Array, batch: int) -> Array:
+    """A batch of that size, to be timed; fewer images repeat."""
+    return np.resize(pixels, (batch, *pixels.shape[1:]))
 
 
 def measure_latency(

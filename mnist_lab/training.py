@@ -17,8 +17,16 @@ from mnist_lab.models import PresetName
 from mnist_lab.models.moe import SparseMoE
 
 RecipeName = Literal["quick", "standard", "best"]
-# Named, weighted terms whose sum is minimised, from a training batch.
-LossTerms = dict[str, Tensor]
+
+
+class Term(NamedTuple):
+    """One part of an objective, and how much it counts."""
+
+    value: Tensor
+    weight: float = 1.0
+
+
+LossTerms = dict[str, Term]
 
 
 @dataclass(frozen=True)
@@ -26,7 +34,7 @@ class Recipe:
     """Budget and schedule, shared by every model of a table so that rows differ only in the technique."""
 
     epochs: int
-    batch_size: int
+    batch_size: int = field(metadata={"tag": "batch"})
     learning_rate: float = 2e-3  # at its peak: linear warm-up, then linearly to zero
     warmup_share: float = 0.15  # of all steps
     weight_decay: float = 0.02
@@ -49,7 +57,7 @@ def find_recipe(name: RecipeName, preset: PresetName) -> Recipe:
 
 @dataclass
 class StepLoss:
-    """What one training step minimises, and what the router did on the way (MoE only)."""
+    """What one training step minimises, the weighted sum of its terms; what the router did on the way (MoE only)."""
 
     terms: LossTerms
     expert_load: Tensor | None = None  # (E,) pairs that chose each expert
@@ -57,7 +65,7 @@ class StepLoss:
 
 
 class Batch(NamedTuple):
-    pixels: Tensor  # (B, 1, 28, 28), augmented
+    pixels: Tensor  # (B, 1, height, width), augmented
     labels: Tensor  # (B,)
     rows: Tensor  # (B,), of the training split
 
@@ -73,20 +81,40 @@ class EpochMetrics:
 
     epoch: int
     learning_rate: float
-    train_terms: dict[str, float]
+    train_terms: dict[str, float]  # each before its weight
     validation_loss: float
     validation_acc: float
     expert_load: list[float] = field(default_factory=list)  # share of pairs per expert
     dropped_share: float | None = None
 
 
+class Pass(NamedTuple):
+    """A forward pass in training: the logits, and what a mixture of experts adds to any objective."""
+
+    logits: Tensor  # (B, C)
+    terms: LossTerms  # the MoE's load balancing
+    expert_load: Tensor | None
+    dropped_share: float
+
+    def loss(self, terms: LossTerms) -> StepLoss:
+        """An objective's own terms, and those of the pass."""
+        return StepLoss(terms | self.terms, self.expert_load, self.dropped_share)
+
+
+def run_forward(model: nn.Module, pixels: Tensor) -> Pass:
+    """One pass of a model of any kind."""
+    if not isinstance(model, SparseMoE):
+        return Pass(model(pixels), {}, None, 0.0)
+    routed = model.routed(pixels)
+    raw = sum(routed.auxiliary.values(), start=routed.logits.new_zeros(()))
+    balance = Term(raw, model.config.routing.balance_weight)
+    return Pass(routed.logits, {"balance": balance}, routed.expert_load, routed.dropped_share)
+
+
 def supervised_loss(model: nn.Module, batch: Batch) -> StepLoss:
     """Cross-entropy, and for the MoE its weighted load-balancing loss."""
-    if not isinstance(model, SparseMoE):
-        return StepLoss({"cross_entropy": F.cross_entropy(model(batch.pixels), batch.labels)})
-    routed = model.routed(batch.pixels)
-    terms = {"cross_entropy": F.cross_entropy(routed.logits, batch.labels), "balance": routed.auxiliary_loss}
-    return StepLoss(terms, routed.expert_load, routed.dropped_share)
+    forward = run_forward(model, batch.pixels)
+    return forward.loss({"cross_entropy": Term(F.cross_entropy(forward.logits, batch.labels))})
 
 
 def fit(
@@ -159,7 +187,7 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
 
 def sum_terms(terms: LossTerms) -> Tensor:
     """What a step minimises."""
-    return torch.stack(list(terms.values())).sum()
+    return torch.stack([term.value * term.weight for term in terms.values()]).sum()
 
 
 def torch_predictor(model: nn.Module, device: str = "cpu") -> Callable[[measure.Array], measure.Array]:
@@ -185,8 +213,8 @@ class _EpochSums:
 
     def add(self, loss: StepLoss, num_rows: int) -> None:
         self.num_rows += num_rows
-        for term, value in loss.terms.items():
-            self.terms[term] = self.terms.get(term, 0.0) + value.item() * num_rows
+        for name, term in loss.terms.items():
+            self.terms[name] = self.terms.get(name, 0.0) + term.value.item() * num_rows
         if loss.expert_load is not None:
             self.load = loss.expert_load if self.load is None else self.load + loss.expert_load
             self.dropped += loss.dropped_share * num_rows
@@ -195,7 +223,7 @@ class _EpochSums:
         return EpochMetrics(
             epoch=epoch,
             learning_rate=learning_rate,
-            train_terms={term: value / self.num_rows for term, value in self.terms.items()},
+            train_terms={name: total / self.num_rows for name, total in self.terms.items()},
             validation_loss=validation_loss,
             validation_acc=validation_acc,
             expert_load=[] if self.load is None else (self.load / self.load.sum()).tolist(),

@@ -1,6 +1,6 @@
 """Small records for the tests of the table and of the plots."""
 
-from mnist_lab.records import Measurement, Record
+from mnist_lab.report.records import Measurement, Record
 
 
 def make_measurement(test_acc: float = 0.98, size_mib: float = 1.0, b64: float | None = 2.0) -> Measurement:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from mnist_lab.checkpoints import load_checkpoint, read_metadata, save_checkpoint
+from mnist_lab.models.checkpoints import load_checkpoint, read_metadata, save_checkpoint
 from mnist_lab.errors import UserError
 from mnist_lab.files import ensure_writable, write_atomically
 from mnist_lab.models import PRESETS, ModelConfig, build_model

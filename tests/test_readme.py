@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from mnist_lab.export import export_onnx
+from mnist_lab.deploy.onnx import export_onnx
 from mnist_lab.models import PRESETS, build_model
-from mnist_lab.records import build_table, format_fastest, format_summary, load_records
+from mnist_lab.report.records import build_table, format_fastest, format_summary, load_records
 from mnist_lab.training import torch_predictor
 
 ROOT = Path(__file__).parent.parent

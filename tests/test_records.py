@@ -10,7 +10,7 @@ from builders import make_measurement, make_record
 from mnist_lab import records
 from mnist_lab.errors import UserError
 from mnist_lab.files import sha256
-from mnist_lab.records import COLUMNS, build_table, compare, find_fastest, first_in
+from mnist_lab.report.records import COLUMNS, build_table, compare, find_fastest, first_in
 
 
 def test_record_survives_the_disk(tmp_path: Path) -> None:

@@ -1,9 +1,9 @@
 import pytest
 
 from mnist_lab.compress.distill import DistillationConfig
-from mnist_lab.compress.quantize import Calibration
+from mnist_lab.compress.int8 import Calibration
 from mnist_lab.models.moe import RoutingConfig
-from mnist_lab.rows import Row, place_in_table, quantized, sparse_moe, student, table_rows
+from mnist_lab.experiments.rows import Row, place_in_table, quantized, sparse_moe, student, table_rows
 
 
 def test_table_has_the_nine_models_and_the_bf16_ones_parents_first() -> None:

@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from mnist_lab import runtimes
-from mnist_lab.artifacts import artifact_bytes
-from mnist_lab.checkpoints import save_checkpoint
+from mnist_lab.deploy.artifacts import artifact_bytes
+from mnist_lab.models.checkpoints import save_checkpoint
 from mnist_lab.compress import pt2e
 from mnist_lab.compress.bfloat16 import has_bfloat16, round_weights
-from mnist_lab.compress.quantize import Mode, quantize
+from mnist_lab.compress.int8 import Mode, quantize
 from mnist_lab.data import Dataset
 from mnist_lab.errors import UserError, WrongPrecision
-from mnist_lab.export import FLOAT_PRODUCTS, export_onnx
+from mnist_lab.deploy.onnx import FLOAT_PRODUCTS, export_onnx
 from mnist_lab.measure import Array
 from mnist_lab.models import PRESETS, build_model, parameter_bytes
 from mnist_lab.models.ffn import FFN

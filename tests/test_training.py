@@ -11,7 +11,7 @@ from mnist_lab.data import Augmentation, Dataset
 from mnist_lab.errors import TrainingDiverged
 from mnist_lab.models import PRESETS, ModelConfig, build_model
 from mnist_lab.models.moe import RoutingConfig
-from mnist_lab.options import Options
+from mnist_lab.command.options import Options
 from mnist_lab.training import Batch, Recipe, StepLoss, fit, torch_predictor
 
 RECIPE = Recipe(epochs=8, batch_size=32, learning_rate=3e-3, augmentation=Augmentation())

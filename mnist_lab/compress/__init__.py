@@ -1,1 +1,1 @@
-"""Compression techniques, one file each."""
+"""Techniques, one file each: the formula, and the step or form that applies it."""

@@ -1,15 +1,38 @@
 """BF16: FP32 with 8 instead of 24 bits of mantissa. Nothing to calibrate, half the size."""
 
-from typing import TypeVar
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
+from mnist_lab.compress.float32 import prove_float, write_float
+from mnist_lab.experiments.technique import Proof, Work
 from mnist_lab.machine import cpu_flags
-from mnist_lab.models.ffn import FFN
-from mnist_lab.models.moe import SparseMoE
+from mnist_lab.models import Model
+from mnist_lab.runtimes import Precision, RuntimeName, why_missing
 
 BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
-M = TypeVar("M", FFN, SparseMoE, FFN | SparseMoE)
+
+
+@dataclass(frozen=True)
+class BFloat16:
+    """Weights rounded to BF16, and products computed in it."""
+
+    label: ClassVar[str] = ""
+    precision: ClassVar[Precision] = "BF16"
+    # ONNX Runtime has no BF16 products for x86.
+    runtimes: ClassVar[tuple[RuntimeName, ...]] = ("pytorch", "torch-compile", "openvino")
+
+    def write(self, model: Model, file: Path, work: Work, metadata: Mapping[str, Any]) -> None:
+        # Without the runtime that has such products, FP32 must do as a guide to the fastest layout.
+        guide: RuntimeName = "onnxruntime" if why_missing("openvino") else "openvino"
+        write_float(round_weights(model), file, work, metadata, precision=self.precision, guide=guide)
+
+    def prove(self, model: Model, file: Path) -> Proof:
+        return prove_float(file, self.precision)
 
 
 def has_bfloat16() -> bool:
@@ -17,9 +40,9 @@ def has_bfloat16() -> bool:
     return bool(cpu_flags() & BF16_FLAGS)
 
 
-def round_weights(model: M) -> M:
-    """Round the parameters of `model` to BF16, in place; its constants (mean and deviation) stay FP32."""
-    for parameter in model.parameters():
+def round_weights(model: Model) -> Model:
+    """A copy with the parameters rounded to BF16; its constants (mean and deviation) stay FP32."""
+    rounded = copy.deepcopy(model)
+    for parameter in rounded.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
-    model.normalize.dtype = torch.bfloat16
-    return model
+    return rounded

@@ -1,14 +1,20 @@
 """Knowledge distillation: a small student learns from a teacher's softened probabilities."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from mnist_lab.compress.train import dense_config, train
+from mnist_lab.data import DataSpec
 from mnist_lab.errors import UserError
+from mnist_lab.experiments.technique import Made, Work
 from mnist_lab.measure import EVALUATION_BATCH
-from mnist_lab.training import Batch, LossTerms, Objective, StepLoss
+from mnist_lab.models import Preset, Shape
+from mnist_lab.models.ffn import FFNConfig
+from mnist_lab.training import Batch, LossTerms, Objective, StepLoss, Term, run_forward
 
 MAX_TEMPERATURE = 1e6  # far beyond use, and its square is still exact enough
 
@@ -17,9 +23,9 @@ MAX_TEMPERATURE = 1e6  # far beyond use, and its square is still exact enough
 class DistillationConfig:
     """How soft the teacher's targets are, and how much they count against the labels."""
 
-    temperature: float = 3.0
+    temperature: float = field(default=3.0, metadata={"tag": "T"})
     """Divides the logits of teacher and student before the softmax; no unit."""
-    alpha: float = 0.7
+    alpha: float = field(default=0.7, metadata={"tag": "a"})
     """Weight of the distillation term, from 0 to 1; the labels' cross-entropy gets 1 - alpha."""
 
     def __post_init__(self) -> None:
@@ -43,8 +49,8 @@ def distillation_terms(
         log_target=True,
     )
     return {
-        "distillation": config.alpha * config.temperature**2 * divergence,
-        "cross_entropy": (1 - config.alpha) * F.cross_entropy(student_logits, labels),
+        "distillation": Term(divergence, config.alpha * config.temperature**2),
+        "cross_entropy": Term(F.cross_entropy(student_logits, labels), 1 - config.alpha),
     }
 
 
@@ -66,6 +72,28 @@ def distillation_objective(
     def objective(student: nn.Module, batch: Batch) -> StepLoss:
         with torch.no_grad():
             teacher_logits = teacher(batch.pixels) if all_logits is None else all_logits[batch.rows]
-        return StepLoss(distillation_terms(student(batch.pixels), teacher_logits, batch.labels, config))
+        forward = run_forward(student, batch.pixels)
+        return forward.loss(distillation_terms(forward.logits, teacher_logits, batch.labels, config))
 
     return objective
+
+
+@dataclass(frozen=True)
+class Distil:
+    """A small FFN that learns from its teacher's probabilities."""
+
+    label: ClassVar[str] = "kd"
+    cost: ClassVar[float] = 1.2
+    distillation: DistillationConfig = DistillationConfig()
+    shape: Shape | tuple[int, ...] = field(default="student", metadata={"tag": None})
+
+    def config(self, preset: Preset, data: DataSpec) -> FFNConfig:
+        return dense_config(self.shape, preset, data)
+
+    def make(self, work: Work) -> Made:
+        assert work.teacher is not None
+        fixed_pixels = work.dataset.train.pixels if work.recipe.augmentation is None else None
+        objective = distillation_objective(
+            work.teacher, self.distillation, device=work.device, fixed_pixels=fixed_pixels
+        )
+        return train(work, self.config(work.preset, work.dataset.spec), objective)

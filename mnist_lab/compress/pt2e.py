@@ -10,38 +10,40 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-from mnist_lab.compress.quantize import CALIBRATION_BATCH, Mode, needs_reduced_range
-from mnist_lab.errors import UserError
+from mnist_lab.compress.int8 import CALIBRATION_BATCH, Mode
+from mnist_lab.errors import WrongPrecision
+from mnist_lab.experiments.technique import Proof
 from mnist_lab.files import write_atomically
+from mnist_lab.models import Model
+from mnist_lab.models.moe import EveryExpert, SparseMoE
+from mnist_lab.runtimes.torchao import METADATA, load_program, num_quantized_layers
 
-METADATA = "mnist_lab.json"
-CONVERTED_WEIGHT = torch.ops.quantized_decomposed.dequantize_per_channel.default
-# One image would be taken for a constant batch size.
-EXAMPLE = torch.zeros(2, 1, 28, 28)
 ANY_BATCH = ({0: Dim("batch")},)
 
 
 def quantize_program(
-    model: nn.Module, path: Path, *, mode: Mode, calibration: Tensor, metadata: Mapping[str, Any]
+    model: Model, path: Path, *, mode: Mode, calibration: Tensor, reduced_range: bool, metadata: Mapping[str, Any]
 ) -> None:
     """Quantize every linear layer of an FP32 model, per channel, and write the program.
 
     Args:
-        model: float32 (B, 1, 28, 28) -> (B, C), of `nn.Linear` layers, whose flow does not depend on the data.
-        calibration: training pixels (N, 1, 28, 28); in dynamic mode they set nothing.
+        calibration: training pixels (N, 1, height, width); in dynamic mode they set nothing.
+        reduced_range: weights of 7 bits, for a CPU whose 8-bit products saturate.
 
     Raises:
         UserError: the folder cannot be written.
     """
     settings = x86.get_default_x86_inductor_quantization_config(
-        is_dynamic=mode == "dynamic", reduce_range=needs_reduced_range()
+        is_dynamic=mode == "dynamic", reduce_range=reduced_range
     )
+    # One image would be taken for a constant batch size.
+    example = (torch.zeros(2, *calibration.shape[1:]),)
     prepared = prepare_pt2e(
-        torch.export.export(model.eval(), (EXAMPLE,), dynamic_shapes=ANY_BATCH).module(),
+        torch.export.export(_traceable(model), example, dynamic_shapes=ANY_BATCH).module(),
         x86.X86InductorQuantizer().set_global(settings),
     )
     with torch.no_grad():
@@ -49,9 +51,27 @@ def quantize_program(
             prepared(pixels)
     converted = convert_pt2e(prepared)
     _drop_unused_parameters(converted)
-    program = torch.export.export(converted, (EXAMPLE,), dynamic_shapes=ANY_BATCH)
+    program = torch.export.export(converted, example, dynamic_shapes=ANY_BATCH)
     extra = {METADATA: json.dumps(dict(metadata), sort_keys=True)}
     write_atomically(path, lambda temporary: torch.export.save(program, temporary, extra_files=extra))
+
+
+def prove_program(model: Model, path: Path) -> Proof:
+    """That every linear layer of `model` has integer weights in its program.
+
+    Raises:
+        WrongPrecision: one has not.
+    """
+    expected = sum(isinstance(module, nn.Linear) for module in _traceable(model).modules())
+    found = num_quantized_layers(load_program(path).graph)
+    if found != expected:
+        raise WrongPrecision(f"{path.name} has integer weights in {found} of {expected} layers")
+    return {"text": f"integer weights in {found} layers", "layers": found}
+
+
+def _traceable(model: Model) -> nn.Module:
+    """The same logits by a flow that does not depend on the data, of linear layers."""
+    return (EveryExpert(model) if isinstance(model, SparseMoE) else model).eval()
 
 
 def _drop_unused_parameters(module: torch.fx.GraphModule) -> None:
@@ -60,42 +80,3 @@ def _drop_unused_parameters(module: torch.fx.GraphModule) -> None:
     for name in [name for name, _ in module.named_parameters() if name not in used]:
         owner, _, attribute = name.rpartition(".")
         delattr(module.get_submodule(owner), attribute)
-
-
-def load_program(path: Path) -> ExportedProgram:
-    """The program in a file that `quantize_program` wrote.
-
-    Raises:
-        UserError: the file is missing, truncated, or something else.
-    """
-    return _load(path)[0]
-
-
-def read_program_metadata(path: Path) -> dict[str, Any]:
-    """What a program says of itself.
-
-    Raises:
-        UserError: as `load_program`.
-    """
-    return _load(path)[1]
-
-
-def _load(path: Path) -> tuple[ExportedProgram, dict[str, Any]]:
-    if not path.is_file():
-        raise UserError(f"no program at {path}")
-    extra = {METADATA: ""}
-    try:
-        program = torch.export.load(path, extra_files=extra)
-        return program, json.loads(extra[METADATA])
-    except Exception as error:  # zip, JSON and schema errors share no base class
-        raise UserError(f"{path} is truncated or not a program of this suite. Move it away.") from error
-
-
-def num_quantized_layers(graph: torch.fx.Graph) -> int:
-    """Linear layers with integer weights."""
-    return sum(node.target is CONVERTED_WEIGHT for node in graph.nodes)
-
-
-def program_bytes(path: Path) -> int:
-    """Bytes of all weights, scales and constants that a program stores."""
-    return sum(tensor.nbytes for tensor in load_program(path).state_dict.values())

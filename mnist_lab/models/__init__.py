@@ -5,10 +5,13 @@ from typing import Any, Literal
 
 from torch import nn
 
+from mnist_lab.data import DataSpec
 from mnist_lab.models.ffn import FFN, FFNConfig
 from mnist_lab.models.moe import RoutingConfig, SparseMoE, SparseMoEConfig
 
 PresetName = Literal["compact", "wide"]
+Shape = Literal["ffn", "student", "equal-active", "equal-total"]
+Model = FFN | SparseMoE
 ModelConfig = FFNConfig | SparseMoEConfig
 
 
@@ -21,14 +24,21 @@ class Preset:
     moe_widths: tuple[int, int, int]  # model, expert, expert output
     moe_head_widths: tuple[int, ...]
 
-    def ffn(self, mean: float, std: float) -> FFNConfig:
-        return FFNConfig(self.ffn_widths, mean, std)
+    def ffn(self, data: DataSpec) -> FFNConfig:
+        return FFNConfig(self.ffn_widths, data)
 
-    def student(self, mean: float, std: float) -> FFNConfig:
-        return FFNConfig(self.student_widths, mean, std)
+    def student(self, data: DataSpec) -> FFNConfig:
+        return FFNConfig(self.student_widths, data)
 
-    def moe(self, mean: float, std: float, routing: RoutingConfig) -> SparseMoEConfig:
-        return SparseMoEConfig(*self.moe_widths, self.moe_head_widths, routing, mean, std)
+    def moe(self, data: DataSpec, routing: RoutingConfig = RoutingConfig()) -> SparseMoEConfig:
+        return SparseMoEConfig(*self.moe_widths, self.moe_head_widths, routing, data)
+
+    def dense(self, shape: Shape, data: DataSpec) -> FFNConfig:
+        """One of the preset's dense shapes, among them the MoE's rivals of equal size per image or in all."""
+        if shape in {"ffn", "student"}:
+            return self.ffn(data) if shape == "ffn" else self.student(data)
+        moe = self.moe(data)
+        return dense_rival(moe, moe.routing.top_k if shape == "equal-active" else moe.routing.num_experts)
 
 
 PRESETS: dict[PresetName, Preset] = {
@@ -40,10 +50,10 @@ PRESETS: dict[PresetName, Preset] = {
 def dense_rival(moe: SparseMoEConfig, num_experts: int) -> FFNConfig:
     """The dense FFN with one expert as wide as that many: K for as many parameters per image, E for as many in all."""
     widths = (moe.model_width, num_experts * moe.expert_width, moe.output_width, *moe.head_widths)
-    return FFNConfig(widths, moe.mean, moe.std)
+    return FFNConfig(widths, moe.data)
 
 
-def build_model(config: ModelConfig) -> FFN | SparseMoE:
+def build_model(config: ModelConfig) -> Model:
     """A freshly initialised model; the weights come from torch's default generator."""
     return SparseMoE(config) if isinstance(config, SparseMoEConfig) else FFN(config)
 
@@ -54,15 +64,11 @@ def config_from_dict(fields: dict[str, Any]) -> ModelConfig:
     Raises:
         TypeError, KeyError: the fields are not those of a known architecture.
     """
+    data = DataSpec(**fields["data"] | {"image_size": tuple(fields["data"]["image_size"])})
     if fields["kind"] == "moe":
-        return SparseMoEConfig(
-            **{
-                **fields,
-                "head_widths": tuple(fields["head_widths"]),
-                "routing": RoutingConfig(**fields["routing"]),
-            }
-        )
-    return FFNConfig(**{**fields, "widths": tuple(fields["widths"])})
+        lists = {"head_widths": tuple(fields["head_widths"]), "routing": RoutingConfig(**fields["routing"])}
+        return SparseMoEConfig(**{**fields, **lists, "data": data})
+    return FFNConfig(**{**fields, "widths": tuple(fields["widths"]), "data": data})
 
 
 def inference_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -70,7 +76,7 @@ def inference_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if name != "router.noise"}
 
 
-def count_parameters(model: FFN | SparseMoE) -> tuple[int, int]:
+def count_parameters(model: Model) -> tuple[int, int]:
     """Parameters that inference needs, and those that one image uses (K of E experts)."""
     sizes = {name: parameter.numel() for name, parameter in inference_parameters(model).items()}
     total = sum(sizes.values())

@@ -7,49 +7,44 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from mnist_lab.data import NUM_CLASSES
+from mnist_lab.data import DataSpec
 
 
 @dataclass(frozen=True)
 class FFNConfig:
-    """`widths` of the hidden layers; `mean` and `std` of the training pixels."""
+    """`widths` of the hidden layers."""
 
     widths: tuple[int, ...]
-    mean: float
-    std: float
+    data: DataSpec
     kind: Literal["ffn"] = "ffn"
 
 
 class Normalize(nn.Module):
-    """Flatten raw pixels (B, 1, 28, 28) to (B, 784), zero mean and unit variance over the training set.
-
-    `dtype` is that of the result: what the layers after it compute in.
-    """
+    """Flatten raw pixels to rows of zero mean and unit variance over the training set."""
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, mean: float, std: float) -> None:
+    def __init__(self, data: DataSpec) -> None:
         super().__init__()
-        self.dtype = torch.float32
-        self.register_buffer("mean", torch.tensor(mean))
-        self.register_buffer("std", torch.tensor(std))
+        self.register_buffer("mean", torch.tensor(data.mean))
+        self.register_buffer("std", torch.tensor(data.std))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return (pixels.flatten(1) - self.mean).div_(self.std).to(self.dtype)
+        return (pixels.flatten(1) - self.mean).div_(self.std)  # (B, pixels)
 
 
 class FFN(nn.Module):
-    """`model(pixels) -> logits`: float32 (B, 1, 28, 28) in [0, 1] -> float32 (B, C)."""
+    """`model(pixels) -> logits`: float32 (B, 1, height, width) in [0, 1] -> float32 (B, C)."""
 
     def __init__(self, config: FFNConfig) -> None:
         super().__init__()
         self.config = config
-        self.normalize = Normalize(config.mean, config.std)
-        self.layers = nn.ModuleList(linear_chain(28 * 28, *config.widths, NUM_CLASSES))
+        self.normalize = Normalize(config.data)
+        self.layers = nn.ModuleList(linear_chain(config.data.num_pixels, *config.widths, config.data.num_classes))
 
     def forward(self, pixels: Tensor) -> Tensor:
-        return relu_chain(self.layers, self.normalize(pixels))
+        return relu_chain(self.layers, self.normalize(pixels))  # (B, C)
 
 
 def linear_chain(*widths: int) -> list[nn.Linear]:
@@ -62,7 +57,20 @@ def linear_chain(*widths: int) -> list[nn.Linear]:
 
 
 def relu_chain(layers: nn.ModuleList, hidden: Tensor) -> Tensor:
-    """Apply the layers with ReLU between them, none after the last."""
-    for layer in layers[:-1]:
-        hidden = layer(hidden).relu_()
-    return layers[-1](hidden)
+    """Apply the layers with ReLU between them, none after the last, each in the precision of its weights."""
+    *inner, last = layers
+    for layer in inner:
+        hidden = apply_linear(layer, hidden).relu_()  # (B, width)
+    return apply_linear(last, hidden)  # (B, C)
+
+
+def apply_linear(layer: nn.Module, rows: Tensor) -> Tensor:
+    """A linear layer on rows of whatever precision."""
+    assert isinstance(layer.weight, Tensor)
+    result: Tensor = layer(cast_like(rows, layer.weight))
+    return result
+
+
+def cast_like(rows: Tensor, weight: Tensor) -> Tensor:
+    """Rows in the precision of a weight; no operation, and none in a traced graph, where that is theirs."""
+    return rows if rows.dtype == weight.dtype else rows.to(weight.dtype)

@@ -7,16 +7,16 @@ input, N = B·K (input, expert) pairs, sorted by expert.
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mnist_lab.data import NUM_CLASSES
+from mnist_lab.data import DataSpec
 from mnist_lab.errors import UserError
-from mnist_lab.models.ffn import Normalize, linear_chain, relu_chain
+from mnist_lab.models.ffn import Normalize, apply_linear, cast_like, linear_chain, relu_chain
 
 Balance = Literal["entropy", "switch", "cv", "none", "wrong-sign"]
 
@@ -25,15 +25,15 @@ Balance = Literal["entropy", "switch", "cv", "none", "wrong-sign"]
 class RoutingConfig:
     """How many experts there are, how many each image visits, and how their load is evened out."""
 
-    num_experts: int = 4
+    num_experts: int = field(default=4, metadata={"tag": "E"})
     """Experts in the mixture."""
-    top_k: int = 2
+    top_k: int = field(default=2, metadata={"tag": "K"})
     """Experts that each image visits; equal to --num-experts it is the dense MoE."""
-    balance: Balance = "entropy"
+    balance: Balance = field(default="entropy", metadata={"tag": ""})
     """Load-balancing loss added to the cross-entropy; wrong-sign, the entropy as often printed, collapses."""
-    balance_weight: float = 0.02
+    balance_weight: float = field(default=0.02, metadata={"tag": "w"})
     """Weight of the load-balancing loss."""
-    capacity_factor: float | None = None
+    capacity_factor: float | None = field(default=None, metadata={"tag": "c"})
     """Rows an expert takes per training batch, as a multiple of an even share; none drops nothing."""
     noise: bool = True
     """Learned noise on the router's logits in training."""
@@ -51,20 +51,19 @@ class RoutingConfig:
 
 @dataclass(frozen=True)
 class SparseMoEConfig:
-    """Widths: 784 -> `model_width` -> experts (`expert_width` -> `output_width`) -> `head_widths` -> logits."""
+    """Widths: pixels -> `model_width` -> experts (`expert_width` -> `output_width`) -> `head_widths` -> logits."""
 
     model_width: int
     expert_width: int
     output_width: int
     head_widths: tuple[int, ...]
     routing: RoutingConfig
-    mean: float
-    std: float
+    data: DataSpec
     kind: Literal["moe"] = "moe"
 
 
-class Routing(NamedTuple):
-    """The router's decision for a batch."""
+class Decision(NamedTuple):
+    """What the router decided for a batch."""
 
     weights_BK: Tensor  # of the chosen experts, summing to 1
     experts_BK: Tensor  # the chosen experts, best first
@@ -97,17 +96,18 @@ class Router(nn.Module):
     def __init__(self, width: int, num_experts: int, top_k: int, *, noisy: bool = True) -> None:
         super().__init__()
         self.top_k, self.noisy = top_k, noisy
-        self.gate = nn.Parameter(torch.randn(width, num_experts) / math.sqrt(width))
-        self.noise = nn.Parameter(torch.zeros(width, num_experts))
+        self.gate = nn.Parameter(torch.randn(width, num_experts) / math.sqrt(width))  # (D, E)
+        self.noise = nn.Parameter(torch.zeros(width, num_experts))  # (D, E)
 
-    def forward(self, hidden_BD: Tensor) -> Routing:
+    def forward(self, hidden_BD: Tensor) -> Decision:
+        hidden_BD = cast_like(hidden_BD, self.gate)
         clean_BE = hidden_BD @ self.gate
         logits_BE, std_BE = clean_BE, None
         if self.training and self.noisy:
             std_BE = F.softplus(hidden_BD @ self.noise)
             logits_BE = clean_BE + torch.randn_like(clean_BE) * std_BE
         top_BK, experts_BK = logits_BE.topk(self.top_k, dim=-1)
-        return Routing(top_BK.softmax(dim=-1), experts_BK, logits_BE, clean_BE, std_BE)
+        return Decision(top_BK.softmax(dim=-1), experts_BK, logits_BE, clean_BE, std_BE)
 
 
 class Experts(nn.Module):
@@ -115,14 +115,15 @@ class Experts(nn.Module):
 
     def __init__(self, num_experts: int, width: int, hidden_width: int, output_width: int) -> None:
         super().__init__()
-        self.weight_in = nn.Parameter(torch.randn(num_experts, width, hidden_width) * math.sqrt(2 / width))
-        self.bias_in = nn.Parameter(torch.zeros(num_experts, hidden_width))
+        self.weight_in = nn.Parameter(torch.randn(num_experts, width, hidden_width) * math.sqrt(2 / width))  # (E, D, H)
+        self.bias_in = nn.Parameter(torch.zeros(num_experts, hidden_width))  # (E, H)
         self.weight_out = nn.Parameter(
             torch.randn(num_experts, hidden_width, output_width) * math.sqrt(2 / hidden_width)
-        )
-        self.bias_out = nn.Parameter(torch.zeros(num_experts, output_width))
+        )  # (E, H, O)
+        self.bias_out = nn.Parameter(torch.zeros(num_experts, output_width))  # (E, O)
 
     def forward(self, rows_ND: Tensor, load_E: Tensor) -> Tensor:
+        rows_ND = cast_like(rows_ND, self.weight_in)
         # In evaluation slices are as fast for a few experts, but a compiler cannot see how many rows each has.
         if self.training or torch.compiler.is_compiling():
             ends_E = load_E.cumsum(0, dtype=torch.int32)
@@ -131,7 +132,7 @@ class Experts(nn.Module):
             # grouped_mm's backward needs a contiguous gradient, which adding the bias hands on.
             return F.grouped_mm(hidden_NH.relu(), self.weight_out, offs=ends_E) + self.bias_out.index_select(
                 0, expert_N
-            )
+            )  # (N, O)
         outputs = [
             torch.addmm(b_out, torch.addmm(b_in, rows, w_in).relu_(), w_out)
             for rows, w_in, b_in, w_out, b_out in zip(
@@ -143,21 +144,21 @@ class Experts(nn.Module):
                 strict=True,
             )
         ]
-        return torch.cat(outputs)
+        return torch.cat(outputs)  # (N, O)
 
 
 class SparseMoE(nn.Module):
-    """Linear + ReLU, a sparse mixture of experts + ReLU, a linear head: pixels (B, 1, 28, 28) -> logits (B, C)."""
+    """Linear + ReLU, a sparse mixture of experts + ReLU, a linear head: `model(pixels) -> logits`, as `FFN`."""
 
     def __init__(self, config: SparseMoEConfig) -> None:
         super().__init__()
         self.config = config
         routing = config.routing
-        self.normalize = Normalize(config.mean, config.std)
-        self.stem = linear_chain(28 * 28, config.model_width)[0]
+        self.normalize = Normalize(config.data)
+        self.stem = linear_chain(config.data.num_pixels, config.model_width)[0]
         self.router = Router(config.model_width, routing.num_experts, routing.top_k, noisy=routing.noise)
         self.experts = Experts(routing.num_experts, config.model_width, config.expert_width, config.output_width)
-        self.head = nn.ModuleList(linear_chain(config.output_width, *config.head_widths, NUM_CLASSES))
+        self.head = nn.ModuleList(linear_chain(config.output_width, *config.head_widths, config.data.num_classes))
 
     def forward(self, pixels: Tensor) -> Tensor:
         hidden_BD = self.embed(pixels)
@@ -166,14 +167,14 @@ class SparseMoE(nn.Module):
     def routed(self, pixels: Tensor) -> Routed:
         """The same forward pass, with the router's decisions and the load-balancing loss."""
         hidden_BD = self.embed(pixels)
-        routing = self.router(hidden_BD)
-        logits, load_E, dropped_share = self._mix(hidden_BD, routing)
-        parts = balance_parts(routing, load_E, self.config.routing.balance)
+        decision = self.router(hidden_BD)
+        logits_BC, load_E, dropped_share = self._mix(hidden_BD, decision)
+        parts = balance_parts(decision, load_E, self.config.routing.balance)
         return Routed(
-            logits=logits,
-            router_probs=routing.logits_BE.softmax(dim=-1),
-            experts=routing.experts_BK,
-            weights=routing.weights_BK,
+            logits=logits_BC,
+            router_probs=decision.logits_BE.softmax(dim=-1),
+            experts=decision.experts_BK,
+            weights=decision.weights_BK,
             auxiliary=parts,
             weighted={name: self.config.routing.balance_weight * part for name, part in parts.items()},
             expert_load=load_E,
@@ -181,14 +182,13 @@ class SparseMoE(nn.Module):
         )
 
     def embed(self, pixels: Tensor) -> Tensor:
-        """What router and experts see of the pixels (B, 1, 28, 28): (B, D)."""
-        hidden_BD: Tensor = self.stem(self.normalize(pixels)).relu_()
-        return hidden_BD
+        """What router and experts see of the pixels (B, 1, height, width): (B, D)."""
+        return apply_linear(self.stem, self.normalize(pixels)).relu_()
 
-    def _mix(self, hidden_BD: Tensor, routing: Routing) -> tuple[Tensor, Tensor, float]:
+    def _mix(self, hidden_BD: Tensor, decision: Decision) -> tuple[Tensor, Tensor, float]:
         """Dispatch, compute, combine, classify. Returns the logits, the load per expert, the dropped share."""
         num_experts, top_k = self.config.routing.num_experts, self.config.routing.top_k
-        expert_N = routing.experts_BK.flatten()
+        expert_N = decision.experts_BK.flatten()
         load_E = torch.bincount(expert_N, minlength=num_experts)
         order_N = expert_N.argsort(stable=True)
         kept_load_E, dropped_share = load_E, 0.0
@@ -197,7 +197,7 @@ class SparseMoE(nn.Module):
             dropped_share = 1 - order_N.numel() / expert_N.numel()
         row_N = order_N // top_k
         output_NO = self.experts(hidden_BD.index_select(0, row_N), kept_load_E)
-        output_NO = output_NO * routing.weights_BK.flatten()[order_N].unsqueeze(1)
+        output_NO = output_NO * decision.weights_BK.flatten()[order_N].unsqueeze(1)
         mixed_BO = output_NO.new_zeros(len(hidden_BD), output_NO.shape[1]).index_add_(0, row_N, output_NO)
         return relu_chain(self.head, mixed_BO.relu_()), load_E, dropped_share
 
@@ -218,13 +218,13 @@ class EveryExpert(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         model = self.model
         hidden_BD = model.embed(pixels)
-        routing = model.router(hidden_BD)
-        gate_BE = torch.zeros_like(routing.logits_BE).scatter(1, routing.experts_BK, routing.weights_BK)
+        decision = model.router(hidden_BD)
+        gate_BE = torch.zeros_like(decision.logits_BE).scatter(1, decision.experts_BK, decision.weights_BK)
         outputs = [
-            layer_out(layer_in(hidden_BD).relu()) * gate_B.unsqueeze(1)
+            apply_linear(layer_out, apply_linear(layer_in, hidden_BD).relu()) * gate_B.unsqueeze(1)  # (B, O)
             for layer_in, layer_out, gate_B in zip(self.layers_in, self.layers_out, gate_BE.unbind(1), strict=True)
         ]
-        return relu_chain(model.head, torch.stack(outputs).sum(dim=0).relu_())
+        return relu_chain(model.head, torch.stack(outputs).sum(dim=0).relu_())  # (B, C)
 
 
 def without_expert(model: SparseMoE, expert: int) -> SparseMoE:
@@ -275,19 +275,19 @@ def limit_capacity(order_N: Tensor, load_E: Tensor, capacity_factor: float) -> t
     return order_N[position_N < capacity], load_E.clamp(max=capacity)
 
 
-def balance_parts(routing: Routing, load_E: Tensor, balance: Balance) -> dict[str, Tensor]:
+def balance_parts(decision: Decision, load_E: Tensor, balance: Balance) -> dict[str, Tensor]:
     """The raw parts of a load-balancing loss, by name; each but the wrong sign's is smallest when the load is even."""
     if balance == "entropy":
-        return {"entropy": entropy_loss(routing.logits_BE)}
+        return {"entropy": entropy_loss(decision.logits_BE)}
     if balance == "wrong-sign":
-        return {"entropy_wrong_sign": math.log(load_E.numel()) - entropy_loss(routing.logits_BE)}
+        return {"entropy_wrong_sign": math.log(load_E.numel()) - entropy_loss(decision.logits_BE)}
     if balance == "switch":
-        return {"switch": switch_loss(routing.logits_BE, load_E)}
+        return {"switch": switch_loss(decision.logits_BE, load_E)}
     if balance == "cv":
-        importance_E = routing.weights_BK.new_zeros(load_E.numel()).index_add(
-            0, routing.experts_BK.flatten(), routing.weights_BK.flatten()
+        importance_E = decision.weights_BK.new_zeros(load_E.numel()).index_add(
+            0, decision.experts_BK.flatten(), decision.weights_BK.flatten()
         )
-        return {"importance_cv2": squared_cv(importance_E), "load_cv2": squared_cv(smooth_load(routing))}
+        return {"importance_cv2": squared_cv(importance_E), "load_cv2": squared_cv(smooth_load(decision))}
     return {}
 
 
@@ -308,18 +308,18 @@ def squared_cv(amount_E: Tensor) -> Tensor:
     return amount_E.var(unbiased=False) / (amount_E.mean().square() + 1e-10)
 
 
-def smooth_load(routing: Routing) -> Tensor:
+def smooth_load(decision: Decision) -> Tensor:
     """Expected number of images per expert under a fresh draw of its noise (arXiv:1701.06538, eqs. 8–10).
 
     Differentiable where the plain count is not. Without noise (evaluation), or with every expert
     chosen, it is the plain count.
     """
-    logits_BE, top_k = routing.logits_BE, routing.experts_BK.shape[1]
-    if routing.noise_std_BE is None or top_k == logits_BE.shape[1]:
-        return torch.bincount(routing.experts_BK.flatten(), minlength=logits_BE.shape[1]).to(logits_BE.dtype)
+    logits_BE, top_k = decision.logits_BE, decision.experts_BK.shape[1]
+    if decision.noise_std_BE is None or top_k == logits_BE.shape[1]:
+        return torch.bincount(decision.experts_BK.flatten(), minlength=logits_BE.shape[1]).to(logits_BE.dtype)
     top = logits_BE.topk(top_k + 1, dim=-1).values
     is_chosen_BE = logits_BE >= top[:, top_k - 1 : top_k]
     # The bar that an expert must pass: the K-th largest logit among the others.
     bar_BE = torch.where(is_chosen_BE, top[:, top_k : top_k + 1], top[:, top_k - 1 : top_k])
     standard_normal = torch.distributions.Normal(0.0, 1.0)
-    return standard_normal.cdf((routing.clean_logits_BE - bar_BE) / (routing.noise_std_BE + 1e-6)).sum(dim=0)
+    return standard_normal.cdf((decision.clean_logits_BE - bar_BE) / (decision.noise_std_BE + 1e-6)).sum(dim=0)

@@ -1,10 +1,12 @@
 """Where a model runs. Each runtime loads a file and runs batches of raw pixels on the CPU."""
 
+import functools
 import importlib.metadata
 import importlib.util
 import os
 import shutil
 import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -21,7 +23,10 @@ EXTENSIONS: dict[RuntimeName, str] = {
     "openvino": "onnx",
     "torchao": "pt2",
 }
-
+# An MoE's products that stay in float in a file of any precision: the router decides routes, and the combination is a
+# weighted sum of K rows.
+ROUTER, COMBINE = "router", "combine"
+FLOAT_PRODUCTS = (ROUTER, COMBINE)
 
 COMPILING_TORCH = (2, 15)  # 2.11 can neither trace the MoE's grouped products nor lower torchao's programs
 
@@ -40,6 +45,11 @@ class Session(Protocol):
 
     def predict(self, pixels: Array) -> Array:
         """Logits (B, C) as an array."""
+
+
+def bind(session: Session, pixels: Array) -> Callable[[], Any]:
+    """A forward pass of these images, prepared, as a call to be timed."""
+    return functools.partial(session.run, session.prepare(pixels))
 
 
 def why_missing(runtime: RuntimeName) -> str | None:

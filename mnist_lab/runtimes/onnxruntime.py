@@ -6,7 +6,6 @@ from typing import NamedTuple
 import numpy as np
 import onnxruntime
 
-from mnist_lab.data import NUM_CLASSES
 from mnist_lab.errors import UserError
 from mnist_lab.measure import Array
 
@@ -36,10 +35,11 @@ class OnnxRuntimeSession:
             self._session = onnxruntime.InferenceSession(artifact, session_options(threads), providers=PROVIDERS)
         except Exception as error:  # the library's errors share no public base class
             raise UserError(f"{artifact} is truncated or not an ONNX model ({error})") from error
+        self._num_classes: int = self._session.get_outputs()[0].shape[1]
 
     def prepare(self, pixels: Array) -> BoundBatch:
         pixels = np.ascontiguousarray(pixels)
-        logits = np.empty((len(pixels), NUM_CLASSES), np.float32)
+        logits = np.empty((len(pixels), self._num_classes), np.float32)
         binding = self._session.io_binding()
         binding.bind_input("pixels", "cpu", 0, np.float32, pixels.shape, pixels.ctypes.data)
         binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)

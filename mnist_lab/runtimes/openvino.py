@@ -9,9 +9,8 @@ import numpy as np
 import openvino
 
 from mnist_lab.errors import UserError, WrongPrecision
-from mnist_lab.export import FLOAT_PRODUCTS
 from mnist_lab.measure import Array
-from mnist_lab.runtimes import Precision
+from mnist_lab.runtimes import FLOAT_PRODUCTS, Precision
 
 # What the runtime calls the precision of a product's input.
 EXECUTED: dict[Precision, set[str]] = {"FP32": {"f32"}, "BF16": {"bf16"}, "INT8": {"u8", "i8"}}

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mnist_lab.checkpoints import load_checkpoint
 from mnist_lab.measure import Array
+from mnist_lab.models.checkpoints import load_checkpoint
 
 
 class PyTorchSession:

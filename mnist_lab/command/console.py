@@ -1,0 +1,218 @@
+"""What a script does around its row: open the lab, say what happens, print the figures."""
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Literal
+
+import pandas as pd
+import torch
+
+from mnist_lab.command.options import Options
+from mnist_lab.data import load_dataset
+from mnist_lab.errors import UserError
+from mnist_lab.experiments.lab import Lab
+from mnist_lab.experiments.latencies import measure_latencies
+from mnist_lab.experiments.make import load_or_make, load_or_measure, make, make_all
+from mnist_lab.experiments.row import Row
+from mnist_lab.experiments.rows import TABLE, families
+from mnist_lab.experiments.run import Run
+from mnist_lab.files import ensure_writable
+from mnist_lab.machine import cpu_model
+from mnist_lab.report.records import Record, first_in, load_records, usable_records
+from mnist_lab.report.table import build_table, judge_distillation
+from mnist_lab.report.text import SUMMARY_LEGEND, format_fastest, format_summary, write_table
+from mnist_lab.runtimes import RUNTIMES, RuntimeName, why_missing
+
+Mode = Literal["train", "load"]
+SCRIPTS = {"FFN_baseline": "baseline_mnist.py", "Sparse_MoE": "moe_mnist.py", "KD_FFN_Student": "kd_mnist.py"}
+
+
+@contextmanager
+def open_lab(options: Options) -> Iterator[Lab]:
+    """The data and folders that the options name; says at start and end where the data is not MNIST.
+
+    Raises:
+        UserError: the data cannot be had, or a folder cannot be written.
+    """
+    dataset = load_dataset(options.dataset, options.data_dir)
+    folder = f"{dataset.name}-{options.preset}-{options.recipe}"
+    lab = Lab(
+        dataset=dataset,
+        preset_name=options.preset,
+        recipe_name=options.recipe,
+        recipe=options.make_recipe(),
+        checkpoints=options.checkpoints / folder,
+        results=options.results / folder,
+        device=options.device,
+        threads=options.threads,
+        runtimes=_find_runtimes(options),
+    )
+    ensure_writable(lab.checkpoints)
+    ensure_writable(lab.results)
+    print_notice(dataset.notice)
+    print(f"{folder}: {len(dataset.train):,} training images, {torch.get_num_threads()} training threads", flush=True)
+    yield lab
+    print_notice(dataset.notice)
+
+
+def make_and_print(run: Run, *, beside: Run | None = None) -> Record:
+    """Make one run, time it (by turns with a finished one to compare with), and print the figures.
+
+    Raises:
+        UserError: it runs in none of the runtimes asked for; a run that it needs first is missing or stale.
+    """
+    lab = run.lab
+    _check_runtimes(run)
+    for parent in run.parents.values():
+        _check_parent(parent)
+    records = [make(run)]
+    if beside is not None:
+        records.append(load_or_measure(beside))
+    measure_latencies(lab, first_in(records, lab.runtimes))
+    print_table(build_table(_as_asked(lab, records), order=families(TABLE), columns=lab.columns))
+    print(f"\nmodel: {run.output}\nto deploy: {run.artifact}\nrecord: {run.record}")
+    return records[0]
+
+
+def _check_parent(parent: Run) -> None:
+    """Raise UserError where a run that another needs first is not there or out of date."""
+    reason = parent.why_stale()
+    if reason is not None:
+        script = SCRIPTS.get(parent.row.family, "run_all_experiments.py --mode load")
+        raise UserError(
+            f"{parent.model} is needed first, and {parent.output} is {reason}. Make it with: python {script}, and the "
+            "same options --preset, --recipe, --dataset, --seed, --epochs, --batch-size and --checkpoints."
+        )
+
+
+def _find_runtimes(options: Options) -> tuple[RuntimeName, ...]:
+    """Those asked for that can run here; says of the others why not.
+
+    Raises:
+        UserError: none of them can.
+    """
+    asked = [runtime for runtime in RUNTIMES if {runtime, "best"} & set(options.runtime)]
+    missing = {runtime: reason for runtime in asked if (reason := why_missing(runtime))}
+    for runtime, reason in missing.items():
+        print(f"--runtime {runtime} is skipped: {reason}")
+    if len(missing) == len(asked):
+        raise UserError(f"--runtime {' '.join(options.runtime)}: nothing is left to measure in")
+    return tuple(runtime for runtime in asked if runtime not in missing)
+
+
+def _check_runtimes(run: Run) -> None:
+    """Raise UserError where a row runs in none of the runtimes asked for."""
+    form = run.row.form
+    if not set(form.runtimes) & set(run.lab.runtimes):
+        raise UserError(f"{run.model} is {form.precision} and runs in --runtime {' or '.join(form.runtimes)} only")
+
+
+def _as_asked(lab: Lab, records: Iterable[Record]) -> list[Record]:
+    """The records with the measurements of the runtimes asked for; without those that have none."""
+    asked = [
+        replace(record, measurements={name: m for name, m in record.measurements.items() if name in lab.runtimes})
+        for record in records
+    ]
+    return [record for record in asked if record.measurements]
+
+
+def print_table(table: pd.DataFrame) -> None:
+    """The table, its comparisons and the fastest runtimes, as plain aligned text.
+
+    A narrow terminal gets fewer columns; a pipe gets all.
+    """
+    width = os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else None
+    print(f"\n{format_summary(table, style='simple', width=width)}\n\n{SUMMARY_LEGEND}", flush=True)
+    if table["model"].duplicated().any():
+        print(f"\nfastest runtime:\n{format_fastest(table, style='simple')}", flush=True)
+
+
+def print_expert_load(record: Record) -> None:
+    """How evenly the router spread the images, per epoch."""
+    print("\nepoch  share of (image, expert) pairs per expert            dropped")
+    for epoch in record.curves:
+        shares = " ".join(f"{share:6.1%}" for share in epoch["expert_load"])
+        print(f"{epoch['epoch']:5d}  {shares}  {epoch['dropped_share']:.2%}")
+
+
+def print_proof(record: Record) -> None:
+    """What the technique did, and how far the model stays from its original."""
+    assert record.proof is not None
+    print(record.proof["text"])
+    for runtime, measurement in record.measurements.items():
+        print(f"same class as {record.original} on {measurement.same_class:.2%} of the test images in {runtime}")
+
+
+def run_table(options: Options, rows: Sequence[Row], *, mode: Mode | None, seeds: range) -> None:
+    """All rows for all seeds, then the table and the plots of everything in the results folder."""
+    with open_lab(options) as lab:
+        run_rows(lab, rows, mode=mode, seeds=seeds)
+
+
+def run_rows(lab: Lab, rows: Sequence[Row], *, mode: Mode | None, seeds: range) -> None:
+    """The same in an open lab."""
+    runs = [Run(lab, row, seed) for seed in seeds for row in rows]
+    print_checkpoints(runs)
+    load_records(lab.results)  # a broken one stops the run now, not after hours of work
+    records = make_all(runs, make if (mode or ask_mode()) == "train" else load_or_make)
+    usable, left_out = usable_records(load_records(lab.results), lab.checkpoints, cpu_model(), current=records)
+    for line in left_out:
+        print(f"not in the table: {line}")
+    measure_latencies(lab, first_in(usable, lab.runtimes))
+    write_results(lab, usable, order=families(rows))
+
+
+def print_checkpoints(runs: Sequence[Run]) -> None:
+    """Which models are on disk and up to date."""
+    print("checkpoints:")
+    for run in runs:
+        print(f"  {run.name}: {run.why_stale() or 'found'}", flush=True)
+
+
+def ask_mode() -> Mode:
+    """Ask on the terminal, or read a pipe's answer.
+
+    Raises:
+        UserError: the input ends without an answer.
+    """
+    while True:
+        try:
+            answer = input("train all anew, or load what is up to date? [train/load] ").strip().lower()
+        except (EOFError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: standard input is closed
+            print()  # ends the prompt's line
+            raise UserError("the input holds no answer; pass --mode train or --mode load") from error
+        modes: tuple[Mode, ...] = ("train", "load")
+        for mode in modes:
+            if answer and mode.startswith(answer):
+                return mode
+        print(f"'{answer}' is neither train nor load")
+
+
+def write_results(lab: Lab, records: Sequence[Record], *, order: Sequence[str]) -> None:
+    """Table and plots.
+
+    Args:
+        order: the families, first one first.
+    """
+    from mnist_lab.report.figures import draw_all
+    from mnist_lab.report.results import Results
+
+    table = build_table(_as_asked(lab, records), order=order, columns=lab.columns)
+    distillation = judge_distillation(records)
+    title = f"{lab.dataset.name}, {lab.preset_name} models, {lab.recipe_name} recipe"
+    write_table(lab.results, table, title=title, distillation=distillation, columns=lab.columns)
+    print_table(table)
+    if distillation:
+        print(f"\ndistillation:\n{distillation}")
+    print(f"\ntable: {lab.results / 'table.csv'} and table.md")
+    for path in draw_all(lab.results, Results(records, order, lab.columns)):
+        print(f"plot: {path}")
+
+
+def print_notice(notice: str) -> None:
+    """A line that must not be missed; nothing where there is none."""
+    if notice:
+        print(f"\nNOTE: {notice}\n", flush=True)

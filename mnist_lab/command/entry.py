@@ -1,0 +1,35 @@
+"""How a script starts and ends: its options from a dataclass, its exit code from what happened. No torch here."""
+
+import sys
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
+
+import tyro
+
+from mnist_lab.errors import RunFailed, UserError
+
+T = TypeVar("T")
+
+
+def run_script(main: Callable[[T], None], options_type: type[T], description: str) -> NoReturn:
+    """Parse the command line into `options_type`, call `main`, and leave with the suite's exit codes.
+
+    The first paragraph of `description` heads the help. Exit codes: 0 done; 1 the run failed; 2 the user's input
+    is wrong; 130 interrupted.
+    """
+    try:
+        summary = description.partition("\n\n")[0]
+        main(tyro.cli(options_type, description=summary, config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)))
+    except UserError as error:
+        _leave(f"error: {error}", 2)
+    except RunFailed as error:
+        _leave(f"failed: {error}", 1)
+    except KeyboardInterrupt:
+        _leave("interrupted; finished models and rows are kept", 130)
+    sys.exit(0)
+
+
+def _leave(message: str, code: int) -> NoReturn:
+    sys.stdout.flush()
+    print(message, file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,93 @@
+"""The options that every training and converting script takes."""
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from mnist_lab.data import DatasetName
+from mnist_lab.errors import UserError
+from mnist_lab.models import PresetName
+from mnist_lab.training import Recipe, RecipeName, find_recipe
+
+MAX_COUNT = 10**9
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Which data, which seed, and where files lie: what every script and benchmark that needs models takes."""
+
+    dataset: DatasetName | None = None
+    """Data set; when not given, MNIST, or the bundled digits where MNIST can be neither found nor downloaded."""
+    data_dir: Path | None = None
+    """Folder that holds MNIST/raw/ and the like; when not given, $MNIST_LAB_DATA, else ./data (downloaded into)."""
+    seed: int = 0
+    """Seed of initial weights, batches, augmentation and router noise."""
+    checkpoints: Path = Path("checkpoints")
+    """Folder for trained and converted models."""
+    results: Path = Path("results")
+    """Folder for records, tables and plots."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed} must lie between 0 and {2**32 - 1}")
+
+
+@dataclass(frozen=True)
+class Options(DataOptions):
+    """What every training and converting script takes."""
+
+    preset: PresetName = "compact"
+    """Set of architectures."""
+    recipe: RecipeName = "standard"
+    """Training budget: quick (seconds a model), standard (up to two minutes), best (as good as it gets)."""
+    epochs: int | None = None
+    """Passes over the training images, in place of the recipe's."""
+    batch_size: int | None = None
+    """Images per training step, in place of the recipe's."""
+    threads: int = 1
+    """CPU threads for measuring latency; training uses all cores."""
+    runtime: tuple[Literal["pytorch", "torch-compile", "onnxruntime", "openvino", "torchao", "best"], ...] = (
+        "pytorch",
+        "onnxruntime",
+    )
+    """Runtimes to measure in, one or more; best measures in all that can run here."""
+    device: str = "cpu"
+    """Device for training, by torch's name (cpu, cuda); measuring is on the CPU."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count("--epochs", self.epochs)
+        check_count("--batch-size", self.batch_size)
+        check_count("--threads", self.threads)
+        if not self.runtime:
+            raise UserError("--runtime needs at least one name")
+        cores = os.cpu_count() or 1
+        if self.threads > cores:
+            raise UserError(f"--threads {self.threads} is more than this machine's {cores} cores")
+        check_device(self.device)
+
+    def make_recipe(self) -> Recipe:
+        """The named recipe with this run's departures."""
+        recipe = find_recipe(self.recipe, self.preset)
+        return replace(recipe, epochs=self.epochs or recipe.epochs, batch_size=self.batch_size or recipe.batch_size)
+
+
+def check_count(name: str, value: int | None) -> None:
+    """Reject what is no sensible count; None is an option not given.
+
+    Raises:
+        UserError: with the option's name.
+    """
+    if value is not None and not 1 <= value <= MAX_COUNT:
+        raise UserError(f"{name} {value} must lie between 1 and {MAX_COUNT:,}")
+
+
+def check_device(device: str) -> None:
+    """Raise UserError where torch cannot compute on a device."""
+    try:
+        torch.ones(1, device=device).sum().item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UserError(f"--device {device} cannot be used here: {str(error).splitlines()[0]}") from error

@@ -1,0 +1,359 @@
+"""INT8 post-training quantization (PTQ): the textbook formulas, and ONNX Runtime's conversion.
+
+r is a real number, q its 8-bit integer, S the scale, Z the zero point: r ≈ S·(q − Z).
+"""
+
+import contextlib
+import io
+import logging
+import platform
+import tempfile
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+from onnxruntime import quantization as ort_quantization
+from onnxruntime.quantization import calibrate
+
+from mnist_lab.deploy.artifacts import read_onnx_metadata, set_onnx_metadata
+from mnist_lab.deploy.fastest import write_fastest
+from mnist_lab.deploy.onnx import Layout, build_onnx, write_onnx
+from mnist_lab.errors import UserError, WrongPrecision
+from mnist_lab.experiments.technique import Proof, Work
+from mnist_lab.files import write_atomically
+from mnist_lab.machine import cpu_flags
+from mnist_lab.measure import Array
+from mnist_lab.models import Model
+from mnist_lab.runtimes import FLOAT_PRODUCTS, Precision, RuntimeName, open_session
+
+Mode = Literal["static", "dynamic"]
+CalibrationMethod = Literal["minmax", "entropy", "percentile"]
+MAX_CALIBRATION_SIZE = 10**9
+Int8 = npt.NDArray[np.int8]
+CALIBRATION_BATCH = 100
+# Besides the products: Relu, which joins its Gemm only when both are quantized, and what moves an MoE's rows,
+# which then are bytes instead of floats.
+STATIC_OPERATORS = ["MatMul", "Gemm", "Relu", "Gather", "Split", "Concat"]
+CALIBRATORS: dict[CalibrationMethod, tuple[ort_quantization.CalibrationMethod, dict[str, int]]] = {
+    "minmax": (ort_quantization.CalibrationMethod.MinMax, {}),
+    # As many bins as levels, the default, would leave it no choice but the whole range.
+    "entropy": (ort_quantization.CalibrationMethod.Entropy, {"num_bins": 512}),
+    "percentile": (ort_quantization.CalibrationMethod.Percentile, {}),
+}
+INTEGER_OPERATORS = {"QGemm", "QLinearMatMul", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger"}
+FLOAT_OPERATORS = {"Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What static mode takes the ranges of its activations from."""
+
+    calibration_size: int = field(default=1000, metadata={"tag": "cal"})
+    """Training images that static mode calibrates on."""
+    calibration_method: CalibrationMethod = field(default="minmax", metadata={"tag": ""})
+    """How they become a range: all that was seen, the range that loses least information, or its middle 99.999 %."""
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.calibration_size <= MAX_CALIBRATION_SIZE:
+            raise UserError(
+                f"--calibration-size {self.calibration_size} must lie between 1 and {MAX_CALIBRATION_SIZE:,}"
+            )
+
+
+NO_RANGES = Calibration(calibration_size=2)  # a program must be run once, though dynamic mode learns nothing of it
+
+
+def affine_parameters(r_min: float, r_max: float, *, q_min: int = 0, q_max: int = 255) -> tuple[float, int]:
+    """S = (r_max − r_min)/(q_max − q_min), Z = q_min − round(r_min/S).
+
+    The range is widened to include 0, which must be exactly representable (padding, ReLU); a range
+    of nothing but 0 gets S = 1.
+    """
+    r_min, r_max = min(r_min, 0.0), max(r_max, 0.0)
+    scale = (r_max - r_min) / (q_max - q_min) or 1.0
+    return scale, q_min - round(r_min / scale)
+
+
+def affine_quantize(r: Array, scale: float, zero_point: int, *, q_min: int = 0, q_max: int = 255) -> Any:
+    """Q = clip(round(r/S) + Z), rounding half to even."""
+    return np.clip(np.round(r / scale) + zero_point, q_min, q_max).astype(np.int32)
+
+
+def affine_dequantize(q: Any, scale: float, zero_point: int) -> Array:
+    """R ≈ S·(q − Z)."""
+    values: Array = (scale * (q - zero_point)).astype(np.float32)
+    return values
+
+
+def absmax_quantize(r: Array, *, q_max: int = 127, axis: int | None = None) -> tuple[Int8, Array]:
+    """Symmetric: q = round(q_max·r / max|r|), zero at 0. A tensor of zeros gets S = 1.
+
+    Args:
+        axis: the axis whose slices share one scale (per-channel); None for one scale in all.
+
+    Returns:
+        q, and S with r ≈ S·q, shaped to broadcast against q.
+    """
+    kept = tuple(i for i in range(r.ndim) if i != axis) if axis is not None else None
+    largest = np.abs(r).max(axis=kept, keepdims=True)
+    scale = np.where(largest > 0, largest / q_max, 1.0).astype(np.float32)
+    return np.clip(np.round(r / scale), -q_max, q_max).astype(np.int8), scale
+
+
+def needs_reduced_range() -> bool:
+    """Whether 8-bit weights can overflow this CPU's 16-bit sums, so that 7-bit ones are due.
+
+    x86 without VNNI adds two 8-bit products in a saturating 16-bit register.
+    """
+    return platform.machine().lower() in {"x86_64", "amd64"} and not cpu_flags() & {"avx512_vnni", "avx_vnni"}
+
+
+@dataclass(frozen=True)
+class DynamicInt8:
+    """INT8 whose activation ranges are taken from each batch as it runs."""
+
+    label: ClassVar[str] = "dynamic ptq"
+    precision: ClassVar[Precision] = "INT8"
+    # OpenVINO reads such a file, but computes its products in FP32.
+    runtimes: ClassVar[tuple[RuntimeName, ...]] = ("onnxruntime", "torchao")
+    mode: ClassVar[Mode] = "dynamic"
+    reduced_range: bool = field(default_factory=needs_reduced_range, metadata={"tag": None})
+
+    def write(self, model: Model, file: Path, work: Work, metadata: Mapping[str, Any]) -> None:
+        _write_int8(model, file, work, metadata, NO_RANGES, mode=self.mode, reduced_range=self.reduced_range)
+
+    def prove(self, model: Model, file: Path) -> Proof:
+        return _prove_int8(model, file, reduced_range=self.reduced_range)
+
+
+@dataclass(frozen=True)
+class StaticInt8:
+    """INT8 whose activation ranges are fixed, by calibration on training images."""
+
+    label: ClassVar[str] = "static ptq"
+    precision: ClassVar[Precision] = "INT8"
+    mode: ClassVar[Mode] = "static"
+    calibration: Calibration = Calibration()
+    reduced_range: bool = field(default_factory=needs_reduced_range, metadata={"tag": None})
+
+    @property
+    def runtimes(self) -> tuple[RuntimeName, ...]:
+        """Torchao knows minmax only."""
+        is_minmax = self.calibration.calibration_method == "minmax"
+        return ("onnxruntime", "openvino", "torchao") if is_minmax else ("onnxruntime", "openvino")
+
+    def write(self, model: Model, file: Path, work: Work, metadata: Mapping[str, Any]) -> None:
+        _write_int8(model, file, work, metadata, self.calibration, mode=self.mode, reduced_range=self.reduced_range)
+
+    def prove(self, model: Model, file: Path) -> Proof:
+        return _prove_int8(model, file, reduced_range=self.reduced_range)
+
+
+def _write_int8(
+    model: Model,
+    file: Path,
+    work: Work,
+    metadata: Mapping[str, Any],
+    calibration: Calibration,
+    *,
+    mode: Mode,
+    reduced_range: bool,
+) -> None:
+    """The artifact in its fastest layout, or the program for PyTorch."""
+    pixels = work.calibration(calibration.calibration_size)
+    if file.suffix == ".pt2":
+        from mnist_lab.compress.pt2e import quantize_program
+
+        quantize_program(model, file, mode=mode, calibration=pixels, reduced_range=reduced_range, metadata=metadata)
+        return
+
+    def write_layout(path: Path, layout: Layout) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            fp32 = Path(folder) / "fp32.onnx"
+            write_onnx(model, fp32, {}, layout=layout)
+            quantize(
+                fp32,
+                path,
+                mode=mode,
+                calibration=pixels.numpy(),
+                method=calibration.calibration_method,
+                keep_float=FLOAT_PRODUCTS,
+                reduced_range=reduced_range,
+                metadata=metadata,
+            )
+
+    open_file = partial(open_session, "onnxruntime", precision="INT8", threads=1)
+    write_fastest(model, file, write_layout, open_file, work.images_to_time)
+
+
+def _prove_int8(model: Model, file: Path, *, reduced_range: bool) -> Proof:
+    if file.suffix == ".pt2":
+        from mnist_lab.compress.pt2e import prove_program
+
+        return prove_program(model, file)
+    layout: Layout = read_onnx_metadata(file).get("layout", {}).get("name", "sparse")
+    counted = prove_integer(file, build_onnx(model, layout=layout), keep_float=FLOAT_PRODUCTS)
+    products = ", ".join(f"{count} {name}" for name, count in counted.integer_products.items())
+    floats = ", ".join(counted.float_products) or "none"
+    weights = "7-bit weights, as this CPU has no VNNI" if reduced_range else "8-bit weights"
+    text = f"integer products: {products}; in float: {floats}; {weights}"
+    return asdict(counted) | {"reduced_range": reduced_range, "text": text}
+
+
+@dataclass(frozen=True)
+class Products:
+    """What the engine executes, counted in its optimized graph."""
+
+    integer_products: dict[str, int]  # operator -> how many
+    float_products: list[str]  # names of the products left in float on purpose
+
+
+def quantize(
+    artifact: Path,
+    output: Path,
+    *,
+    mode: Mode,
+    calibration: Array | None = None,
+    method: CalibrationMethod = "minmax",
+    keep_float: Collection[str] = (),
+    reduced_range: bool,
+    metadata: Mapping[str, Any],
+) -> None:
+    """Convert an FP32 artifact to INT8 with per-channel weights.
+
+    Args:
+        calibration: training pixels (N, 1, height, width) from which static mode takes activation ranges;
+            dynamic mode takes them from each batch as it runs and needs none.
+        method: how static mode turns the activations it saw into a range: all of it, the one that loses least
+            information (as TensorRT does), or the middle 99.999 %.
+        keep_float: names of the products that stay in float.
+        reduced_range: weights of 7 bits, for a CPU whose 8-bit products saturate.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    common: dict[str, Any] = {
+        "per_channel": True,
+        "reduce_range": reduced_range,
+        "weight_type": ort_quantization.QuantType.QInt8,
+        "nodes_to_exclude": list(keep_float),
+    }
+
+    def convert(temporary: Path) -> None:
+        if mode == "static":
+            assert calibration is not None
+            with _ranges(artifact, calibration, method) as ranges:
+                ort_quantization.quantize_static(
+                    artifact,
+                    temporary,
+                    calibration_cache_path=ranges,
+                    quant_format=ort_quantization.QuantFormat.QDQ,
+                    activation_type=ort_quantization.QuantType.QUInt8,
+                    calibrate_method=CALIBRATORS[method][0],
+                    op_types_to_quantize=STATIC_OPERATORS,
+                    **common,
+                )
+        else:
+            ort_quantization.quantize_dynamic(artifact, temporary, op_types_to_quantize=["MatMul", "Gemm"], **common)
+        model = onnx.load(temporary)
+        if mode == "static":
+            _leave_logits_in_float(model.graph)
+        set_onnx_metadata(model, metadata)
+        onnx.save(model, temporary)
+
+    with _quiet():
+        write_atomically(output, convert)
+
+
+@contextlib.contextmanager
+def _ranges(artifact: Path, calibration: Array, method: CalibrationMethod) -> Iterator[Path]:
+    """A passing file with the range of every activation over the calibration images."""
+    kind, options = CALIBRATORS[method]
+    # Histograms cannot merge batches in which an expert gets different numbers of rows.
+    batch_size = CALIBRATION_BATCH if method == "minmax" else len(calibration)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ranges.json"
+        calibrator = calibrate.create_calibrator(
+            artifact,
+            STATIC_OPERATORS,
+            augmented_model_path=str(Path(folder) / "augmented.onnx"),
+            calibrate_method=kind,
+            extra_options=options,
+        )
+        calibrator.collect_data(_CalibrationReader(calibration, batch_size))
+        ort_quantization.save_tensors_data(calibrator.compute_data(), path)
+        yield path
+
+
+def _leave_logits_in_float(graph: onnx.GraphProto) -> None:
+    """Drop the rounding of the logits to 8 bits, which the converter adds and nothing after them needs."""
+    producers = {output: node for node in graph.node for output in node.output}
+    dequantize = producers[graph.output[0].name]
+    if dequantize.op_type != "DequantizeLinear":
+        return
+    quantize = producers[dequantize.input[0]]
+    producers[quantize.input[0]].output[0] = graph.output[0].name
+    graph.node.remove(dequantize)
+    graph.node.remove(quantize)
+
+
+def prove_integer(artifact: Path, fp32: onnx.ModelProto, *, keep_float: Collection[str]) -> Products:
+    """Compare the graph that the engine runs with the FP32 model it came from.
+
+    Raises:
+        WrongPrecision: a product that should be INT8 is not, or one in `keep_float` or a softmax is.
+    """
+    products = {node.name for node in fp32.graph.node if node.op_type in {"Gemm", "MatMul"}}
+    expected_float = products & set(keep_float)
+    nodes = optimized_graph(artifact).node
+    integer = Counter(node.op_type for node in nodes if node.op_type in INTEGER_OPERATORS)
+    floats = {node.name for node in nodes if node.op_type in FLOAT_OPERATORS}
+    problems = []
+    if integer.total() != len(products - expected_float):
+        problems.append(f"{integer.total()} of {len(products - expected_float)} layers are integer products")
+    if floats != expected_float:
+        problems.append(f"in float are {sorted(floats)}, not {sorted(expected_float)}")
+    if any(node.op_type == "QLinearSoftmax" for node in nodes):
+        problems.append("the softmax is no longer in float")
+    if problems:
+        raise WrongPrecision(f"the INT8 model is not what it should be: {'; '.join(problems)}")
+    return Products(dict(integer), sorted(floats))
+
+
+def optimized_graph(artifact: Path) -> onnx.GraphProto:
+    """The graph as ONNX Runtime executes it on this CPU."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors only: it warns that such a file fits this CPU alone
+        options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
+        onnxruntime.InferenceSession(artifact, options, providers=["CPUExecutionProvider"])
+        return onnx.load(options.optimized_model_filepath).graph
+
+
+class _CalibrationReader(ort_quantization.CalibrationDataReader):  # type: ignore[misc]
+    def __init__(self, pixels: Array, batch_size: int) -> None:
+        starts = range(0, len(pixels), batch_size)
+        self._batches: Iterator[Array] = (pixels[start : start + batch_size] for start in starts)
+
+    def get_next(self) -> dict[str, Array] | None:
+        batch = next(self._batches, None)
+        return None if batch is None else {"pixels": batch}
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the converter's advice to run a shape inference that these graphs do not need, and its progress."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)

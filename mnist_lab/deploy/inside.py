@@ -1,0 +1,69 @@
+"""Inside an MoE's artifact: which experts it chooses, and where ONNX Runtime spends the time."""
+
+import json
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import onnx
+import onnxruntime
+from onnx import TensorProto, helper
+
+from mnist_lab.measure import EVALUATION_BATCH, Array
+from mnist_lab.runtimes import COMBINE
+from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options
+
+NUM_CALLS = 200
+ROUTING = {"router", "top_logits", "expert_weights"}
+SORTING = {"expert_of_pair", "num_pairs", "ones", "load", "sorted_experts", "image"}
+SORTING |= {"end", "pairs", "place", "place_by_image"}
+MOVING = {"sorted_rows", "expert0.rows", "sorted_outputs", "by_image"}
+GATING = {"no_gates", "gates", "gates_as_column", "by_expert", "gated", "gated_rows"}
+JOBS = ["stem and head", "experts", "router", "sort", "move rows", "combine", "gate", "quantize"]
+
+
+def choose_experts(artifact: Path, images: Array) -> npt.NDArray[np.int64]:
+    """The set of experts (N, K) that an artifact chooses for each image, in the order of their numbers."""
+    model = onnx.load(artifact)
+    model.graph.output.append(helper.make_tensor_value_info("top_experts", TensorProto.INT64, None))
+    session = onnxruntime.InferenceSession(model.SerializeToString(), session_options(1), providers=PROVIDERS)
+    chosen = [
+        session.run(["top_experts"], {"pixels": images[start : start + EVALUATION_BATCH]})[0]
+        for start in range(0, len(images), EVALUATION_BATCH)
+    ]
+    return np.sort(np.concatenate(chosen), axis=1)
+
+
+def time_by_job(artifact: Path, pixels: Array) -> dict[str, float]:
+    """Median microseconds per job of one pass on one thread, as the engine itself takes the time of every node."""
+    with tempfile.TemporaryDirectory() as folder:
+        options = session_options(1)
+        options.enable_profiling = True
+        options.profile_file_prefix = str(Path(folder) / "profile")
+        session = onnxruntime.InferenceSession(artifact, options, providers=PROVIDERS)
+        for _ in range(NUM_CALLS):
+            session.run(None, {"pixels": pixels})
+        events = json.loads(Path(session.end_profiling()).read_text())
+    durations: dict[tuple[str, str], list[float]] = defaultdict(list)
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+            durations[event["name"].removesuffix("_kernel_time"), event["args"]["op_name"]].append(event["dur"])
+    jobs = dict.fromkeys(JOBS, 0.0)
+    for (node, operator), samples in durations.items():
+        jobs[job_of(node, operator)] += float(np.median(samples))
+    return jobs
+
+
+def job_of(node: str, operator: str) -> str:
+    """What a node of the optimized graph is for, by the name that `deploy/onnx.py` gave it."""
+    if operator in {"QuantizeLinear", "DequantizeLinear"}:
+        return "quantize"
+    name = node.removeprefix("fused ").replace("_MatMul", "").replace("_quant", "")
+    for job, names in (("router", ROUTING), ("sort", SORTING), ("move rows", MOVING), ("gate", GATING)):
+        if name in names:
+            return job
+    if name.startswith("expert"):
+        return "experts"
+    return "combine" if name in {"weights_as_row", COMBINE, "mixed"} else "stem and head"

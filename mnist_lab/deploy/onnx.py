@@ -1,0 +1,223 @@
+"""A model -> one ONNX file: standard operators, weights inside, raw pixels in, logits out.
+
+The normalisation is folded into the first layer. The MoE has two layouts with the same logits:
+"sparse" sorts the (image, expert) pairs by expert, as `models/moe.py` does, so that cost grows
+with K; "dense" runs every expert on every image as two large products, and a gate of zeros and
+weights between them keeps the chosen ones. The first computes less, the second moves less.
+
+Shapes: B images, P pixels, D model width, H expert width, O expert output width, E experts, K experts per image,
+N = B·K (image, expert) pairs, n of one expert, C classes. In the graph weights are (inputs, outputs).
+"""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import onnx
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from torch import Tensor, nn
+
+from mnist_lab.data import DataSpec
+from mnist_lab.deploy.artifacts import set_onnx_metadata
+from mnist_lab.files import write_atomically
+from mnist_lab.measure import Array
+from mnist_lab.models import Model
+from mnist_lab.models.ffn import Normalize
+from mnist_lab.models.moe import SparseMoE
+from mnist_lab.runtimes import COMBINE, ROUTER
+
+OPSET = 17
+IR_VERSION = 8  # the oldest that has this opset: older runtimes can read the file
+Layout = Literal["sparse", "dense"]
+
+
+def write_onnx(model: Model, path: Path, metadata: Mapping[str, Any], *, layout: Layout = "sparse") -> None:
+    """Write the graph of `build_onnx` with `metadata` (anything JSON can hold) to `path`.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    proto = build_onnx(model, layout=layout)
+    set_onnx_metadata(proto, metadata)
+    write_atomically(path, lambda temporary: onnx.save(proto, temporary))
+
+
+def build_onnx(model: Model, *, layout: Layout = "sparse") -> onnx.ModelProto:
+    """`model` as an ONNX model: float32 `pixels` (batch, 1, height, width) -> `logits` (batch, C).
+
+    BF16 weights are stored in BF16 and cast where they are used; an engine that is told to compute in BF16 drops the
+    casts.
+
+    Args:
+        layout: of the MoE; a dense model has only one.
+    """
+    graph = _Graph(model.config.data)
+    graph.add("Flatten", ["pixels"], "flat_pixels")  # (B, P)
+    if isinstance(model, SparseMoE):
+        _add_moe(graph, model, "flat_pixels", layout)
+    else:
+        layers = _layers(model.layers)
+        layers[0] = _fold_normalization(model.normalize, layers[0])
+        _add_layers(graph, "fc", layers, "flat_pixels")
+    return graph.to_model()
+
+
+class _Layer(NamedTuple):
+    """A linear layer's arrays, and the precision that they are stored in."""
+
+    weight: Array  # (inputs, outputs)
+    bias: Array  # (outputs,)
+    dtype: torch.dtype
+
+
+class _Graph:
+    """Nodes and initializers in the making. A node is named after its (first) output."""
+
+    def __init__(self, data: DataSpec) -> None:
+        self.data = data
+        self.nodes: list[onnx.NodeProto] = []
+        self.initializers: list[onnx.TensorProto] = []
+
+    def add(self, operator: str, inputs: list[str], *outputs: str, **attributes: Any) -> str:
+        self.nodes.append(helper.make_node(operator, inputs, outputs, name=outputs[0], **attributes))
+        return outputs[0]
+
+    def constant(self, name: str, value: Array | int | list[int]) -> str:
+        array = value if isinstance(value, np.ndarray) else np.array(value, np.int64)
+        self.initializers.append(numpy_helper.from_array(array, name))
+        return name
+
+    def weight(self, name: str, value: Array, dtype: torch.dtype) -> str:
+        if dtype != torch.bfloat16:
+            return self.constant(name, value)
+        stored = torch.from_numpy(value).bfloat16().view(torch.uint8).numpy().tobytes()
+        self.initializers.append(
+            helper.make_tensor(f"{name}.bf16", TensorProto.BFLOAT16, value.shape, stored, raw=True)
+        )
+        return self.add("Cast", [f"{name}.bf16"], name, to=TensorProto.FLOAT)
+
+    def gemm(self, name: str, rows: str, layer: _Layer) -> str:
+        weight = self.weight(f"{name}.weight", layer.weight, layer.dtype)
+        return self.add("Gemm", [rows, weight, self.weight(f"{name}.bias", layer.bias, layer.dtype)], name)
+
+    def to_model(self) -> onnx.ModelProto:
+        image_shape: list[str | int | None] = ["batch", 1, *self.data.image_size]
+        pixels = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, image_shape)
+        logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", self.data.num_classes])
+        graph = helper.make_graph(self.nodes, "mnist_lab", [pixels], [logits], self.initializers)
+        model = helper.make_model(
+            graph,
+            producer_name="mnist_lab",
+            ir_version=IR_VERSION,
+            opset_imports=[helper.make_opsetid("", OPSET)],
+        )
+        onnx.checker.check_model(model)
+        return model
+
+
+def _add_layers(graph: _Graph, name: str, layers: list[_Layer], rows: str) -> str:
+    """Gemm layers with ReLU between them; the last one gives the logits."""
+    for index, layer in enumerate(layers[:-1]):
+        rows = graph.add("Relu", [graph.gemm(f"{name}{index}", rows, layer)], f"{name}{index}.relu")  # (B, width)
+    return graph.gemm("logits", rows, layers[-1])  # (B, C)
+
+
+def _add_moe(graph: _Graph, model: SparseMoE, rows: str, layout: Layout) -> str:
+    stem = _fold_normalization(model.normalize, _layers([model.stem])[0])
+    hidden = graph.add("Relu", [graph.gemm("stem", rows, stem)], "hidden")  # (B, D)
+    gate = graph.weight("router.gate", _array(model.router.gate), model.router.gate.dtype)  # (D, E)
+    router_logits = graph.add("MatMul", [hidden, gate], ROUTER)  # (B, E)
+    top_k = graph.constant("top_k", [model.config.routing.top_k])
+    graph.add("TopK", [router_logits, top_k], "top_logits", "top_experts", axis=-1)  # (B, K) each
+    graph.add("Softmax", ["top_logits"], "expert_weights", axis=-1)  # (B, K)
+    mixed = (_add_sparse_experts if layout == "sparse" else _add_dense_experts)(graph, model, hidden)  # (B, O)
+    return _add_layers(graph, "head", _layers(model.head), graph.add("Relu", [mixed], "mixed.relu"))  # (B, C)
+
+
+def _add_sparse_experts(graph: _Graph, model: SparseMoE, hidden: str) -> str:
+    """Sort the pairs by expert, split the rows, one product per expert, put back, weighted sum.
+
+    Pair p is (image p // K, its (p % K)-th expert).
+    """
+    num_experts, top_k = model.config.routing.num_experts, model.config.routing.top_k
+    expert_of_pair = graph.add("Reshape", ["top_experts", graph.constant("vector_shape", [-1])], "expert_of_pair")  # N
+    num_pairs = graph.add("Shape", [expert_of_pair], "num_pairs")  # (1,)
+    ones = graph.add("Expand", [graph.constant("one", [1]), num_pairs], "ones")  # (N,)
+    no_load = graph.constant("no_load", [0] * num_experts)
+    load = graph.add("ScatterElements", [no_load, expert_of_pair, ones], "load", axis=0, reduction="add")  # (E,)
+    graph.add("TopK", [expert_of_pair, num_pairs], "sorted_experts", "order", axis=0, largest=0)  # (N,) each
+    image = graph.add("Div", ["order", graph.constant("k", top_k)], "image")  # (N,)
+    sorted_rows = graph.add("Gather", [hidden, image], "sorted_rows", axis=0)  # (N, D)
+    own_rows = [f"expert{index}.rows" for index in range(num_experts)]
+    graph.add("Split", [sorted_rows, load], *own_rows, axis=0)  # (n, D) each
+    outputs = []
+    for index, rows in enumerate(own_rows):
+        name, (layer_in, layer_out) = f"expert{index}", _expert_layers(model, index)
+        inner = graph.add("Relu", [graph.gemm(f"{name}.in", rows, layer_in)], f"{name}.relu")  # (n, H)
+        outputs.append(graph.gemm(f"{name}.out", inner, layer_out))  # (n, O)
+    sorted_outputs = graph.add("Concat", outputs, "sorted_outputs", axis=0)  # (N, O)
+
+    end = graph.add("Squeeze", [num_pairs], "end")
+    pairs = graph.add("Range", [graph.constant("start", 0), end, graph.constant("step", 1)], "pairs")  # (N,)
+    place = graph.add("ScatterElements", ["order", "order", pairs], "place", axis=0)  # (N,), the inverse permutation
+    place = graph.add("Reshape", [place, graph.constant("by_image_shape", [-1, top_k])], "place_by_image")  # (B, K)
+    by_image = graph.add("Gather", [sorted_outputs, place], "by_image", axis=0)  # (B, K, O)
+    as_row = graph.add(
+        "Unsqueeze", ["expert_weights", graph.constant("middle_axis", [1])], "weights_as_row"
+    )  # (B, 1, K)
+    mixed = graph.add("MatMul", [as_row, by_image], COMBINE)  # (B, 1, O)
+    return graph.add("Reshape", [mixed, graph.constant("mixed_shape", [-1, model.config.output_width])], "mixed")
+
+
+def _add_dense_experts(graph: _Graph, model: SparseMoE, hidden: str) -> str:
+    """Σ g_e·(relu(h·W_e + b_e)·V_e + c_e) as two products over all experts: g is 0 where an expert was not chosen."""
+    num_experts, experts = model.config.routing.num_experts, model.experts
+    no_gates = graph.add("Sub", [ROUTER, ROUTER], "no_gates")  # (B, E)
+    gates = graph.add("ScatterElements", [no_gates, "top_experts", "expert_weights"], "gates", axis=1)  # (B, E)
+    weight_in = _array(experts.weight_in.transpose(0, 1).flatten(1))  # (D, E·H)
+    layer_in = _Layer(weight_in, _array(experts.bias_in.flatten()), experts.weight_in.dtype)
+    inner = graph.add("Relu", [graph.gemm("experts.in", hidden, layer_in)], "experts.relu")  # (B, E·H)
+    by_expert = graph.constant("by_expert_shape", [-1, num_experts, model.config.expert_width])
+    inner = graph.add("Reshape", [inner, by_expert], "by_expert")  # (B, E, H)
+    as_column = graph.add("Unsqueeze", [gates, graph.constant("last_axis", [2])], "gates_as_column")  # (B, E, 1)
+    gated = graph.add("Mul", [inner, as_column], "gated")  # (B, E, H)
+    all_widths = graph.constant("all_widths", [-1, num_experts * model.config.expert_width])
+    gated = graph.add("Reshape", [gated, all_widths], "gated_rows")  # (B, E·H)
+    weight_out = _array(experts.weight_out.flatten(0, 1))  # (E·H, O)
+    weight = graph.weight("experts.out.weight", weight_out, experts.weight_out.dtype)
+    output = graph.add("MatMul", [gated, weight], "experts.out")  # (B, O)
+    bias = graph.weight("experts.out.bias", _array(experts.bias_out), experts.bias_out.dtype)  # (E, O)
+    return graph.add("Add", [output, graph.add("MatMul", [gates, bias], COMBINE)], "mixed")  # (B, O)
+
+
+def _expert_layers(model: SparseMoE, index: int) -> tuple[_Layer, _Layer]:
+    """D -> H and H -> O of one expert."""
+    experts = model.experts
+    return (
+        _Layer(_array(experts.weight_in[index]), _array(experts.bias_in[index]), experts.weight_in.dtype),
+        _Layer(_array(experts.weight_out[index]), _array(experts.bias_out[index]), experts.weight_out.dtype),
+    )
+
+
+def _fold_normalization(normalize: Normalize, layer: _Layer) -> _Layer:
+    """Weights (P, D) for raw pixels: W/std and b − (mean/std)·ΣW, computed in float64."""
+    mean, std = float(normalize.mean), float(normalize.std)
+    exact = layer.weight.astype(np.float64) / std  # (P, D)
+    bias = (layer.bias - mean * exact.sum(axis=0)).astype(np.float32)  # (D,)
+    return _Layer(exact.astype(np.float32), bias, layer.dtype)
+
+
+def _layers(modules: Iterable[nn.Module]) -> list[_Layer]:
+    """The arrays of each linear layer."""
+    return [
+        _Layer(np.ascontiguousarray(_array(module.weight).T), _array(module.bias), module.weight.dtype)
+        for module in modules
+        if isinstance(module, nn.Linear)
+    ]
+
+
+def _array(tensor: Tensor) -> Array:
+    array: Array = tensor.detach().float().cpu().numpy()
+    return array

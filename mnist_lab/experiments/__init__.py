@@ -1,0 +1,1 @@
+"""How a row of the table comes to be."""

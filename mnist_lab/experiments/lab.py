@@ -1,0 +1,65 @@
+"""One data set, preset and recipe, and the two folders that hold what comes of them."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mnist_lab.data import Dataset, Split
+from mnist_lab.experiments.row import departures
+from mnist_lab.files import sha256
+from mnist_lab.models import PRESETS, Preset, PresetName
+from mnist_lab.report.columns import COLUMNS, Column
+from mnist_lab.report.records import CLAIMS_FOLDER
+from mnist_lab.runtimes import RuntimeName
+from mnist_lab.training import Recipe, RecipeName, find_recipe
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Lab:
+    """Where runs happen: all that they share."""
+
+    dataset: Dataset
+    preset_name: PresetName
+    recipe_name: RecipeName
+    recipe: Recipe
+    checkpoints: Path  # …/<dataset>-<preset>-<recipe>
+    results: Path
+    device: str = "cpu"
+    threads: int = 1  # of latency measurements
+    runtimes: tuple[RuntimeName, ...] = ("pytorch", "onnxruntime")  # to measure in, where a row can run there
+    columns: tuple[Column, ...] = COLUMNS
+    _computed: dict[tuple[str, str], Any] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def preset(self) -> Preset:
+        return PRESETS[self.preset_name]
+
+    @property
+    def departures(self) -> str:
+        """How departures from the named recipe show in the names of this lab's models."""
+        return "".join(f"-{part}" for part in departures(self.recipe, find_recipe(self.recipe_name, self.preset_name)))
+
+    @functools.cached_property
+    def test(self) -> Split:
+        """The test split, read from disk once, when the first finished model is measured."""
+        return self.dataset.load_test()
+
+    def once(self, what: str, file: Path, compute: Callable[[], T]) -> T:
+        """What `compute` makes of a file as it is now; for a file that has not changed it is not computed again."""
+        key = what, sha256(file)
+        if key not in self._computed:
+            self._computed[key] = compute()
+        found: T = self._computed[key]
+        return found
+
+    def for_claims(self) -> "Lab":
+        """The same models, with records in a folder below, so that those which only claims compare stay apart."""
+        return replace(self, results=self.results / CLAIMS_FOLDER)
+
+    def file(self, run_name: str, extension: str) -> Path:
+        """A model's file of one kind, by `<model>-seed<k>`."""
+        return self.checkpoints / f"{run_name}.{extension}"

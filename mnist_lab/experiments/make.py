@@ -1,0 +1,138 @@
+"""The whole story of a row: its parents, its weights, its files, its figures."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from mnist_lab.errors import RunFailed
+from mnist_lab.experiments.measure_run import find_known, measure_run
+from mnist_lab.experiments.run import Run
+from mnist_lab.experiments.technique import Proof, Work
+from mnist_lab.files import write_atomically
+from mnist_lab.machine import package_versions
+from mnist_lab.models import Model
+from mnist_lab.models.checkpoints import save_checkpoint
+from mnist_lab.report.records import Record
+from mnist_lab.runtimes import EXTENSIONS
+
+
+class Produced(NamedTuple):
+    """What a run's files were written of, and what proves it."""
+
+    model: Model
+    proof: Proof
+    seconds: float
+
+
+def make(run: Run) -> Record:
+    """Make a run anew, and the parents that it lacks; measure it, and keep its record.
+
+    Raises:
+        UserError: a file in its place is not its own, or broken; a folder cannot be written.
+        RunFailed: training diverged, or the technique took no effect. Files of before stay.
+    """
+    made = produce(run)
+    ensure_files(run, made.model)
+    seconds = made.seconds if run.row.step is not None else None
+    return measure_run(run, model=made.model, proof=made.proof, train_seconds=seconds)
+
+
+def load_or_make(run: Run) -> Record:
+    """Take what is on disk where it is up to date; make or measure the rest."""
+    return make(run) if run.why_stale() else load_or_measure(run)
+
+
+def load_or_measure(run: Run) -> Record:
+    """The record of a finished run, measured anew where it is missing, lacks a figure, or is not of these files."""
+    ensure_files(run)
+    record = find_known(run)
+    if record is not None and record.measurements.keys() >= set(run.runtimes):
+        return record
+    return measure_run(run, known=record)
+
+
+def ensure_weights(run: Run) -> None:
+    """See that a run's own file is there and up to date, without measuring it."""
+    if run.why_stale():
+        produce(run)
+
+
+def produce(run: Run) -> Produced:
+    """Write a run's own file from parents that are up to date."""
+    run.why_stale()  # refuses to overwrite what is not this run's
+    for parent in run.parents.values():
+        ensure_weights(parent)
+    work, start = run.work(**run.load_parents()), time.perf_counter()
+    if run.row.step is None:
+        assert work.source is not None
+        return Produced(work.source, write_form(run, run.output, work.source, work), time.perf_counter() - start)
+    made = run.row.step.make(work)
+    if run.row.source is not None and _same_weights(made.model, run.parents["source"].load()):
+        raise RunFailed(f"{run.name}: the technique changed none of {run.parents['source'].model}'s weights")
+    outcome = {
+        "train_threads": torch.get_num_threads(),
+        "device": run.lab.device,
+        "curves": [asdict(epoch) for epoch in made.curves],
+        "proof": made.proof,
+        "versions": package_versions(),
+    }
+    save_checkpoint(run.output, made.model, run.metadata(run.output) | outcome)
+    return Produced(made.model, made.proof, time.perf_counter() - start)
+
+
+def ensure_files(run: Run, model: Model | None = None) -> None:
+    """See that what derives from a run's weights is there and up to date: the artifact, and what its runtimes load.
+
+    The same for its original, which it is compared with.
+
+    Args:
+        model: that the run's files are written from, where it is loaded already.
+    """
+    extensions = dict.fromkeys(["onnx", *(EXTENSIONS[runtime] for runtime in run.runtimes)])
+    files = [run.file(extension) for extension in extensions]
+    for file in files:
+        if file != run.output and run.is_due(file):
+            model = model or run.weights.load()
+            write_form(run, file, model, run.work())
+    if run.original != run:
+        ensure_files(run.original)
+
+
+def write_form(run: Run, file: Path, model: Model, work: Work) -> Proof:
+    """Write one of a run's files, and prove what it is before it takes its place."""
+    proofs: list[Proof] = []
+
+    def write(temporary: Path) -> None:
+        run.row.form.write(model, temporary, work, run.metadata(file))
+        proofs.append(run.row.form.prove(model, temporary))
+
+    write_atomically(file, write)
+    return proofs[0]
+
+
+def _same_weights(model: Model, source: Model) -> bool:
+    ours, theirs = model.state_dict(), source.state_dict()
+    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def make_all(runs: Sequence[Run], make_one: Callable[[Run], Record]) -> list[Record]:
+    """Every run by `make` or `load_or_make`, with a line for each."""
+    records: list[Record] = []
+    start, costs = time.perf_counter(), [_cost(run) for run in runs]
+    for number, run in enumerate(runs, start=1):
+        record = make_one(run)
+        records.append(record)
+        elapsed = time.perf_counter() - start
+        left = elapsed * sum(costs[number:]) / sum(costs[:number])
+        progress = f"[{number}/{len(runs)}, {elapsed:.0f} s, about {left:.0f} s left]"
+        print(f"{progress} {record.run_name}: validation accuracy {record.validation_acc:.2%}", flush=True)
+    return records
+
+
+def _cost(run: Run) -> float:
+    """What a run takes, in epochs of the dense FFN: to measure it as much as one, to train it that of its step."""
+    return 1 + (run.row.step.cost * run.lab.recipe.epochs if run.row.step is not None else 0)

@@ -1,0 +1,244 @@
+"""Every figure of a finished run but its latency: quality and size in each runtime, kept as a record."""
+
+import os
+from dataclasses import asdict
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from mnist_lab import measure
+from mnist_lab.data import Split
+from mnist_lab.deploy.artifacts import artifact_bytes, read_onnx_metadata
+from mnist_lab.deploy.inside import choose_experts
+from mnist_lab.experiments.run import Run, read_file_metadata
+from mnist_lab.experiments.technique import Proof
+from mnist_lab.files import sha256
+from mnist_lab.machine import describe_machine, package_versions
+from mnist_lab.models import Model, count_parameters, parameter_bytes
+from mnist_lab.models.checkpoints import load_checkpoint
+from mnist_lab.models.moe import SparseMoE, without_expert
+from mnist_lab.report.records import Measurement, Record, is_lacking, load_record, save_predictions, save_record
+from mnist_lab.runtimes import EXTENSIONS, RUNTIMES, RuntimeName, Session, open_session
+from mnist_lab.runtimes.pytorch import PyTorchSession
+from mnist_lab.training import torch_predictor
+
+
+def measure_run(
+    run: Run,
+    *,
+    model: Model | None = None,
+    proof: Proof | None = None,
+    train_seconds: float | None = None,
+    known: Record | None = None,
+) -> Record:
+    """Accuracy, loss, calibration and size of a finished run in each runtime asked for. Keeps the record.
+
+    Args:
+        model: that the run's files were written from, and
+        proof: what they were proved to be, where both are at hand.
+        known: a record of these very files, whose measurements are not made again.
+
+    Raises:
+        WrongPrecision: a runtime does not run the model in its precision.
+    """
+    model = model or run.weights.load()
+    metadata = read_file_metadata(run.output)
+    if proof is None:
+        proof = run.row.form.prove(model, run.output) if run.row.step is None else metadata["proof"]
+    own = run.row.form.runtimes[0]
+    asked = [runtime for runtime in run.runtimes if known is None or runtime not in known.measurements]
+    sessions = {runtime: _open(run, runtime) for runtime in dict.fromkeys([own, *asked])}
+    validation_pixels, validation_labels = run.lab.dataset.validation.numpy()
+    validation_logits = measure.predict(sessions[own].predict, validation_pixels)
+    test_pixels, test_labels = run.lab.test.numpy()
+    logits_in = {runtime: measure.predict(session.predict, test_pixels) for runtime, session in sessions.items()}
+    test_logits = logits_in[own]
+    reference = _reference_logits(run, test_logits)
+    measurements = {} if known is None else dict(known.measurements)
+    for runtime in asked:
+        measurements[runtime] = _measure_quality(run, runtime, sessions[runtime], logits_in[runtime], reference)
+    params_total, params_active = count_parameters(model)
+    is_trained_moe = isinstance(model, SparseMoE) and run.row.step is not None
+    record = Record(
+        family=run.row.family,
+        row=run.row.name,
+        departures=run.lab.departures,
+        technique=run.row.technique,
+        precision=run.row.form.precision,
+        dataset=run.lab.dataset.name,
+        preset=run.lab.preset_name,
+        recipe=run.lab.recipe_name,
+        seed=run.seed,
+        config=metadata["config"],
+        architecture=asdict(model.config),
+        parents=metadata["parents"],
+        original=run.original.model,
+        checkpoint={"file": run.output.name, "sha256": sha256(run.output)},
+        artifact={"file": run.artifact.name, "sha256": sha256(run.artifact)},
+        params_total=params_total,
+        params_active=params_active,
+        validation_acc=measure.accuracy(validation_logits, validation_labels),
+        validation_loss=measure.cross_entropy(validation_logits, validation_labels),
+        train_seconds=known.train_seconds if known is not None else train_seconds,
+        train_threads=metadata.get("train_threads"),
+        curves=metadata.get("curves", []),
+        machine=describe_machine(),
+        versions=package_versions(),
+        measurements=measurements,
+        expert_by_class=_expert_by_class(model, run.lab.test) if is_trained_moe else None,
+        layout=read_onnx_metadata(run.artifact).get("layout"),
+        proof=proof,
+        scaled=_scale_temperature(validation_logits, validation_labels, test_logits, test_labels),
+        acc_without_expert=_acc_without_expert(model, run.lab.test) if is_trained_moe else None,
+        routes_changed=_routes_changed(run, model),
+        figures={column.name: column.measure(model) for column in run.lab.columns if column.measure is not None},
+    )
+    save_predictions(run.lab.results, record.run_name, test_logits, test_labels)
+    save_record(run.lab.results, record)
+    return record
+
+
+def find_known(run: Run) -> Record | None:
+    """The record of these very files, made on this machine with these libraries and lacking no figure of the run's.
+
+    Measurements of other files, or that lack a figure, are left out of it.
+    """
+    record = load_record(run.record) if run.record.exists() else None
+    if (
+        record is None
+        or is_lacking(record)
+        or any(column.measure is not None and column.name not in record.figures for column in run.lab.columns)
+        or record.checkpoint["sha256"] != sha256(run.output)
+        or record.artifact["sha256"] != sha256(run.artifact)
+        or record.machine != describe_machine()
+        or record.versions != package_versions()
+    ):
+        return None
+    for runtime in RUNTIMES:
+        file = run.file(EXTENSIONS[runtime])
+        measurement = record.measurements.get(runtime)
+        if measurement is None:
+            continue
+        if is_lacking(measurement) or not file.is_file() or measurement.file["sha256"] != sha256(file):
+            del record.measurements[runtime]
+    return record
+
+
+def _open(run: Run, runtime: RuntimeName) -> Session:
+    file = run.file(EXTENSIONS[runtime])
+    return open_session(runtime, file, precision=run.row.form.precision, threads=os.cpu_count() or 1)
+
+
+def _reference_logits(run: Run, own_logits: measure.Array) -> measure.Array:
+    """What the original says of the test images, in PyTorch."""
+    original = run.original
+
+    def predict() -> measure.Array:
+        if original == run:
+            return own_logits
+        return measure.predict(PyTorchSession(original.output).predict, run.lab.test.numpy()[0])
+
+    return run.lab.once("test logits", original.output, predict)
+
+
+def _stored_bytes(file: Path) -> int:
+    """Bytes of the parameters in a file, as inference needs them."""
+    if file.suffix == ".onnx":
+        return artifact_bytes(file)
+    if file.suffix == ".pt2":
+        from mnist_lab.runtimes.torchao import program_bytes
+
+        return program_bytes(file)
+    return parameter_bytes(load_checkpoint(file).model)
+
+
+def _measure_quality(
+    run: Run, runtime: RuntimeName, session: Session, test_logits: measure.Array, reference: measure.Array
+) -> Measurement:
+    file = run.file(EXTENSIONS[runtime])
+    train_pixels, train_labels = run.lab.dataset.train.numpy()
+    train_logits = measure.predict(session.predict, train_pixels)
+    test = measure.quality(test_logits, run.lab.test.numpy()[1])
+    return Measurement(
+        version=session.version,
+        file={"file": file.name, "sha256": sha256(file)},
+        test_acc=test.acc,
+        test_loss=test.loss,
+        test_ece=test.ece,
+        test_brier=test.brier,
+        train_acc=measure.accuracy(train_logits, train_labels),
+        train_loss=measure.cross_entropy(train_logits, train_labels),
+        size_mib=_stored_bytes(file) / measure.MIB,
+        file_mb=file.stat().st_size / 1e6,
+        same_class=float((test_logits.argmax(axis=1) == reference.argmax(axis=1)).mean()),
+        largest_gap=float(np.abs(test_logits - reference).max()),
+        bins=asdict(test.bins),
+        confusion=test.confusion,
+    )
+
+
+def _expert_by_class(model: Model, split: Split) -> list[list[float]]:
+    """Share of each class's (image, expert) pairs that go to each expert: [class][expert]."""
+    assert isinstance(model, SparseMoE)
+    with torch.inference_mode():
+        experts_NK = torch.cat(
+            [model.routed(pixels).experts for pixels in split.pixels.split(measure.EVALUATION_BATCH)]
+        )
+    num_experts, num_classes = model.config.routing.num_experts, model.config.data.num_classes
+    pair_class = split.labels.repeat_interleave(experts_NK.shape[1])
+    counts = torch.bincount(pair_class * num_experts + experts_NK.flatten(), minlength=num_classes * num_experts)
+    by_class = counts.view(num_classes, num_experts).double()
+    shares: list[list[float]] = (by_class / by_class.sum(dim=1, keepdim=True).clamp(min=1)).tolist()
+    return shares
+
+
+def _acc_without_expert(model: Model, split: Split) -> list[list[float]] | None:
+    """Accuracy on each class with one expert closed: [expert][class]; None where there is only one."""
+    assert isinstance(model, SparseMoE)
+    num_experts, num_classes = model.config.routing.num_experts, model.config.data.num_classes
+    if num_experts == 1:
+        return None
+    pixels, labels = split.numpy()
+    images = np.maximum(np.bincount(labels, minlength=num_classes), 1)
+    table = []
+    for expert in range(num_experts):
+        logits = measure.predict(torch_predictor(without_expert(model, expert)), pixels)
+        right = labels[logits.argmax(axis=1) == labels]
+        table.append((np.bincount(right, minlength=num_classes) / images).tolist())
+    return table
+
+
+def _routes_changed(run: Run, model: Model) -> float | None:
+    """Share of test images that the artifact sends to other experts than the original's does.
+
+    None where that says nothing: of an original, of a model without experts or with other ones, and of a form that
+    ONNX Runtime, which is looked into, does not run.
+    """
+    original = run.original
+    if original == run or not isinstance(model, SparseMoE) or "onnxruntime" not in run.row.form.runtimes:
+        return None
+    before, after = (
+        run.lab.once("test routes", file, partial(choose_experts, file, run.lab.test.numpy()[0]))
+        for file in (original.artifact, run.artifact)
+    )
+    if before.shape != after.shape:
+        return None
+    return float((before != after).any(axis=1).mean())
+
+
+def _scale_temperature(
+    validation_logits: measure.Array, validation_labels: measure.Labels, logits: measure.Array, labels: measure.Labels
+) -> dict[str, Any]:
+    """Calibration on the test split after one temperature, fitted on validation, has divided the logits."""
+    temperature = measure.fit_temperature(validation_logits, validation_labels)
+    test = measure.quality(logits / np.float32(temperature), labels)
+    return {
+        "temperature": temperature,
+        "test_loss": test.loss,
+        "test_ece": test.ece,
+        "test_brier": test.brier,
+        "bins": asdict(test.bins),
+    }

@@ -1,0 +1,69 @@
+"""The rows of the table, in its order."""
+
+from collections.abc import Iterable
+
+from mnist_lab.compress.bfloat16 import BFloat16
+from mnist_lab.compress.distill import Distil, DistillationConfig
+from mnist_lab.compress.int8 import DynamicInt8, StaticInt8
+from mnist_lab.compress.train import TrainFFN, TrainMoE
+from mnist_lab.experiments.row import Row
+from mnist_lab.models.moe import RoutingConfig
+from mnist_lab.report.records import BASELINE, CONTROL
+
+FFN = Row(BASELINE, TrainFFN())
+STUDENT_WITHOUT_TEACHER = Row(CONTROL, TrainFFN("student"))
+
+
+def sparse_moe(routing: RoutingConfig = RoutingConfig()) -> Row:
+    """The noisy top-K mixture of experts."""
+    return Row("Sparse_MoE", TrainMoE(routing))
+
+
+MOE = sparse_moe()
+
+
+def student(teacher: Row = MOE, distillation: DistillationConfig = DistillationConfig()) -> Row:
+    """The small FFN, taught by the MoE or the baseline."""
+    family = "KD_FFN_Student" if teacher.family == MOE.family else "KD_FFN_Student_from_FFN"
+    return Row(family, Distil(distillation), teacher=teacher)
+
+
+STUDENT = student()
+
+
+def static_int8(source: Row, form: StaticInt8 = StaticInt8()) -> Row:
+    """A trained row in INT8, calibrated on training images."""
+    family = {FFN.family: "FFN_PTQ_INT8", MOE.family: "Sparse_MoE_PTQ"}.get(source.family, f"{source.family}_INT8")
+    return Row(family, source=source, form=form)
+
+
+def dynamic_int8(source: Row) -> Row:
+    """A trained row in INT8 without calibration: for the MoE the usual form, for the others a variant of the static."""
+    if source.family == MOE.family:
+        return Row("Sparse_MoE_INT8", source=source, form=DynamicInt8())
+    return Row(static_int8(source).family, source=source, form=DynamicInt8(), variant="dynamic")
+
+
+def bfloat16(source: Row) -> Row:
+    """A trained row in BF16."""
+    return Row({FFN.family: "FFN_BF16"}.get(source.family, f"{source.family}_BF16"), source=source, form=BFloat16())
+
+
+MODELS = (
+    FFN,
+    static_int8(FFN),
+    MOE,
+    dynamic_int8(MOE),
+    static_int8(MOE),
+    STUDENT,
+    student(FFN),
+    STUDENT_WITHOUT_TEACHER,
+    static_int8(STUDENT),
+)
+BFLOAT16 = (bfloat16(FFN), bfloat16(MOE))  # for a CPU that has it
+TABLE = (*MODELS, *BFLOAT16)
+
+
+def families(rows: Iterable[Row]) -> tuple[str, ...]:
+    """The table's order: each family stands where its first row does."""
+    return tuple(dict.fromkeys(row.family for row in rows))

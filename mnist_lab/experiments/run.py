@@ -1,0 +1,179 @@
+"""A row for one seed: its files, whose they are, what they depend on, and whether they are up to date."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mnist_lab.deploy.artifacts import read_onnx_metadata
+from mnist_lab.errors import UserError
+from mnist_lab.experiments.lab import Lab
+from mnist_lab.experiments.row import Row, describe
+from mnist_lab.experiments.technique import Work
+from mnist_lab.files import sha256
+from mnist_lab.models import Model
+from mnist_lab.models.checkpoints import load_checkpoint, read_metadata
+from mnist_lab.report.records import record_path
+from mnist_lab.runtimes import RuntimeName
+
+
+@dataclass(frozen=True)
+class Run:
+    """One row of one lab for one seed."""
+
+    lab: Lab
+    row: Row
+    seed: int
+
+    @property
+    def model(self) -> str:
+        """The row's name, and this lab's departures from the recipe."""
+        return self.row.name + self.lab.departures
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}-seed{self.seed}"
+
+    def file(self, extension: str) -> Path:
+        return self.lab.file(self.name, extension)
+
+    @property
+    def output(self) -> Path:
+        """The file that is made first, and that others derive from."""
+        return self.file(self.row.extension)
+
+    @property
+    def artifact(self) -> Path:
+        """The file to deploy."""
+        return self.file("onnx")
+
+    @property
+    def record(self) -> Path:
+        return record_path(self.lab.results, self.name)
+
+    @property
+    def runtimes(self) -> list[RuntimeName]:
+        """Where it is measured: where it was asked for, or if it runs in none of those, in its own first runtime."""
+        own = self.row.form.runtimes
+        return [runtime for runtime in own if runtime in self.lab.runtimes] or [own[0]]
+
+    @property
+    def parents(self) -> dict[str, "Run"]:
+        """The runs that must be there first, by role."""
+        return {role: Run(self.lab, row, self.seed) for role, row in self.row.parents.items()}
+
+    @property
+    def original(self) -> "Run":
+        """The first run of the chain of sources."""
+        return Run(self.lab, self.row.original, self.seed)
+
+    @property
+    def weights(self) -> "Run":
+        """The run whose checkpoint this one's files are written from: its own, or for a form its source."""
+        return self if self.row.step is not None else self.parents["source"]
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Every setting that the row's file depends on, as JSON gives it back."""
+        settings: dict[str, Any] = {"step": describe(self.row.step), "form": describe(self.row.form)}
+        if self.row.step is not None:
+            settings |= {
+                "recipe": asdict(self.lab.recipe),
+                "preset": asdict(self.lab.preset),
+                "data": asdict(self.lab.dataset.spec),
+            }
+        decoded: dict[str, Any] = json.loads(json.dumps(settings))
+        return decoded
+
+    @property
+    def owner(self) -> dict[str, Any]:
+        """What each of its files says of whose it is."""
+        return {
+            "model": self.model,
+            "dataset": self.lab.dataset.name,
+            "preset": self.lab.preset_name,
+            "recipe": self.lab.recipe_name,
+            "seed": self.seed,
+        }
+
+    def lineage(self) -> dict[str, dict[str, str]]:
+        """What was made of which files, by role: model, file name, SHA-256."""
+        return {
+            role: {"model": parent.model, "file": parent.output.name, "sha256": sha256(parent.output)}
+            for role, parent in self.parents.items()
+        }
+
+    def metadata(self, file: Path) -> dict[str, Any]:
+        """What one of its files says of itself, when it is up to date."""
+        says = self.owner | {"config": self.settings}
+        if file == self.output:
+            return says | {"parents": self.lineage()}
+        return says | {"made_from": sha256(self.weights.output)}
+
+    def why_stale(self) -> str | None:
+        """Why the run's own file must be made anew: "missing", or "stale: …"; None where it is up to date.
+
+        Raises:
+            UserError: a file is broken, or belongs to another model, preset, recipe or data set: none is overwritten.
+        """
+        for file in {self.artifact, self.output}:
+            if file.exists():
+                self.check_owner(file)
+        if not self.output.exists():
+            return "missing"
+        found = read_file_metadata(self.output)
+        for role, parent in self.parents.items():
+            if reason := parent.why_stale():
+                return f"stale: {parent.model} is {reason}"
+            if found.get("parents", {}).get(role, {}).get("sha256") != sha256(parent.output):
+                return f"stale: {parent.model} has changed since"
+        return None if found.get("config") == self.settings else "stale: made with other settings"
+
+    def is_due(self, file: Path) -> bool:
+        """Whether one of the files that derive from the run's weights is missing or not of these.
+
+        Raises:
+            UserError: as `why_stale`.
+        """
+        if not file.exists():
+            return True
+        self.check_owner(file)
+        return not read_file_metadata(file).items() >= self.metadata(file).items()
+
+    def check_owner(self, file: Path) -> None:
+        """Raise UserError where a file lies in the place of another model, preset, recipe, data set or seed."""
+        found = read_file_metadata(file)
+        for key, expected in self.owner.items():
+            if found.get(key) != expected:
+                raise UserError(
+                    f"{file} belongs to {key} {found.get(key)}, not {expected}. "
+                    "Move it away, or name another folder with --checkpoints."
+                )
+
+    def load(self) -> Model:
+        """The model in the run's own checkpoint."""
+        return load_checkpoint(self.output).model
+
+    def load_parents(self) -> dict[str, Model]:
+        """The models that its technique starts from, by role."""
+        return {role: parent.load() for role, parent in self.parents.items()}
+
+    def work(self, **parents: Model) -> Work:
+        """What its technique may see."""
+        lab = self.lab
+        return Work(lab.dataset, lab.preset, lab.recipe, self.seed, lab.device, self.model, **parents)
+
+
+def read_file_metadata(file: Path) -> dict[str, Any]:
+    """What a file of any kind says of itself.
+
+    Raises:
+        UserError: it is broken, or not this suite's.
+    """
+    if file.suffix == ".safetensors":
+        return read_metadata(file)
+    if file.suffix == ".onnx":
+        return read_onnx_metadata(file)
+    from mnist_lab.runtimes.torchao import read_program_metadata
+
+    return read_program_metadata(file)

@@ -1,0 +1,112 @@
+"""What a technique is: a step makes weights, a form puts weights into another kind of file.
+
+A technique is one frozen dataclass beside its formula, in `mnist_lab/compress/`, and one line in `rows.py`. Its fields
+are all the settings that there are: a file is stale when they change, and a row is named after those that depart from
+their defaults, by the field's name or the `tag` in its metadata (`None` names nothing).
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from mnist_lab.data import Dataset, calibration_pixels
+from mnist_lab.measure import TABLE_BATCHES, Array
+from mnist_lab.models import Model, ModelConfig, Preset, build_model
+from mnist_lab.runtimes import Precision, RuntimeName
+from mnist_lab.training import EpochMetrics, Objective, Recipe, fit, supervised_loss
+
+# What a technique did or an engine executes, as JSON can hold it; "text" says it in a line.
+Proof = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Work:
+    """All that a technique may see: no paths, no folders."""
+
+    dataset: Dataset
+    preset: Preset
+    recipe: Recipe
+    seed: int
+    device: str
+    name: str
+    source: Model | None = None  # whose weights it starts from; its own copy
+    teacher: Model | None = None  # whom it learns from
+
+    def build(self, config: ModelConfig) -> Model:
+        """A freshly initialised model, of this seed."""
+        with torch.random.fork_rng():
+            torch.manual_seed(self.seed)
+            return build_model(config)
+
+    def fit(
+        self, model: torch.nn.Module, objective: Objective = supervised_loss, *, budget: float = 1.0
+    ) -> list[EpochMetrics]:
+        """Train `model` in place for that share of the recipe's epochs, at least one; the learning curves."""
+        recipe = replace(self.recipe, epochs=max(1, round(budget * self.recipe.epochs)))
+        name = f"{self.name} seed {self.seed}"
+        return fit(model, self.dataset, recipe, seed=self.seed, objective=objective, device=self.device, name=name)
+
+    def calibration(self, num_images: int) -> Tensor:
+        """Training pixels (N, 1, height, width) of this seed.
+
+        Raises:
+            UserError: there are fewer.
+        """
+        return calibration_pixels(self.dataset.train, num_images, seed=self.seed)
+
+    @property
+    def images_to_time(self) -> Array:
+        """Training pixels, as many as the table's largest batch."""
+        return self.dataset.train.numpy()[0][: max(TABLE_BATCHES)]
+
+
+class Made(NamedTuple):
+    """What a step made: a plain model, with masks, adapters and the like folded in."""
+
+    model: Model
+    curves: list[EpochMetrics]
+    proof: Proof
+
+
+class Step(Protocol):
+    """Makes weights: trains them, or changes its source's."""
+
+    label: ClassVar[str]  # in the table's technique, which joins the labels along the chain; empty for none
+    cost: ClassVar[float]  # of an epoch, as a multiple of the dense FFN's: by it the time left is told
+
+    def make(self, work: Work) -> Made:
+        """A model from scratch, from `work.source` or from `work.teacher`.
+
+        Raises:
+            RunFailed: the technique took no effect, or the training diverged.
+        """
+
+
+class Form(Protocol):
+    """Puts a model's weights into another kind of file."""
+
+    label: ClassVar[str]
+    precision: ClassVar[Precision]
+
+    @property
+    def runtimes(self) -> tuple[RuntimeName, ...]:
+        """That can run it. What the first of them loads is the row's own file; the others' files derive from it."""
+
+    def write(self, model: Model, file: Path, work: Work, metadata: Mapping[str, Any]) -> None:
+        """Write what runtimes load of files with this ending (.safetensors, .onnx, .pt2).
+
+        Args:
+            model: in FP32; not to be changed.
+            metadata: that the file must carry, anything JSON can hold.
+        """
+
+    def prove(self, model: Model, file: Path) -> Proof:
+        """What this machine executes of a file that `write` wrote of `model`.
+
+        Raises:
+            WrongPrecision: not what the form promises.
+        """

@@ -1,0 +1,1 @@
+"""Records, the table, and the figures: from records alone, without torch."""

@@ -1,0 +1,102 @@
+"""The columns of the table: each a name, how to read it from the records, and where it shows. No torch here.
+
+A metric is one `Column`: table, CSV, Markdown, bars and radar follow from it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from mnist_lab.measure import TABLE_BATCHES
+from mnist_lab.report.records import Measurement, Record
+from mnist_lab.report.statistics import confidence_interval
+
+Reading = Callable[[Record, Measurement], Any]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """How a column shows in the figures that compare models: as a cost, of which less is better."""
+
+    label: str  # of its bars, with unit
+    spoke: str = ""  # its name on the radar; empty where it has none
+    of: Callable[[float], float] = float  # the cost, of the column's value
+
+
+@dataclass(frozen=True)
+class Column:
+    """One column. What it reads may be None: not measured, and blank."""
+
+    name: str
+    read: Reading  # of one seed's record, and its measurement in the row's runtime
+    over_seeds: Callable[[Sequence[Any]], Any] = lambda values: values[0]  # of all that was read; lowest seed first
+    format: str = ""  # of a cell in Markdown
+    cost: Cost | None = None
+    measure: Callable[[Any], float] | None = None  # of the model (FFN | SparseMoE); kept in the record's `figures`
+
+    @property
+    def is_mean(self) -> bool:
+        """Whether its value is a mean over seeds, and so has an interval."""
+        return self.over_seeds is mean
+
+
+def mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
+def figure(name: str, measure: Callable[[Any], float], *, format: str = ".4f", cost: Cost | None = None) -> Column:  # noqa: A002
+    """A metric of the model itself, that the suite does not know otherwise: its mean over seeds."""
+    return Column(name, lambda record, _: record.figures.get(name), mean, format, cost, measure)
+
+
+def latency(batch: int) -> Column:
+    """Median milliseconds for a batch, of the first seed."""
+
+    def read(_: Record, measurement: Measurement) -> float | None:
+        return measurement.latency_ms.get(str(batch), {}).get("median_ms")
+
+    cost = Cost(f"latency of a batch of {batch} (ms)", f"batch {batch}")
+    return Column(f"latency_ms_b{batch}", read, format=".3f", cost=cost)
+
+
+def _as_percent(value: float) -> float:
+    return 100 * value
+
+
+ACCURACY = Column(
+    "test_acc",
+    lambda _, m: m.test_acc,
+    mean,
+    ".4f",
+    Cost("test error (%)", "test error", lambda accuracy: 100 * (1 - accuracy)),
+)
+LATENCIES = tuple(latency(batch) for batch in TABLE_BATCHES)
+COLUMNS = (
+    Column("model", lambda r, _: r.model),
+    Column("technique", lambda r, _: r.technique),
+    Column("precision", lambda r, _: r.precision),
+    Column("runtime", lambda r, m: next(name for name, own in r.measurements.items() if own is m)),
+    Column("seeds", lambda r, _: r.seed, len, "d"),
+    ACCURACY,
+    replace(ACCURACY, name="test_acc_ci95", over_seeds=confidence_interval, cost=None),
+    Column("train_acc", lambda _, m: m.train_acc, mean, ".4f"),
+    Column("train_loss", lambda _, m: m.train_loss, mean, ".4f"),
+    Column("test_loss", lambda _, m: m.test_loss, mean, ".4f"),
+    Column(
+        "ece",
+        lambda _, m: m.test_ece,
+        mean,
+        ".4f",
+        Cost("expected calibration error (%)", "calibration\nerror", _as_percent),
+    ),
+    Column("params_total", lambda r, _: r.params_total, format=",d"),
+    Column(
+        "params_active", lambda r, _: r.params_active, format=",d", cost=Cost("active parameters", "active\nparameters")
+    ),
+    Column("size_mib", lambda _, m: m.size_mib, format=".3f"),
+    Column("file_mb", lambda _, m: m.file_mb, format=".3f", cost=Cost("deployed file (MB = 10⁶ bytes)", "file")),
+    *LATENCIES,
+    Column("threads", lambda _, m: m.threads, format=".0f"),
+)

@@ -1,0 +1,121 @@
+"""The table as text and files: CSV, Markdown, and what fits a screen. No torch here."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import pandas as pd
+from tabulate import tabulate
+
+from mnist_lab.files import write_atomically
+from mnist_lab.measure import TABLE_BATCHES
+from mnist_lab.report.columns import COLUMNS, Column
+from mnist_lab.report.table import compare, find_fastest
+
+Style = Literal["simple", "github"]
+TEXT_COLUMNS = {"model", "technique", "precision", "runtime", *(f"fastest b{batch}" for batch in TABLE_BATCHES)}
+SUMMARY_LEGEND = (
+    "acc: test accuracy in %, ± 95 % interval over seeds; ms b64: median milliseconds for a batch of 64; "
+    "x orig: speed-up at batch 64 over the row's original, the first model of its chain, in the same runtime."
+)
+COMPARISON_LEGEND = (
+    "Differences: `acc` in percentage points, `size` as a share of parameter storage, `x b1` … the speed-up at that "
+    "batch size; against the row's original (the first model of its chain) and against the baseline, both in the same "
+    "runtime (torchao's rows: in torch-compile, whose engine they share)."
+)
+# What a narrow terminal can do without, first what it misses least.
+DISPENSABLE = ("x orig", "seeds", "ms b1024", "precision", "ms b1", "MiB", "runtime")
+
+
+def write_table(
+    folder: Path, table: pd.DataFrame, *, title: str, distillation: str, columns: Sequence[Column] = COLUMNS
+) -> None:
+    """Write `table.csv` and `table.md`; the latter adds a summary and the comparisons, that of students among them."""
+    write_atomically(folder / "table.csv", lambda path: table.to_csv(path, index=False))
+    parts = [
+        f"# {title}",
+        format_summary(table, style="github"),
+        SUMMARY_LEGEND,
+        "## Every column",
+        format_table(table, columns=columns),
+        "## Against the original and against the baseline",
+        format_comparison(table),
+        COMPARISON_LEGEND,
+        *(["## Does distillation help?", distillation] if distillation else []),
+        "## Fastest runtime",
+        format_fastest(table, style="github"),
+    ]
+    write_atomically(folder / "table.md", lambda path: path.write_text("\n\n".join(parts) + "\n"))
+
+
+def format_table(table: pd.DataFrame, *, columns: Sequence[Column] = COLUMNS) -> str:
+    """The table in Markdown; blank cells stay blank."""
+    formats = {_short_header(column.name): column.format for column in columns}
+    return _format(table[[column.name for column in columns]].rename(columns=_short_header), formats, "github")
+
+
+def format_comparison(table: pd.DataFrame) -> str:
+    """`compare` in Markdown."""
+    comparison = compare(table)
+    names = [str(column) for column in comparison]
+    formats = {name: "+.2f" if name.startswith("acc") else ".2f" for name in names if "_vs_" in name}
+    headers = {name: name.replace("_points", "").replace("speedup_", "x ").replace("_vs_", " vs ") for name in names}
+    return _format(comparison.rename(columns=headers), {headers[c]: f for c, f in formats.items()}, "github")
+
+
+def format_fastest(table: pd.DataFrame, *, style: Style) -> str:
+    """`find_fastest` as aligned text."""
+    formats = {f"ms b{batch}": ".3f" for batch in TABLE_BATCHES}
+    headers = {f"runtime_b{batch}": f"fastest b{batch}" for batch in TABLE_BATCHES}
+    return _format(find_fastest(table).rename(columns=headers).rename(columns=_short_header), formats, style)
+
+
+def format_summary(table: pd.DataFrame, *, style: Style, width: int | None = None) -> str:
+    """The columns that fit a screen, aligned: plainly, or in Markdown.
+
+    Args:
+        width: characters of a line; columns are left out until the table fits. None keeps all.
+    """
+    speedup = compare(table)["speedup_b64_vs_original"]
+    interval = table["test_acc_ci95"].map(lambda value: "" if pd.isna(value) else f" ± {100 * value:.2f}")
+    columns = {
+        "model": table["model"],
+        "technique": table["technique"],
+        "precision": table["precision"],
+        "runtime": table["runtime"],
+        "seeds": table["seeds"],
+        "acc": table["test_acc"].map(lambda value: f"{100 * value:.2f}") + interval,
+        "MiB": table["size_mib"],
+        **{f"ms b{batch}": table[f"latency_ms_b{batch}"] for batch in TABLE_BATCHES},
+        "x orig": speedup,
+    }
+    formats = {"MiB": ".3f", "x orig": ".2f"} | {f"ms b{batch}": ".3f" for batch in TABLE_BATCHES}
+    text = _format(pd.DataFrame(columns), formats, style)
+    for name in DISPENSABLE:
+        if width is None or len(text.partition("\n")[0]) <= width:
+            break
+        del columns[name]
+        text = _format(pd.DataFrame(columns), formats, style)
+    return text
+
+
+def _short_header(column: str) -> str:
+    return column.replace("latency_ms_", "ms ")
+
+
+def _format(table: pd.DataFrame, formats: Mapping[str, str], style: str) -> str:
+    """Aligned text in one of tabulate's styles: a format per column, blank where there is no value."""
+    names = [str(column) for column in table]
+
+    def cell(name: str, value: Any) -> str:
+        if pd.isna(value):
+            return ""
+        return format(int(value) if formats.get(name, "").endswith("d") else value, formats.get(name, ""))
+
+    return tabulate(
+        [[cell(name, value) for name, value in zip(names, row, strict=True)] for row in table.itertuples(index=False)],
+        headers=names,
+        tablefmt=style,
+        disable_numparse=True,
+        colalign=["left" if name in TEXT_COLUMNS else "right" for name in names],
+    )

@@ -1,0 +1,249 @@
+"""One function per figure of the claims, from the finished runs alone. No torch here.
+
+Every figure function returns None where a run that it needs is missing.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mnist_lab.report.drawing import COLORS, MARKERS, MUTED, make_figure, write_footnote
+from mnist_lab.report.records import Record, confidence_interval
+from mnist_lab.studies.claims.evidence import (
+    Evidence,
+    load_cv,
+    load_entropy,
+    num_dead_experts,
+    points_lost_without,
+)
+from mnist_lab.studies.claims.findings import Values
+from mnist_lab.studies.claims.settle import BALANCED, FP32_MOE, NO_KD, STUDENT, UNBALANCED, WRONG_SIGN
+
+CONFIDENCES = [0, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999, 1]  # edges of the bins
+SCORES = {"test_ece": "calibration error (ECE)", "test_loss": "loss (NLL, nats)", "test_brier": "Brier score"}
+
+
+def student_against_teacher(evidence: Evidence) -> Figure | None:
+    """How sure teacher and student are of the same test images, as shares of all images, seeds pooled."""
+    if not evidence.has(FP32_MOE, STUDENT, NO_KD):
+        return None
+    figure, panels = make_figure(
+        evidence.runs(STUDENT), "Student against teacher: confidence on the same images", columns=2, size=(13, 5.8)
+    )
+    labels = [f"≤ {edge:g}" for edge in CONFIDENCES[1:]]
+    teacher = np.concatenate([p.max(axis=1) for p in evidence.probabilities(FP32_MOE)])
+    for axes, model, role in zip(panels, (STUDENT, NO_KD), ("distilled", "no teacher"), strict=True):
+        student = np.concatenate([p.max(axis=1) for p in evidence.probabilities(model)])
+        counts, _, _ = np.histogram2d(student, teacher, bins=[CONFIDENCES, CONFIDENCES])
+        shares = 100 * counts / counts.sum()
+        sns.heatmap(
+            np.log10(shares + 1e-3), ax=axes, cmap="cividis", annot=shares, fmt=".2g", annot_kws={"fontsize": 8},
+            cbar=False, xticklabels=labels, yticklabels=labels, linewidths=0.5, square=True,
+        )  # fmt: skip
+        axes.invert_yaxis()
+        axes.tick_params(axis="y", labelrotation=0)
+        axes.set(xlabel=f"confidence of the teacher, {FP32_MOE}", ylabel="confidence of the student")
+        axes.set_title(
+            f"{model}, {role}\nmean confidence {100 * student.mean():.2f} %, teacher {100 * teacher.mean():.2f} %",
+            fontsize=10,
+        )
+    _note_seeds(figure, evidence, "share of test images in %, shaded by its logarithm")
+    return figure
+
+
+def calibration_before_and_after(evidence: Evidence) -> Figure | None:
+    """ECE, loss and Brier score on the test split, before and after one temperature fitted on validation."""
+    models = [FP32_MOE, "FFN_baseline", STUDENT, NO_KD, "KD_FFN_Student_INT8"]
+    if not evidence.has(*models):
+        return None
+    figure, panels = make_figure(
+        evidence.runs(STUDENT), "Calibration before and after temperature scaling", columns=3, size=(13, 4), sharey=True
+    )
+    temperatures = [evidence.scaled(model, "temperature").mean() for model in models]
+    for axes, (name, label) in zip(panels, SCORES.items(), strict=True):
+        for place, model in enumerate(models):
+            before, after = evidence.values(model, lambda m, n=name: getattr(m, n)), evidence.scaled(model, name)  # type: ignore[misc]
+            axes.plot([before.mean(), after.mean()], [place, place], color=MUTED, linewidth=1, zorder=1)
+            for values, face, when in ((before, COLORS[1], "before"), (after, "white", "after")):
+                axes.errorbar(
+                    values.mean(), place, xerr=_half_width(values), marker="o", markersize=8, color=COLORS[1],
+                    markerfacecolor=face, elinewidth=1, capsize=3, label=when if place == 0 else None,
+                )  # fmt: skip
+        axes.set(xlabel=label)
+        axes.set_xlim(left=0)
+    names = [f"{model}\nT = {t:.2f}" for model, t in zip(models, temperatures, strict=True)]
+    panels[0].set_yticks(range(len(models)), names)
+    panels[0].invert_yaxis()
+    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+    _note_seeds(figure, evidence, "temperature fitted on validation")
+    return figure
+
+
+def load_by_balance(evidence: Evidence) -> Figure | None:
+    """The experts' load under each balancing loss: in the last epoch by rank, and its entropy over training."""
+    variants = {"none": UNBALANCED, **BALANCED, "wrong sign": WRONG_SIGN}
+    if not evidence.has(*variants.values()):
+        return None
+    figure, (by_rank, over_time) = make_figure(
+        evidence.runs(FP32_MOE), "Expert load under each balancing loss", columns=2, size=(13, 4.8)
+    )
+    num_experts = len(evidence.runs(FP32_MOE)[0].curves[-1]["expert_load"])
+    width = 0.8 / len(variants)
+    for index, (name, model) in enumerate(variants.items()):
+        runs = evidence.runs(model)
+        loads = 100 * np.array([sorted(run.curves[-1]["expert_load"], reverse=True) for run in runs])
+        places = np.arange(num_experts) + (index - (len(variants) - 1) / 2) * width
+        spread = [loads.mean(axis=0) - loads.min(axis=0), loads.max(axis=0) - loads.mean(axis=0)]
+        by_rank.bar(
+            places, loads.mean(axis=0), width, yerr=spread, color=COLORS[index], ecolor=MUTED, capsize=2,
+            label=f"{name}: CV {_mean(runs, load_cv):.2f}, dead {_mean(runs, num_dead_experts):.1f}",
+        )  # fmt: skip
+        epochs = [epoch["epoch"] for epoch in runs[0].curves]
+        entropies = np.array([[_entropy(epoch["expert_load"]) for epoch in run.curves] for run in runs])
+        over_time.plot(epochs, entropies.T, color=COLORS[index], linewidth=0.6, alpha=0.5)
+        over_time.plot(
+            epochs, entropies.mean(axis=0), color=COLORS[index], marker=MARKERS[index], markersize=4.5,
+            markevery=max(1, len(epochs) // 10), label=f"{name}: {_mean(runs, load_entropy):.3f} in the end",
+        )  # fmt: skip
+    by_rank.axhline(100 / num_experts, color=MUTED, linestyle="--", linewidth=1)
+    by_rank.set_xticks(range(num_experts), [f"{rank + 1}." for rank in range(num_experts)])
+    by_rank.set(xlabel="experts, most loaded first", ylabel="share of training pairs, last epoch (%)")
+    by_rank.legend(fontsize=8, frameon=False)
+    over_time.axhline(np.log(num_experts), color=MUTED, linestyle="--", linewidth=1)
+    over_time.set(xlabel="epoch", ylabel="entropy of the load (nats)")
+    over_time.xaxis.set_major_locator(MaxNLocator(integer=True))
+    over_time.legend(fontsize=8, frameon=False)
+    _note_seeds(figure, evidence, "bars: lowest and highest seed; dashed: even load; dead: below a tenth of it")
+    return figure
+
+
+def expert_by_digit(evidence: Evidence) -> Figure | None:
+    """Which expert gets which digit, and what closing it costs that digit, first seed."""
+    if not evidence.has(FP32_MOE):
+        return None
+    record = evidence.runs(FP32_MOE)[0]
+    if record.expert_by_class is None or record.acc_without_expert is None:
+        return None
+    figure, (share, lost) = make_figure([record], "Experts and digits", columns=2, size=(13, 4.2))
+    by_expert = 100 * np.array(record.expert_by_class).T
+    _draw_by_digit(share, by_expert, ".0f", f"{FP32_MOE}: share of the digit's pairs (%)")
+    _draw_by_digit(lost, points_lost_without(record), ".1f", "accuracy lost when the expert is closed (points)")
+    write_footnote(figure, f"seed {record.seed}, test images; a closed expert's images go to the best of the others")
+    return figure
+
+
+def accuracy_by_calibration(evidence: Evidence) -> Figure | None:
+    """Static INT8 of the MoE against the number of calibration images: accuracy, and images sent elsewhere."""
+    names = evidence.find("Sparse_MoE_PTQ")
+    if len(names) < 2 or not evidence.has(FP32_MOE, *names):
+        return None
+    figure, panels = make_figure(
+        evidence.runs(FP32_MOE), "Static INT8 of the MoE against calibration", columns=2, size=(13, 4.6)
+    )
+    by_method: dict[str, dict[int, str]] = {}
+    for name in names:
+        settings = evidence.runs(name)[0].config["calibration"]
+        by_method.setdefault(settings["calibration_method"], {})[settings["calibration_size"]] = name
+    for index, (method, by_size) in enumerate(sorted(by_method.items())):
+        sizes = sorted(by_size)
+        costs = [evidence.acc_points(by_size[size], FP32_MOE) for size in sizes]
+        changed = [
+            np.array([100 * (record.routes_changed or 0) for record in evidence.runs(by_size[size])]) for size in sizes
+        ]
+        for axes, values in zip(panels, (costs, changed), strict=True):
+            means, errors = [v.mean() for v in values], [_half_width(v) or 0 for v in values]
+            places = np.array(sizes) * 1.06 ** (index - 1)  # beside each other
+            look = {"color": COLORS[index + 1], "marker": MARKERS[index], "label": method}
+            axes.errorbar(places, means, errors, elinewidth=1, capsize=3, **look)
+    for axes, label in zip(
+        panels, ("test accuracy, INT8 − FP32 (points)", "images whose experts change (%)"), strict=True
+    ):
+        axes.set(xscale="log", xlabel="calibration images", ylabel=label)
+    panels[0].axhline(0, color=MUTED, linewidth=1)
+    panels[0].legend(frameon=False, fontsize=9)
+    panels[1].set_ylim(bottom=0)
+    _note_seeds(figure, evidence, "bars: 95 % interval")
+    return figure
+
+
+def temperature_and_alpha(evidence: Evidence) -> Figure | None:
+    """What distillation gains over the labels alone, for every temperature and alpha that was tried."""
+    gains: dict[tuple[float, float], Values] = {}
+    for name in evidence.find(STUDENT):
+        runs = evidence.found(name)
+        settings = runs[0].config["distillation"]
+        key = settings["temperature"], settings["alpha"]
+        gains[key] = np.array([_accuracy(run) - _accuracy(evidence.run(NO_KD, run.seed)) for run in runs])
+    temperatures, alphas = sorted({t for t, _ in gains}), sorted({a for _, a in gains})
+    if min(len(temperatures), len(alphas)) < 2 or len(gains) < len(temperatures) * len(alphas):
+        return None
+    means, texts = (
+        np.full((len(alphas), len(temperatures)), np.nan),
+        np.full((len(alphas), len(temperatures)), "", object),
+    )
+    for (temperature, alpha), values in gains.items():
+        place = alphas.index(alpha), temperatures.index(temperature)
+        means[place] = values.mean()
+        half_width = _half_width(values)
+        texts[place] = f"{values.mean():+.2f}" + ("" if half_width is None else f"\n± {half_width:.2f}")
+    figure, (axes,) = make_figure(
+        evidence.found(NO_KD), "Distillation: temperature and alpha", size=(1.6 * len(temperatures) + 2.5, 4.8)
+    )
+    limit = np.nanmax(np.abs(means))
+    sns.heatmap(
+        means, ax=axes, cmap="RdBu", vmin=-limit, vmax=limit, annot=texts, fmt="", annot_kws={"fontsize": 8},
+        xticklabels=[f"{t:g}" for t in temperatures], yticklabels=[f"{a:g}" for a in alphas], linewidths=0.5,
+        cbar_kws={"label": "test accuracy, distilled − no teacher (points)"},
+    )  # fmt: skip
+    axes.invert_yaxis()
+    axes.set(xlabel="temperature T", ylabel="weight α of the teacher")
+    counts = sorted({len(values) for values in gains.values()})
+    write_footnote(figure, f"teacher {FP32_MOE}; ONNX Runtime; {'–'.join(map(str, counts))} seeds, ± 95 % interval")
+    return figure
+
+
+CLAIM_FIGURES: dict[str, Callable[[Evidence], Figure | None]] = {
+    draw.__name__: draw
+    for draw in (
+        student_against_teacher,
+        calibration_before_and_after,
+        load_by_balance,
+        expert_by_digit,
+        accuracy_by_calibration,
+        temperature_and_alpha,
+    )
+}
+
+
+def _note_seeds(figure: Figure, evidence: Evidence, text: str) -> None:
+    count = len(evidence.seeds)
+    write_footnote(figure, f"ONNX Runtime; {count} seed{'s' if count > 1 else ''}; {text}")
+
+
+def _draw_by_digit(axes: Axes, table: Values, fmt: str, title: str) -> None:
+    sns.heatmap(
+        table, ax=axes, cmap="cividis", annot=len(table) <= 12, fmt=fmt, annot_kws={"fontsize": 8}, linewidths=0.5
+    )
+    axes.set(xlabel="digit", ylabel="expert")
+    axes.set_title(title, fontsize=10)
+
+
+def _half_width(values: Values) -> float | None:
+    return confidence_interval(list(values)) if len(values) > 1 else None
+
+
+def _mean(runs: list[Record], figure: Callable[[Record], float]) -> float:
+    return float(np.mean([figure(run) for run in runs]))
+
+
+def _entropy(load: list[float]) -> float:
+    shares = np.array(load)
+    return float(-(shares * np.log(np.maximum(shares, 1e-12))).sum())
+
+
+def _accuracy(record: Record) -> float:
+    return 100 * record.measurements["onnxruntime"].test_acc
