@@ -1,12 +1,19 @@
 """Files that are whole or not there, and hashes that tell whether they changed."""
 
 import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from mnist_lab.errors import UserError
+
+
+def as_json(value: Any) -> Any:
+    """A value as a JSON file gives it back: tuples as lists."""
+    return json.loads(json.dumps(value))
 
 
 def sha256(path: Path) -> str:

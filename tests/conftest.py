@@ -4,9 +4,9 @@ import os
 from pathlib import Path
 
 import pytest
-import torch
+from tiny import make_dataset
 
-from mnist_lab.data import Dataset, Split
+from mnist_lab.data import Dataset
 
 
 @pytest.fixture(scope="session")
@@ -22,14 +22,5 @@ def mnist_dir() -> Path:
 
 @pytest.fixture
 def toy_dataset() -> Dataset:
-    """300 + 100 + 100 noisy images of ten bars: learnable in a second."""
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(num_images: int) -> Split:
-        labels = torch.randint(0, 10, (num_images,), generator=generator)
-        pixels = 0.3 * torch.rand(num_images, 1, 28, 28, generator=generator)
-        pixels[torch.arange(num_images), 0, 4 + 2 * labels] += 0.7
-        return Split(pixels, labels)
-
-    test = draw(100)
-    return Dataset("digits", draw(300), draw(100), mean=0.18, std=0.18, load_test=lambda: test)
+    """300 + 100 + 100 noisy images of ten bars."""
+    return make_dataset()

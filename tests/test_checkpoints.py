@@ -4,16 +4,17 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny import spec
 
-from mnist_lab.models.checkpoints import load_checkpoint, read_metadata, save_checkpoint
 from mnist_lab.errors import UserError
 from mnist_lab.files import ensure_writable, write_atomically
 from mnist_lab.models import PRESETS, ModelConfig, build_model
+from mnist_lab.models.checkpoints import load_checkpoint, read_metadata, save_checkpoint
 from mnist_lab.models.moe import RoutingConfig
 
 CONFIGS: list[ModelConfig] = [
-    PRESETS["compact"].student(0.1, 0.2),
-    PRESETS["wide"].moe(0.1, 0.2, RoutingConfig(num_experts=3)),
+    PRESETS["compact"].student(spec(0.1, 0.2)),
+    PRESETS["wide"].moe(spec(0.1, 0.2), RoutingConfig(num_experts=3)),
 ]
 
 

@@ -9,7 +9,28 @@ import pytest
 from builders import make_measurement, make_record
 from scipy import stats
 
-from mnist_lab.studies.claims.evidence import Evidence, load_cv, load_entropy, mutual_information, num_dead_experts, soften
+from mnist_lab.compress.distill import DistillationConfig
+from mnist_lab.deploy.inside import JOBS
+from mnist_lab.experiments.rows import (
+    CALIBRATIONS,
+    Quantized,
+    Rounded,
+    Trained,
+    claim_rows,
+    grid_rows,
+    quantized,
+    student,
+)
+from mnist_lab.report.records import Record, save_predictions
+from mnist_lab.studies.claims.evidence import (
+    Evidence,
+    load_cv,
+    load_entropy,
+    mutual_information,
+    num_dead_experts,
+    soften,
+)
+from mnist_lab.studies.claims.figures import CLAIM_FIGURES
 from mnist_lab.studies.claims.findings import (
     Claim,
     Finding,
@@ -21,12 +42,7 @@ from mnist_lab.studies.claims.findings import (
     summarize,
     write_claims,
 )
-from mnist_lab.studies.claims.figures import CLAIM_FIGURES
 from mnist_lab.studies.claims.settle import Settings, find_winner, settle_claims, settle_dark_knowledge, settle_scaling
-from mnist_lab.compress.distill import DistillationConfig
-from mnist_lab.report.records import Record, save_predictions
-from mnist_lab.deploy.inside import JOBS
-from mnist_lab.experiments.rows import CALIBRATIONS, Quantized, Rounded, Trained, claim_rows, grid_rows, quantized, student
 
 SEEDS = range(3)
 CLAIM = Claim(1, "it is so")

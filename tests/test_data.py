@@ -41,8 +41,8 @@ def test_splits_share_no_image() -> None:
 
 def test_mean_and_std_are_those_of_the_training_pixels() -> None:
     dataset = load_dataset("digits")
-    assert dataset.mean == pytest.approx(dataset.train.pixels.double().mean().item(), abs=1e-7)
-    assert dataset.std == pytest.approx(dataset.train.pixels.double().std(unbiased=False).item(), abs=1e-7)
+    assert dataset.spec.mean == pytest.approx(dataset.train.pixels.double().mean().item(), abs=1e-7)
+    assert dataset.spec.std == pytest.approx(dataset.train.pixels.double().std(unbiased=False).item(), abs=1e-7)
 
 
 def test_mnist_is_split_the_same_way_every_time(mnist_dir: Path) -> None:
@@ -50,8 +50,8 @@ def test_mnist_is_split_the_same_way_every_time(mnist_dir: Path) -> None:
     assert second.name == "mnist"
     assert [len(first.train), len(first.validation), len(first.load_test())] == [55_000, 5_000, 10_000]
     assert torch.equal(first.validation.pixels, second.validation.pixels)
-    assert first.mean == pytest.approx(0.1307, abs=5e-4)
-    assert first.std == pytest.approx(0.3081, abs=5e-4)
+    assert first.spec.mean == pytest.approx(0.1307, abs=5e-4)
+    assert first.spec.std == pytest.approx(0.3081, abs=5e-4)
     assert torch.bincount(first.load_test().labels).tolist()[:3] == [980, 1135, 1032]
 
 

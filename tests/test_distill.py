@@ -6,7 +6,7 @@ from torch.nn import functional as F
 
 from mnist_lab.compress.distill import DistillationConfig, distillation_objective, distillation_terms
 from mnist_lab.errors import UserError
-from mnist_lab.training import Batch
+from mnist_lab.training import Batch, sum_terms
 
 TEACHER = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 0.0]])
 STUDENT = torch.tensor([[0.0, 1.0, 0.0], [1.0, -1.0, 0.3]])
@@ -22,14 +22,16 @@ def test_terms_are_hintons_by_hand() -> None:
         p, q = [v / sum(p) for v in p], [v / sum(q) for v in q]
         divergence += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
     terms = distillation_terms(STUDENT, TEACHER, LABELS, DistillationConfig(temperature, alpha))
-    assert terms["distillation"].item() == pytest.approx(alpha * temperature**2 * divergence / 2, rel=1e-5)
-    assert terms["cross_entropy"].item() == pytest.approx(0.4 * F.cross_entropy(STUDENT, LABELS).item(), rel=1e-5)
+    assert terms["distillation"].value.item() == pytest.approx(divergence / 2, rel=1e-5)
+    assert terms["distillation"].weight == pytest.approx(alpha * temperature**2)
+    assert terms["cross_entropy"].value.item() == pytest.approx(F.cross_entropy(STUDENT, LABELS).item(), rel=1e-5)
+    assert terms["cross_entropy"].weight == pytest.approx(0.4)
 
 
 def test_gradient_keeps_its_scale_at_high_temperature() -> None:
     """As T grows, T²·KL tends to half the squared distance of centred logits, divided by the classes (§2.1)."""
     student = STUDENT.clone().requires_grad_()
-    distillation_terms(student, TEACHER, LABELS, DistillationConfig(1000.0, 1.0))["distillation"].backward()
+    sum_terms(distillation_terms(student, TEACHER, LABELS, DistillationConfig(1000.0, 1.0))).backward()
     centred = (STUDENT - STUDENT.mean(dim=1, keepdim=True)) - (TEACHER - TEACHER.mean(dim=1, keepdim=True))
     assert student.grad is not None
     torch.testing.assert_close(student.grad, centred / 3 / 2, atol=2e-3, rtol=2e-2)
@@ -37,7 +39,7 @@ def test_gradient_keeps_its_scale_at_high_temperature() -> None:
 
 def test_perfect_student_pays_nothing_at_alpha_one() -> None:
     terms = distillation_terms(TEACHER, TEACHER, LABELS, DistillationConfig(3.0, 1.0))
-    assert sum(terms.values()).item() == pytest.approx(0, abs=1e-6)  # type: ignore[union-attr]
+    assert sum_terms(terms).item() == pytest.approx(0, abs=1e-6)
 
 
 def test_teacher_is_frozen_and_in_evaluation_mode() -> None:
@@ -45,7 +47,7 @@ def test_teacher_is_frozen_and_in_evaluation_mode() -> None:
     student = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(4, 3))
     objective = distillation_objective(teacher, DistillationConfig(), device="cpu")
     batch = Batch(torch.rand(2, 1, 2, 2), LABELS, torch.arange(2))
-    first, second = (sum(objective(student, batch).terms.values(), torch.zeros(())) for _ in range(2))
+    first, second = (sum_terms(objective(student, batch).terms) for _ in range(2))
     first.backward()
     assert torch.equal(first, second)
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -75,5 +77,7 @@ def test_teacher_sees_fixed_images_once_and_says_the_same() -> None:
     calls = 0
     rows = torch.tensor([4, 1])
     batch = Batch(pixels[rows], LABELS, rows)
-    assert torch.equal(once(student, batch).terms["distillation"], anew(student, batch).terms["distillation"])
+    assert torch.equal(
+        once(student, batch).terms["distillation"].value, anew(student, batch).terms["distillation"].value
+    )
     assert calls == 1  # the second objective's

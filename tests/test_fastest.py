@@ -4,24 +4,25 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+from tiny import spec
 
-from mnist_lab import dispatch
+from mnist_lab.deploy import fastest
 from mnist_lab.deploy.artifacts import read_onnx_metadata
-from mnist_lab.deploy.fastest import FORMS, is_dense_faster, write_fastest
-from mnist_lab.deploy.onnx import Dispatch, export_onnx
+from mnist_lab.deploy.fastest import LAYOUTS, is_dense_faster, write_fastest
+from mnist_lab.deploy.onnx import Layout, write_onnx
 from mnist_lab.models import PRESETS, build_model
 from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.runtimes.onnxruntime import OnnxRuntimeSession
 
 IMAGES = np.random.default_rng(0).random((70, 1, 28, 28), np.float32)
-MODEL = build_model(PRESETS["compact"].moe(0.13, 0.31, RoutingConfig())).eval()
+MODEL = build_model(PRESETS["compact"].moe(spec(), RoutingConfig())).eval()
 
 
 open_file = functools.partial(OnnxRuntimeSession, threads=1)
 
 
-def write(path: Path, form: Dispatch) -> None:
-    export_onnx(MODEL, path, {"parent_sha256": "7"}, dispatch=form)
+def write(path: Path, layout: Layout) -> None:
+    write_onnx(MODEL, path, {"model": "7"}, layout=layout)
 
 
 def test_dense_must_be_clearly_faster_over_all_batch_sizes_alike() -> None:
@@ -31,24 +32,26 @@ def test_dense_must_be_clearly_faster_over_all_batch_sizes_alike() -> None:
     assert not is_dense_faster({"sparse": sparse, "dense": {"1": 0.97, "1024": 9.7}})
 
 
-@pytest.mark.parametrize("fastest", FORMS)
-def test_keeps_the_form_that_measured_fastest(
-    fastest: Dispatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("best", LAYOUTS)
+def test_keeps_the_layout_that_measured_fastest(best: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Faster by ratio, though slower in the sum: batch 1 counts as much as batch 1024.
-    times = {form: {"1": 1.0, "1024": 10.0} if form == fastest else {"1": 3.0, "1024": 9.0} for form in FORMS}
-    monkeypatch.setattr(dispatch, "time_forms", lambda *_: times)
-    write_fastest(tmp_path / "model.onnx", write, open_file, IMAGES)
+    times = {
+        layout: {"1": 1.0, "1024": 10.0} if layout == best else {"1": 3.0, "1024": 9.0} for layout in LAYOUTS
+    }
+    monkeypatch.setattr(fastest, "time_layouts", lambda *_: times)
+    write_fastest(MODEL, tmp_path / "model.onnx", write, open_file, IMAGES)
     metadata = read_onnx_metadata(tmp_path / "model.onnx")
-    assert metadata["dispatch"] == {"form": fastest, "runtime": "onnxruntime", "median_ms": times}
-    assert metadata["parent_sha256"] == "7"
-    write(tmp_path / "expected.onnx", fastest)
+    assert metadata["layout"] == {"name": best, "runtime": "onnxruntime", "median_ms": times}
+    assert metadata["model"] == "7"
+    write(tmp_path / "expected.onnx", best)
     names = [[node.name for node in onnx.load(tmp_path / file).graph.node] for file in ("model.onnx", "expected.onnx")]
     assert names[0] == names[1]
 
 
-def test_times_every_form_at_every_batch_size_that_there_are_images_for(tmp_path: Path) -> None:
-    write_fastest(tmp_path / "model.onnx", write, open_file, IMAGES)
-    median_ms = read_onnx_metadata(tmp_path / "model.onnx")["dispatch"]["median_ms"]
-    assert {form: list(times) for form, times in median_ms.items()} == {form: ["1", "64", "70"] for form in FORMS}
+def test_times_every_layout_at_every_batch_size_that_there_are_images_for(tmp_path: Path) -> None:
+    write_fastest(MODEL, tmp_path / "model.onnx", write, open_file, IMAGES)
+    median_ms = read_onnx_metadata(tmp_path / "model.onnx")["layout"]["median_ms"]
+    assert {layout: list(times) for layout, times in median_ms.items()} == {
+        layout: ["1", "64", "70"] for layout in LAYOUTS
+    }
     assert min(min(times.values()) for times in median_ms.values()) > 0

@@ -17,8 +17,8 @@ from matplotlib.text import Text
 
 from mnist_lab import plots
 from mnist_lab.data import DatasetName
-from mnist_lab.report.drawing import LATENCIES, find_models
 from mnist_lab.models import PresetName
+from mnist_lab.report.drawing import LATENCIES, find_models
 from mnist_lab.report.figures import FIGURES, draw_all, pareto_set
 from mnist_lab.report.records import Measurement, Record, save_record
 from mnist_lab.training import RecipeName

@@ -5,15 +5,16 @@ import onnx
 import pytest
 import torch
 from onnx import numpy_helper
+from tiny import spec
 
-from mnist_lab.deploy.artifacts import artifact_bytes, read_onnx_metadata
-from mnist_lab.compress import quantize as q
+from mnist_lab.compress import int8 as q
 from mnist_lab.compress.int8 import Mode
 from mnist_lab.data import Dataset
+from mnist_lab.deploy.artifacts import artifact_bytes, read_onnx_metadata
+from mnist_lab.deploy.onnx import write_onnx
 from mnist_lab.errors import UserError, WrongPrecision
-from mnist_lab.deploy.onnx import FLOAT_PRODUCTS, export_onnx
 from mnist_lab.models import PRESETS, build_model
-from mnist_lab.models.moe import RoutingConfig
+from mnist_lab.runtimes import FLOAT_PRODUCTS
 from mnist_lab.runtimes.onnxruntime import OnnxRuntimeSession
 
 NUM_LAYERS = {"ffn": 3, "moe-sparse": 10, "moe-dense": 4}
@@ -23,11 +24,9 @@ NUM_LAYERS = {"ffn": 3, "moe-sparse": 10, "moe-dense": 4}
 def fp32(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     torch.manual_seed(0)
     preset = PRESETS["compact"]
-    model = build_model(preset.ffn(0.18, 0.18) if request.param == "ffn" else preset.moe(0.18, 0.18, RoutingConfig()))
+    model = build_model(preset.ffn(spec(0.18, 0.18)) if request.param == "ffn" else preset.moe(spec(0.18, 0.18)))
     path = tmp_path / f"{request.param}.onnx"
-    export_onnx(
-        model.eval(), path, {"parent_sha256": "0"}, dispatch="dense" if request.param == "moe-dense" else "sparse"
-    )
+    write_onnx(model.eval(), path, {"model": "x"}, layout="dense" if request.param == "moe-dense" else "sparse")
     return path
 
 
@@ -39,7 +38,8 @@ def convert(fp32: Path, dataset: Dataset, mode: Mode) -> Path:
         mode=mode,
         calibration=dataset.train.pixels.numpy(),
         keep_float=FLOAT_PRODUCTS,
-        metadata={"parent_sha256": "1", "config": {"mode": mode}},
+        reduced_range=q.needs_reduced_range(),
+        metadata={"model": "x", "config": {"mode": mode}},
     )
     return output
 
@@ -91,7 +91,7 @@ class TestFormulas:
 
 @pytest.mark.parametrize("mode", ["static", "dynamic"])
 def test_engine_runs_every_layer_in_integers(fp32: Path, toy_dataset: Dataset, mode: Mode) -> None:
-    proof = q.prove_integer(convert(fp32, toy_dataset, mode), fp32, keep_float=FLOAT_PRODUCTS)
+    proof = q.prove_integer(convert(fp32, toy_dataset, mode), onnx.load(fp32), keep_float=FLOAT_PRODUCTS)
     assert sum(proof.integer_products.values()) == NUM_LAYERS[fp32.stem]
     assert proof.float_products == ([] if fp32.stem == "ffn" else ["combine", "router"])
 
@@ -128,7 +128,7 @@ def test_engines_weights_are_the_textbooks(fp32: Path, toy_dataset: Dataset, mod
 
 def test_layer_left_in_float_is_found(fp32: Path, toy_dataset: Dataset, tmp_path: Path) -> None:
     with pytest.raises(WrongPrecision, match="integer products"):
-        q.prove_integer(fp32, fp32, keep_float=FLOAT_PRODUCTS)
+        q.prove_integer(fp32, onnx.load(fp32), keep_float=FLOAT_PRODUCTS)
     output = tmp_path / "partly.onnx"
     q.quantize(
         fp32,
@@ -136,31 +136,20 @@ def test_layer_left_in_float_is_found(fp32: Path, toy_dataset: Dataset, tmp_path
         mode="static",
         calibration=toy_dataset.train.pixels.numpy(),
         keep_float=[*FLOAT_PRODUCTS, "logits"],
-        metadata={"parent_sha256": "1"},
+        reduced_range=q.needs_reduced_range(),
+        metadata={"model": "x"},
     )
     with pytest.raises(WrongPrecision, match="logits"):
-        q.prove_integer(output, fp32, keep_float=FLOAT_PRODUCTS)
+        q.prove_integer(output, onnx.load(fp32), keep_float=FLOAT_PRODUCTS)
 
 
 def test_integer_router_is_found(tmp_path: Path) -> None:
     fp32 = tmp_path / "moe.onnx"
-    export_onnx(build_model(PRESETS["compact"].moe(0.18, 0.18, RoutingConfig())), fp32, {"parent_sha256": "0"})
+    write_onnx(build_model(PRESETS["compact"].moe(spec(0.18, 0.18))), fp32, {"model": "x"})
     output = tmp_path / "int8.onnx"
-    q.quantize(fp32, output, mode="dynamic", keep_float=["combine"], metadata={"parent_sha256": "1"})
+    q.quantize(fp32, output, mode="dynamic", keep_float=["combine"], reduced_range=False, metadata={"model": "x"})
     with pytest.raises(WrongPrecision, match="router"):
-        q.prove_integer(output, fp32, keep_float=FLOAT_PRODUCTS)
-
-
-def test_failed_conversion_leaves_the_old_file(
-    fp32: Path, toy_dataset: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    output = convert(fp32, toy_dataset, "dynamic")
-    before = output.read_bytes()
-    monkeypatch.setattr(q, "INTEGER_OPERATORS", set())
-    with pytest.raises(WrongPrecision):
-        convert(fp32, toy_dataset, "dynamic")
-    assert output.read_bytes() == before
-    assert sorted(path.name for path in fp32.parent.iterdir()) == [f"{fp32.stem}-dynamic.onnx", fp32.name]
+        q.prove_integer(output, onnx.load(fp32), keep_float=FLOAT_PRODUCTS)
 
 
 @pytest.mark.parametrize("method", ["entropy", "percentile"])
@@ -168,14 +157,21 @@ def test_histogram_methods_calibrate_experts_of_unequal_load(
     toy_dataset: Dataset, tmp_path: Path, method: q.CalibrationMethod
 ) -> None:
     fp32, output = tmp_path / "moe.onnx", tmp_path / "int8.onnx"
-    export_onnx(build_model(PRESETS["compact"].moe(0.18, 0.18, RoutingConfig())), fp32, {})
+    write_onnx(build_model(PRESETS["compact"].moe(spec(0.18, 0.18))), fp32, {})
     calibration = toy_dataset.train.pixels.numpy()
     assert len(calibration) > q.CALIBRATION_BATCH
-    q.quantize(
-        fp32, output, mode="static", calibration=calibration, method=method, keep_float=FLOAT_PRODUCTS, metadata={}
-    )
     minmax = tmp_path / "minmax.onnx"
-    q.quantize(fp32, minmax, mode="static", calibration=calibration, keep_float=FLOAT_PRODUCTS, metadata={})
+    for path, how in ((output, method), (minmax, "minmax")):
+        q.quantize(
+            fp32,
+            path,
+            mode="static",
+            calibration=calibration,
+            method=how,
+            keep_float=FLOAT_PRODUCTS,
+            reduced_range=False,
+            metadata={},
+        )
     pixels = toy_dataset.validation.pixels.numpy()
     reference, clipped, whole = (OnnxRuntimeSession(path, threads=1).predict(pixels) for path in (fp32, output, minmax))
     assert np.square(reference - clipped).sum() < 0.1 * np.square(reference).sum()

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from tiny import spec
 
 from benchmarks.mask_loop import mask_loop_forward
 from mnist_lab.errors import UserError
@@ -19,7 +20,7 @@ from mnist_lab.models.moe import (
 
 def make_moe(routing: RoutingConfig = RoutingConfig(), seed: int = 0) -> SparseMoE:
     torch.manual_seed(seed)
-    model = build_model(PRESETS["compact"].moe(0.13, 0.31, routing))
+    model = build_model(PRESETS["compact"].moe(spec(), routing))
     assert isinstance(model, SparseMoE)
     torch.nn.init.normal_(model.experts.bias_in)
     torch.nn.init.normal_(model.experts.bias_out)
@@ -39,9 +40,9 @@ def silence_noise(model: SparseMoE) -> None:
 )
 def test_presets_have_their_parameter_counts(preset: PresetName, ffn: int, moe: int, student: int) -> None:
     sizes = PRESETS[preset]
-    assert count_parameters(build_model(sizes.ffn(0, 1)))[0] == ffn
-    assert count_parameters(build_model(sizes.moe(0, 1, RoutingConfig())))[0] == moe
-    assert count_parameters(build_model(sizes.student(0, 1)))[0] == student
+    assert count_parameters(build_model(sizes.ffn(spec(0, 1))))[0] == ffn
+    assert count_parameters(build_model(sizes.moe(spec(0, 1), RoutingConfig())))[0] == moe
+    assert count_parameters(build_model(sizes.student(spec(0, 1))))[0] == student
 
 
 def test_active_parameters_leave_out_the_experts_not_chosen() -> None:
@@ -51,7 +52,7 @@ def test_active_parameters_leave_out_the_experts_not_chosen() -> None:
 
 def test_ffn_normalises_inside() -> None:
     torch.manual_seed(0)
-    model = build_model(PRESETS["compact"].ffn(0.25, 0.5))
+    model = build_model(PRESETS["compact"].ffn(spec(0.25, 0.5)))
     assert isinstance(model, FFN)
     hidden = (torch.full((1, 784), 0.75) - 0.25) / 0.5
     for layer in model.layers[:-1]:

@@ -4,10 +4,11 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from tiny import spec
 
 from mnist_lab.deploy.artifacts import artifact_bytes, read_onnx_metadata
+from mnist_lab.deploy.onnx import Layout, write_onnx
 from mnist_lab.errors import UserError
-from mnist_lab.deploy.onnx import Dispatch, export_onnx
 from mnist_lab.models import PRESETS, ModelConfig, PresetName, build_model, parameter_bytes
 from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.runtimes.onnxruntime import OnnxRuntimeSession
@@ -17,34 +18,34 @@ from mnist_lab.training import torch_predictor
 def configs(preset: PresetName) -> list[ModelConfig]:
     sizes = PRESETS[preset]
     return [
-        sizes.ffn(0.13, 0.31),
-        sizes.student(0.13, 0.31),
-        *(sizes.moe(0.13, 0.31, RoutingConfig(num_experts=e, top_k=k)) for e, k in [(4, 2), (1, 1), (8, 1), (3, 3)]),
+        sizes.ffn(spec()),
+        sizes.student(spec()),
+        *(sizes.moe(spec(), RoutingConfig(num_experts=e, top_k=k)) for e, k in [(4, 2), (1, 1), (8, 1), (3, 3)]),
     ]
 
 
-@pytest.mark.parametrize("dispatch", ["sparse", "dense"])
+@pytest.mark.parametrize("layout", ["sparse", "dense"])
 @pytest.mark.parametrize("config", configs("compact") + configs("wide"), ids=lambda config: str(config)[:40])
-def test_artifact_gives_the_models_logits(config: ModelConfig, dispatch: Dispatch, tmp_path: Path) -> None:
+def test_artifact_gives_the_models_logits(config: ModelConfig, layout: Layout, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = build_model(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "bias" in name:
                 parameter.normal_()
-    export_onnx(model, tmp_path / "model.onnx", {"parent_sha256": "0"}, dispatch=dispatch)
+    write_onnx(model, tmp_path / "model.onnx", {"model": "x"}, layout=layout)
     session = OnnxRuntimeSession(tmp_path / "model.onnx", threads=1)
     for batch in (1, 2, 65):  # at batch 1 some experts get no rows
         pixels = np.random.default_rng(batch).random((batch, 1, 28, 28), np.float32)
         np.testing.assert_allclose(session.predict(pixels), torch_predictor(model)(pixels), atol=1e-4)
 
 
-@pytest.mark.parametrize("dispatch", ["sparse", "dense"])
+@pytest.mark.parametrize("layout", ["sparse", "dense"])
 @pytest.mark.parametrize("config", configs("compact")[::2], ids=lambda config: str(config)[:40])
-def test_artifact_is_one_file_of_standard_operators(config: ModelConfig, dispatch: Dispatch, tmp_path: Path) -> None:
+def test_artifact_is_one_file_of_standard_operators(config: ModelConfig, layout: Layout, tmp_path: Path) -> None:
     model = build_model(config)
     path = tmp_path / "model.onnx"
-    export_onnx(model, path, {"parent_sha256": "0", "seed": 3}, dispatch=dispatch)
+    write_onnx(model, path, {"model": "x", "seed": 3}, layout=layout)
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
     proto = onnx.load(path)
     onnx.checker.check_model(proto, full_check=True)
@@ -56,7 +57,7 @@ def test_artifact_is_one_file_of_standard_operators(config: ModelConfig, dispatc
 @pytest.mark.parametrize("content", [b"", b"hello", None], ids=["empty", "text", "truncated"])
 def test_broken_artifact_is_the_users_error(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "model.onnx"
-    export_onnx(build_model(configs("compact")[1]), path, {"parent_sha256": "0"})
+    write_onnx(build_model(configs("compact")[1]), path, {"model": "x"})
     path.write_bytes(path.read_bytes()[:5000] if content is None else content)
     with pytest.raises(UserError, match="model.onnx"):
         read_onnx_metadata(path)

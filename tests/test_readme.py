@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tiny import spec
 
-from mnist_lab.deploy.onnx import export_onnx
+from mnist_lab.deploy.onnx import write_onnx
 from mnist_lab.models import PRESETS, build_model
 from mnist_lab.report.records import build_table, format_fastest, format_summary, load_records
 from mnist_lab.training import torch_predictor
@@ -21,8 +22,8 @@ def test_client_runs_an_artifact_without_the_suite(tmp_path: Path) -> None:
     (client,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
     assert len([line for line in client.splitlines() if line]) == 6
     torch.manual_seed(0)
-    model = build_model(PRESETS["compact"].student(0.13, 0.31)).eval()
-    export_onnx(model, tmp_path / "model.onnx", {"parent_sha256": "0"})
+    model = build_model(PRESETS["compact"].student(spec())).eval()
+    write_onnx(model, tmp_path / "model.onnx", {"parent_sha256": "0"})
     pixels = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
     np.save(tmp_path / "pixels.npy", pixels)
     (tmp_path / "client.py").write_text(client)

@@ -1,14 +1,30 @@
 import pytest
+from tiny import HALVED, SMALL, FourBits
 
-from mnist_lab.compress.distill import DistillationConfig
-from mnist_lab.compress.int8 import Calibration
+from mnist_lab.compress.distill import Distil, DistillationConfig
+from mnist_lab.compress.int8 import Calibration, StaticInt8
+from mnist_lab.experiments.row import Row
+from mnist_lab.experiments.rows import (
+    BFLOAT16,
+    FFN,
+    MODELS,
+    MOE,
+    STUDENT,
+    STUDENT_WITHOUT_TEACHER,
+    TABLE,
+    bfloat16,
+    dynamic_int8,
+    families,
+    sparse_moe,
+    static_int8,
+    student,
+)
 from mnist_lab.models.moe import RoutingConfig
-from mnist_lab.experiments.rows import Row, place_in_table, quantized, sparse_moe, student, table_rows
+from mnist_lab.studies.claims.rows import claim_rows, grid_rows
 
 
-def test_table_has_the_nine_models_and_the_bf16_ones_parents_first() -> None:
-    rows = table_rows()
-    assert {row.model for row in rows} == {
+def test_table_has_its_models_parents_first_and_no_name_twice() -> None:
+    assert [row.name for row in MODELS] == [
         "FFN_baseline",
         "FFN_PTQ_INT8",
         "Sparse_MoE",
@@ -18,38 +34,56 @@ def test_table_has_the_nine_models_and_the_bf16_ones_parents_first() -> None:
         "KD_FFN_Student_from_FFN",
         "FFN_Student_no_KD",
         "KD_FFN_Student_INT8",
-        "FFN_BF16",
-        "Sparse_MoE_BF16",
-    }
-    names = [row.model for row in rows]
-    assert names[0] == "FFN_baseline"
-    for row in rows:
-        if row.parent is not None:
-            assert names.index(row.parent) < names.index(row.model)
-    assert table_rows(bfloat16=False) == rows[:9]
+    ]
+    assert [row.name for row in BFLOAT16] == ["FFN_BF16", "Sparse_MoE_BF16"]
+    for rows in (TABLE, claim_rows(), grid_rows()):
+        assert len({row.name for row in rows}) == len(rows)
+        for place, row in enumerate(rows):
+            assert all(parent in rows[:place] for parent in row.parents.values())
+    assert families(TABLE)[0] == "FFN_baseline"
+
+
+EXTREME = RoutingConfig(8, 1, "switch", 0.1, 1.25)
 
 
 @pytest.mark.parametrize(
-    ("row", "model", "technique", "parent"),
+    ("row", "name", "technique", "parent"),
     [
         (sparse_moe(), "Sparse_MoE", "moe", None),
-        (sparse_moe(RoutingConfig(8, 1, "switch", 0.1, 1.25)), "Sparse_MoE-E8-K1-switch-w0.1-c1.25", "moe", None),
-        (student(distillation=DistillationConfig(10.0)), "KD_FFN_Student-T10", "kd", "Sparse_MoE"),
-        (student("ffn", DistillationConfig(3.0, 0.5)), "KD_FFN_Student_from_FFN-a0.5", "kd", "FFN_baseline"),
-        (student("ffn", None), "FFN_Student_no_KD", "dense", None),
-        (student(distillation=DistillationConfig(3.0000001)), "KD_FFN_Student-T3.0000001", "kd", "Sparse_MoE"),
-        (student(suffix="-epochs3"), "KD_FFN_Student-epochs3", "kd", "Sparse_MoE-epochs3"),
-        (quantized("ffn"), "FFN_PTQ_INT8", "static ptq", "FFN_baseline"),
-        (quantized("ffn", "dynamic"), "FFN_PTQ_INT8-dynamic", "dynamic ptq", "FFN_baseline"),
-        (quantized("moe"), "Sparse_MoE_INT8", "moe + dynamic ptq", "Sparse_MoE"),
-        (quantized("moe", "static", Calibration(50)), "Sparse_MoE_PTQ-cal50", "moe + static ptq", "Sparse_MoE"),
-        (quantized("ffn", None, Calibration(1000, "entropy")), "FFN_PTQ_INT8-entropy", "static ptq", "FFN_baseline"),
-        (quantized("student"), "KD_FFN_Student_INT8", "kd + static ptq", "KD_FFN_Student"),
+        (sparse_moe(EXTREME), "Sparse_MoE-E8-K1-switch-w0.1-c1.25", "moe", None),
+        (sparse_moe(RoutingConfig(noise=False)), "Sparse_MoE-noiseFalse", "moe", None),
+        (student(MOE, DistillationConfig(10.0)), "KD_FFN_Student-T10", "kd", "Sparse_MoE"),
+        (student(FFN, DistillationConfig(3.0, 0.5)), "KD_FFN_Student_from_FFN-a0.5", "kd", "FFN_baseline"),
+        (STUDENT_WITHOUT_TEACHER, "FFN_Student_no_KD", "dense", None),
+        (student(MOE, DistillationConfig(3.0000001)), "KD_FFN_Student-T3.0000001", "kd", "Sparse_MoE"),
+        (static_int8(FFN), "FFN_PTQ_INT8", "static ptq", "FFN_baseline"),
+        (dynamic_int8(FFN), "FFN_PTQ_INT8-dynamic", "dynamic ptq", "FFN_baseline"),
+        (dynamic_int8(MOE), "Sparse_MoE_INT8", "moe + dynamic ptq", "Sparse_MoE"),
+        (static_int8(MOE, StaticInt8(Calibration(50))), "Sparse_MoE_PTQ-cal50", "moe + static ptq", "Sparse_MoE"),
+        (static_int8(FFN, StaticInt8(Calibration(1000, "entropy"))), "FFN_PTQ_INT8-entropy", "static ptq", FFN.name),
+        (static_int8(STUDENT), "KD_FFN_Student_INT8", "kd + static ptq", "KD_FFN_Student"),
+        (bfloat16(MOE), "Sparse_MoE_BF16", "moe", "Sparse_MoE"),
+        (dynamic_int8(sparse_moe(EXTREME)), "Sparse_MoE_INT8-E8-K1-switch-w0.1-c1.25", "moe + dynamic ptq", None),
+        (Row("Further", form=FourBits(), source=HALVED), "Further", "zeroed + 4 bits", "Halved"),
     ],
 )
-def test_names_tell_what_departs_from_the_default(row: Row, model: str, technique: str, parent: str | None) -> None:
-    assert (row.model, row.technique, row.parent) == (model, technique, parent)
+def test_names_tell_what_departs_from_the_default(row: Row, name: str, technique: str, parent: str | None) -> None:
+    assert (row.name, row.technique) == (name, technique)
+    if parent is not None:
+        assert [of.name for of in row.parents.values()] == [parent]
 
 
-def test_variants_stand_where_their_model_does() -> None:
-    assert place_in_table("KD_FFN_Student-T10") == place_in_table("KD_FFN_Student") == 5
+def test_variants_stand_where_their_family_does() -> None:
+    assert student(MOE, DistillationConfig(10.0)).family == STUDENT.family
+    assert dynamic_int8(FFN).family == static_int8(FFN).family
+
+
+def test_row_is_exactly_one_of_a_step_and_another_form() -> None:
+    for fields in (
+        {"step": Distil(), "form": FourBits(), "source": SMALL},
+        {"source": SMALL},
+        {"form": FourBits()},
+        {"form": FourBits(), "source": static_int8(FFN)},  # which keeps no weights that one could start from
+    ):
+        with pytest.raises(AssertionError):
+            Row("Wrong", **fields)  # type: ignore[arg-type]

@@ -7,21 +7,31 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import spec
 
 from mnist_lab import runtimes
-from mnist_lab.deploy.artifacts import artifact_bytes
-from mnist_lab.models.checkpoints import save_checkpoint
 from mnist_lab.compress import pt2e
 from mnist_lab.compress.bfloat16 import has_bfloat16, round_weights
-from mnist_lab.compress.int8 import Mode, quantize
+from mnist_lab.compress.int8 import Mode, needs_reduced_range, quantize
 from mnist_lab.data import Dataset
+from mnist_lab.deploy.artifacts import artifact_bytes
+from mnist_lab.deploy.onnx import write_onnx
 from mnist_lab.errors import UserError, WrongPrecision
-from mnist_lab.deploy.onnx import FLOAT_PRODUCTS, export_onnx
 from mnist_lab.measure import Array
 from mnist_lab.models import PRESETS, build_model, parameter_bytes
+from mnist_lab.models.checkpoints import save_checkpoint
 from mnist_lab.models.ffn import FFN
 from mnist_lab.models.moe import EveryExpert, RoutingConfig, SparseMoE
-from mnist_lab.runtimes import EXTENSIONS, Precision, RuntimeName, Session, open_session, torchao, why_missing
+from mnist_lab.runtimes import (
+    EXTENSIONS,
+    FLOAT_PRODUCTS,
+    Precision,
+    RuntimeName,
+    Session,
+    open_session,
+    torchao,
+    why_missing,
+)
 from mnist_lab.training import torch_predictor
 
 PIXELS = np.random.default_rng(0).random((5, 1, 28, 28), np.float32)
@@ -32,12 +42,12 @@ needs_bfloat16 = pytest.mark.skipif(not has_bfloat16(), reason="this CPU has no 
 def make_model(kind: str) -> FFN | SparseMoE:
     torch.manual_seed(0)
     preset = PRESETS["compact"]
-    return build_model(preset.ffn(0.13, 0.31) if kind == "ffn" else preset.moe(0.13, 0.31, RoutingConfig())).eval()
+    return build_model(preset.ffn(spec()) if kind == "ffn" else preset.moe(spec(), RoutingConfig())).eval()
 
 
 def write_files(model: FFN | SparseMoE, folder: Path) -> None:
     save_checkpoint(folder / "model.safetensors", model, {})
-    export_onnx(model, folder / "model.onnx", {"parent_sha256": "0"})
+    write_onnx(model, folder / "model.onnx", {"model": "x"})
 
 
 def open_in(runtime: RuntimeName, folder: Path, precision: Precision = "FP32") -> Session:
@@ -45,9 +55,9 @@ def open_in(runtime: RuntimeName, folder: Path, precision: Precision = "FP32") -
 
 
 def write_program(model: FFN | SparseMoE, path: Path, dataset: Dataset, mode: Mode) -> None:
-    traceable = EveryExpert(model) if isinstance(model, SparseMoE) else model
+    metadata = {"model": "x", "mode": mode}
     pt2e.quantize_program(
-        traceable, path, mode=mode, calibration=dataset.train.pixels, metadata={"model": "x", "mode": mode}
+        model, path, mode=mode, calibration=dataset.train.pixels, reduced_range=needs_reduced_range(), metadata=metadata
     )
 
 
@@ -88,8 +98,9 @@ def test_every_run_computes_what_lies_in_its_batch(runtime: RuntimeName, tmp_pat
 def test_bf16_is_half_and_close(runtime: RuntimeName, kind: str, tmp_path: Path) -> None:
     model = make_model(kind)
     reference, fp32_bytes = torch_predictor(model)(PIXELS), parameter_bytes(model)
-    write_files(round_weights(model), tmp_path)
-    assert parameter_bytes(model) == fp32_bytes / 2
+    rounded = round_weights(model)
+    write_files(rounded, tmp_path)
+    assert parameter_bytes(rounded) == fp32_bytes / 2
     assert artifact_bytes(tmp_path / "model.onnx") == pytest.approx(fp32_bytes / 2, rel=2e-3)
     logits = open_in(runtime, tmp_path, "BF16").predict(PIXELS)
     assert logits.dtype == np.float32
@@ -103,9 +114,9 @@ def test_torchao_runs_every_layer_in_int8(kind: str, mode: Mode, toy_dataset: Da
     model = make_model(kind)
     path = tmp_path / "model.pt2"
     write_program(model, path, toy_dataset, mode)
-    assert pt2e.num_quantized_layers(pt2e.load_program(path).graph) == (3 if kind == "ffn" else 10)
-    assert pt2e.program_bytes(path) <= 0.28 * parameter_bytes(model)
-    assert pt2e.read_program_metadata(path) == {"model": "x", "mode": mode}
+    assert pt2e.prove_program(model, path)["layers"] == (3 if kind == "ffn" else 10)
+    assert torchao.program_bytes(path) <= 0.28 * parameter_bytes(model)
+    assert torchao.read_program_metadata(path) == {"model": "x", "mode": mode}
     pixels = toy_dataset.validation.pixels.numpy()[:5]
     logits = open_in("torchao", tmp_path, "INT8").predict(pixels)  # raises where a layer is not lowered
     assert 20 < signal_to_noise_db(torch_predictor(model)(pixels), logits) < 60
@@ -156,7 +167,8 @@ def write_int8(model: FFN | SparseMoE, folder: Path, dataset: Dataset, mode: Mod
         mode=mode,
         calibration=dataset.train.pixels.numpy(),
         keep_float=FLOAT_PRODUCTS,
-        metadata={"parent_sha256": "0"},
+        reduced_range=needs_reduced_range(),
+        metadata={"model": "x"},
     )
 
 
@@ -175,7 +187,7 @@ def test_what_is_not_installed_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_expert_gives_the_sparse_logits() -> None:
     for routing in (RoutingConfig(), RoutingConfig(5, 1), RoutingConfig(3, 3)):
-        model = SparseMoE(PRESETS["wide"].moe(0.13, 0.31, routing)).eval()
+        model = SparseMoE(PRESETS["wide"].moe(spec(), routing)).eval()
         with torch.no_grad():
             model.experts.bias_in.normal_()
             model.experts.bias_out.normal_()

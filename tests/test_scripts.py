@@ -16,19 +16,19 @@ import pytest
 import torch
 
 from mnist_lab import console, data, evaluate, experiments, measure, plots, rows, training
-from mnist_lab.deploy.artifacts import read_onnx_metadata, set_onnx_metadata
-from mnist_lab.models.checkpoints import load_checkpoint, read_metadata, save_checkpoint
-from mnist_lab.studies.claims import run as claims_run
-from mnist_lab.studies.claims.figures import CLAIM_FIGURES
+from mnist_lab.command.entry import run_script
 from mnist_lab.compress.distill import DistillationConfig
 from mnist_lab.compress.int8 import Calibration
+from mnist_lab.deploy.artifacts import read_onnx_metadata, set_onnx_metadata
 from mnist_lab.errors import TrainingDiverged
-from mnist_lab.files import sha256
 from mnist_lab.experiments.lab import Lab
-from mnist_lab.report.records import COLUMNS, load_records
 from mnist_lab.experiments.rows import Trained
+from mnist_lab.files import sha256
+from mnist_lab.models.checkpoints import load_checkpoint, read_metadata, save_checkpoint
+from mnist_lab.report.records import COLUMNS, load_records
 from mnist_lab.runtimes import why_missing
-from mnist_lab.command.entry import run_script
+from mnist_lab.studies.claims import run as claims_run
+from mnist_lab.studies.claims.figures import CLAIM_FIGURES
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = {

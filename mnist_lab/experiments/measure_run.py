@@ -1,7 +1,7 @@
 """Every figure of a finished run but its latency: quality and size in each runtime, kept as a record."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from mnist_lab.deploy.artifacts import artifact_bytes, read_onnx_metadata
 from mnist_lab.deploy.inside import choose_experts
 from mnist_lab.experiments.run import Run, read_file_metadata
 from mnist_lab.experiments.technique import Proof
-from mnist_lab.files import sha256
+from mnist_lab.files import as_json, sha256
 from mnist_lab.machine import describe_machine, package_versions
 from mnist_lab.models import Model, count_parameters, parameter_bytes
 from mnist_lab.models.checkpoints import load_checkpoint
@@ -39,7 +39,7 @@ def measure_run(
     Args:
         model: that the run's files were written from, and
         proof: what they were proved to be, where both are at hand.
-        known: a record of these very files, whose measurements are not made again.
+        known: the record of before, with the measurements that need not be made again.
 
     Raises:
         WrongPrecision: a runtime does not run the model in its precision.
@@ -73,7 +73,7 @@ def measure_run(
         recipe=run.lab.recipe_name,
         seed=run.seed,
         config=metadata["config"],
-        architecture=asdict(model.config),
+        architecture=as_json(asdict(model.config)),
         parents=metadata["parents"],
         original=run.original.model,
         checkpoint={"file": run.output.name, "sha256": sha256(run.output)},
@@ -102,29 +102,28 @@ def measure_run(
 
 
 def find_known(run: Run) -> Record | None:
-    """The record of these very files, made on this machine with these libraries and lacking no figure of the run's.
+    """What is known of this very checkpoint on this machine: its record with the measurements that still hold.
 
-    Measurements of other files, or that lack a figure, are left out of it.
+    Those do not that are of other files or library versions, or lack a figure; none does where the record lacks one.
     """
     record = load_record(run.record) if run.record.exists() else None
-    if (
-        record is None
-        or is_lacking(record)
-        or any(column.measure is not None and column.name not in record.figures for column in run.lab.columns)
-        or record.checkpoint["sha256"] != sha256(run.output)
-        or record.artifact["sha256"] != sha256(run.artifact)
-        or record.machine != describe_machine()
-        or record.versions != package_versions()
-    ):
+    if record is None or record.checkpoint["sha256"] != sha256(run.output) or record.machine != describe_machine():
         return None
-    for runtime in RUNTIMES:
-        file = run.file(EXTENSIONS[runtime])
-        measurement = record.measurements.get(runtime)
-        if measurement is None:
-            continue
-        if is_lacking(measurement) or not file.is_file() or measurement.file["sha256"] != sha256(file):
-            del record.measurements[runtime]
-    return record
+    is_whole = (
+        not is_lacking(record)
+        and all(column.measure is None or column.name in record.figures for column in run.lab.columns)
+        and record.artifact["sha256"] == sha256(run.artifact)
+        and record.versions == package_versions()
+    )
+
+    def holds(runtime: RuntimeName) -> bool:
+        file, measurement = run.file(EXTENSIONS[runtime]), record.measurements[runtime]
+        return not is_lacking(measurement) and file.is_file() and measurement.file["sha256"] == sha256(file)
+
+    measured = [runtime for runtime in RUNTIMES if runtime in record.measurements]
+    return replace(
+        record, measurements={name: record.measurements[name] for name in measured if is_whole and holds(name)}
+    )
 
 
 def _open(run: Run, runtime: RuntimeName) -> Session:

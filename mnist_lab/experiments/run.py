@@ -1,6 +1,5 @@
 """A row for one seed: its files, whose they are, what they depend on, and whether they are up to date."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from mnist_lab.errors import UserError
 from mnist_lab.experiments.lab import Lab
 from mnist_lab.experiments.row import Row, describe
 from mnist_lab.experiments.technique import Work
-from mnist_lab.files import sha256
+from mnist_lab.files import as_json, sha256
 from mnist_lab.models import Model
 from mnist_lab.models.checkpoints import load_checkpoint, read_metadata
 from mnist_lab.report.records import record_path
@@ -82,7 +81,7 @@ class Run:
                 "preset": asdict(self.lab.preset),
                 "data": asdict(self.lab.dataset.spec),
             }
-        decoded: dict[str, Any] = json.loads(json.dumps(settings))
+        decoded: dict[str, Any] = as_json(settings)
         return decoded
 
     @property
