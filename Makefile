@@ -1,16 +1,28 @@
-# make run: the whole suite on ./data, $MNIST_LAB_DATA or a download; make test: lint, types and tests.
+# make run: the whole suite on ./data, $MNIST_LAB_DATA or a download. make test: lint, types and all tests.
+# make check: the same without the tests that train, in less than half a minute.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PYTEST := $(BIN)/python -m pytest --durations=10
 
 run: $(VENV)/.run
 	$(BIN)/python run_all_experiments.py --mode load $(ARGS)
 
-test: $(VENV)/.test
+test: $(VENV)/.test lint types
+	OMP_NUM_THREADS=1 $(PYTEST) --numprocesses auto --dist loadgroup
+
+check: $(VENV)/.test
+	$(MAKE) --jobs 2 --output-sync lint types untrained
+
+untrained: $(VENV)/.test
+	$(PYTEST) -m "not trains"
+
+lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
 
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with make PYTHON=..."; exit 2; }
@@ -24,4 +36,4 @@ $(VENV)/.test: requirements.txt requirements-extra.txt requirements-dev.txt | $(
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@ $(VENV)/.run
 
-.PHONY: run test
+.PHONY: run test check untrained lint types

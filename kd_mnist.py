@@ -1,6 +1,6 @@
 """Distil a trained teacher into the small FFN student, export it, and measure it.
 
-python kd_mnist.py                          # the MoE teaches: expect 98.85 ± 0.12 % (five seeds)
+python kd_mnist.py                          # the MoE teaches: expect 98.85 ± 0.12 %
 python kd_mnist.py --teacher ffn            # the baseline teaches: expect 99.00 ± 0.07 %
 python kd_mnist.py --no-distillation        # the control, same student, labels only: expect 99.01 ± 0.06 %
 python kd_mnist.py --temperature 10         # becomes KD_FFN_Student-T10

@@ -1,6 +1,6 @@
 """Train the noisy top-K sparse mixture of experts, export it, and measure it.
 
-python moe_mnist.py                                      # 4 experts, 2 per image: expect 99.19 ± 0.06 % (five seeds)
+python moe_mnist.py                                      # 4 experts, 2 per image: expect 99.19 ± 0.06 %
 python moe_mnist.py --num-experts 8 --balance switch     # becomes Sparse_MoE-E8-switch
 python moe_mnist.py --top-k 4                            # every expert: the dense MoE
 """

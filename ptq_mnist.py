@@ -1,6 +1,6 @@
 """Convert a trained model to INT8 (post-training quantization), and measure it beside its FP32 form.
 
-python ptq_mnist.py                                 # the FFN, static: expect 99.29 ± 0.08 % (five seeds), 0.230 MiB
+python ptq_mnist.py                                 # the FFN, static: expect 99.29 ± 0.08 %, 0.230 MiB
 python ptq_mnist.py --model moe                     # the MoE, dynamic: expect 99.19 ± 0.07 %, 0.718 MiB
 python ptq_mnist.py --model moe --mode static       # the contrast: expect 99.21 ± 0.07 %, 0.735 MiB
 """

@@ -1,6 +1,6 @@
 """Draw the plots again from the records on disk; nothing is trained or measured.
 
-python visualize_results.py                                             # every folder below results/
+python visualize_results.py                                             # every folder below results/: expect 11 plots a folder
 python visualize_results.py --results results/mnist-compact-standard    # one folder
 python visualize_results.py --dataset mnist --recipe quick              # those that fit
 """

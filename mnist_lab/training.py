@@ -9,6 +9,7 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.adamw import adamw
 
 from mnist_lab import measure
 from mnist_lab.data import Augmentation, Dataset, augment, iterate_batches
@@ -139,8 +140,8 @@ def fit(
     validation_pixels, validation_labels = dataset.validation.numpy()
     steps_per_epoch = math.ceil(len(train) / recipe.batch_size)
     num_steps = recipe.epochs * steps_per_epoch
-    optimizer = make_optimizer(model, recipe)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, _warm_up_then_decay(num_steps, recipe.warmup_share))
+    optimizer = AdamW(model, recipe.weight_decay)
+    rate_at = _warm_up_then_decay(recipe.learning_rate, num_steps, recipe.warmup_share)
     generator = torch.Generator().manual_seed(seed)
     curves: list[EpochMetrics] = []
     with torch.random.fork_rng(), progress_bar() as progress:
@@ -162,8 +163,7 @@ def fit(
                     )
                 optimizer.zero_grad()
                 total.backward()
-                optimizer.step()
-                schedule.step()
+                optimizer.step(rate_at((epoch - 1) * steps_per_epoch + step - 1))
                 sums.add(loss, len(rows))
                 progress.advance(task)
             logits = measure.predict(torch_predictor(model, device), validation_pixels)
@@ -173,16 +173,54 @@ def fit(
                 raise TrainingDiverged(
                     f"{name}: the validation loss is {validation_loss} after epoch {epoch}; nothing was saved"
                 )
-            curves.append(sums.metrics(epoch, float(schedule.get_last_lr()[0]), validation_loss, validation_acc))
+            learning_rate = rate_at(epoch * steps_per_epoch)
+            curves.append(sums.metrics(epoch, learning_rate, validation_loss, validation_acc))
             progress.update(task, description=f"{name}  val {validation_acc:.2%}")
     model.to("cpu")
     model.eval()
     return curves
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW (arXiv:1711.05101); fused, it updates all parameters in one pass over memory."""
-    return torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=recipe.weight_decay, fused=True)
+class AdamW:
+    """AdamW (arXiv:1711.05101) with torch's defaults, fused: one pass over memory updates all parameters.
+
+    The same as `torch.optim.AdamW`, by its own functional form: the class would import torch's compiler first, which
+    takes longer than to train a small model.
+    """
+
+    def __init__(self, model: nn.Module, weight_decay: float) -> None:
+        self.weight_decay = weight_decay
+        self._parameters = list(model.parameters())
+        self._state = [
+            (torch.zeros_like(p), torch.zeros_like(p), torch.zeros((), device=p.device)) for p in self._parameters
+        ]
+
+    def zero_grad(self) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, learning_rate: float) -> None:
+        """Update every parameter that has a gradient."""
+        pairs = zip(self._parameters, self._state, strict=True)
+        moving = [(p, p.grad, *state) for p, state in pairs if p.grad is not None]
+        parameters, gradients, means, squares, steps = map(list, zip(*moving, strict=True))
+        adamw(
+            parameters,
+            gradients,
+            means,
+            squares,
+            [],
+            steps,
+            fused=True,
+            amsgrad=False,
+            beta1=0.9,
+            beta2=0.999,
+            lr=learning_rate,
+            weight_decay=self.weight_decay,
+            eps=1e-8,
+            maximize=False,
+        )
 
 
 def sum_terms(terms: LossTerms) -> Tensor:
@@ -231,13 +269,14 @@ class _EpochSums:
         )
 
 
-def _warm_up_then_decay(num_steps: int, warmup_share: float) -> Callable[[int], float]:
+def _warm_up_then_decay(peak: float, num_steps: int, warmup_share: float) -> Callable[[int], float]:
+    """The learning rate by step: linearly up to its peak, then linearly to zero."""
     warmup_steps = max(1, round(num_steps * warmup_share))
 
-    def factor(step: int) -> float:
-        return min((step + 1) / warmup_steps, (num_steps - step) / max(1, num_steps - warmup_steps))
+    def rate_at(step: int) -> float:
+        return peak * min((step + 1) / warmup_steps, (num_steps - step) / max(1, num_steps - warmup_steps))
 
-    return factor
+    return rate_at
 
 
 def progress_bar(*, auto_refresh: bool = True) -> Progress:

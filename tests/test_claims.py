@@ -1,5 +1,4 @@
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Literal
 
@@ -10,17 +9,9 @@ from builders import make_measurement, make_record
 from scipy import stats
 
 from mnist_lab.compress.distill import DistillationConfig
+from mnist_lab.compress.int8 import StaticInt8
 from mnist_lab.deploy.inside import JOBS
-from mnist_lab.experiments.rows import (
-    CALIBRATIONS,
-    Quantized,
-    Rounded,
-    Trained,
-    claim_rows,
-    grid_rows,
-    quantized,
-    student,
-)
+from mnist_lab.experiments.row import Row, describe
 from mnist_lab.report.records import Record, save_predictions
 from mnist_lab.studies.claims.evidence import (
     Evidence,
@@ -42,6 +33,7 @@ from mnist_lab.studies.claims.findings import (
     summarize,
     write_claims,
 )
+from mnist_lab.studies.claims.rows import CALIBRATIONS, calibrated, claim_rows, grid_rows, winners
 from mnist_lab.studies.claims.settle import Settings, find_winner, settle_claims, settle_dark_knowledge, settle_scaling
 
 SEEDS = range(3)
@@ -100,20 +92,20 @@ def test_claim_needs_all_of_its_comparisons() -> None:
 LABELS = np.arange(50) % 10
 
 
-def make_run(folder: Path, row: Trained | Quantized, seed: int, generator: np.random.Generator) -> Record:
+def make_run(folder: Path, row: Row, seed: int, generator: np.random.Generator) -> Record:
     """The MoE better than all dense models, its load even but where the sign is wrong, INT8 four times as fast."""
-    is_moe = row.model.startswith("Sparse_MoE") and row.model != "Sparse_MoE-K4"
+    is_moe = row.name.startswith("Sparse_MoE") and row.name != "Sparse_MoE-K4"
     measurement = make_measurement(0.99 + 0.001 * is_moe + 1e-4 * generator.random())
     measurement.test_loss = 0.05 - 0.01 * is_moe + 1e-3 * generator.random()
     measurement.test_brier = 0.02
-    speed = 0.25 if row.precision == "INT8" else 1.0
+    speed = 0.25 if row.form.precision == "INT8" else 1.0
     measurement.size_mib = speed * 1.02
     for batch in ("1", "64", "1024"):
         measurement.latency_ms[batch] = {"median_ms": speed + 0.01 * generator.random()}
     measurement.confusion = (100 * np.eye(10, dtype=int)).tolist()
-    record = make_record(row.model, seed, onnxruntime=measurement)
-    load = [0.94, 0.02, 0.02, 0.02] if "wrong" in row.model else [0.4, 0.2, 0.2, 0.2]
-    if row.model in {"Sparse_MoE", "Sparse_MoE-switch", "Sparse_MoE-cv"}:
+    record = make_record(row.name, seed, onnxruntime=measurement)
+    load = [0.94, 0.02, 0.02, 0.02] if "wrong" in row.name else [0.4, 0.2, 0.2, 0.2]
+    if row.name in {"Sparse_MoE", "Sparse_MoE-switch", "Sparse_MoE-cv"}:
         load = [0.25, 0.25, 0.26 - 0.01 * seed, 0.24 + 0.01 * seed]
     record.curves = [{"epoch": epoch, "expert_load": shares} for epoch, shares in ((1, [1.0, 0, 0, 0]), (2, load))]
     logits = generator.normal(size=(50, 10)).astype(np.float32) * 5
@@ -123,32 +115,25 @@ def make_run(folder: Path, row: Trained | Quantized, seed: int, generator: np.ra
     record.expert_by_class = [[0.5, 0.5, 0, 0]] * 5 + [[0, 0, 0.5, 0.5]] * 5
     record.acc_without_expert = [[0.9] * 5 + [1.0] * 5] * 2 + [[1.0] * 5 + [0.9] * 5] * 2
     record.time_by_job_us = dict.fromkeys(JOBS, 1.0)
-    record.config = {"architecture": {"routing": {"top_k": 2}}}
-    if isinstance(row, Quantized):
-        record.config = {"calibration": asdict(row.calibration)}
-        record.routes_changed = 0.001
-    elif row.distillation:
-        record.config = {"distillation": asdict(row.distillation)}
+    record.family = row.family
+    record.architecture = {"routing": {"top_k": 2}}
+    record.config = {"step": describe(row.step), "form": describe(row.form)}
+    record.routes_changed = 0.001 if isinstance(row.form, StaticInt8) else None
     return record
 
 
 def make_evidence(folder: Path) -> tuple[Evidence, Settings]:
     """Three seeds of every model, and a grid whose winner is T = 5, α = 0.9."""
     generator = np.random.default_rng(0)
-    winners = [student(teacher, DistillationConfig(5, 0.9)) for teacher in ("moe", "ffn")]
+    best = winners(DistillationConfig(5, 0.9))
     runs, grid = (
-        [
-            make_run(folder / name, row, seed, generator)
-            for seed in SEEDS
-            for row in rows
-            if not isinstance(row, Rounded)
-        ]
-        for name, rows in (("own", [*claim_rows(), *winners]), ("grid", grid_rows()))
+        [make_run(folder / name, row, seed, generator) for seed in SEEDS for row in rows]
+        for name, rows in (("own", [*claim_rows(), *best]), ("grid", grid_rows()))
     )
     for record in grid:
         record.validation_acc = 0.99 if record.model == "KD_FFN_Student-T5-a0.9" else 0.98
     settings = Settings(
-        calibrations=[quantized("moe", "static", calibration).model for calibration in CALIBRATIONS],
+        calibrations=[calibrated(calibration).name for calibration in CALIBRATIONS],
         winner="-T5-a0.9",
         grid=Evidence.in_folder(folder / "grid", grid),
     )
@@ -287,3 +272,18 @@ def test_files_hold_every_finding(findings: list[Finding], tmp_path: Path) -> No
     assert [entry["comparison"] for entry in loaded][:-1] == [finding.comparison for finding in findings]
     assert loaded[-1]["p_value"] is None
     assert all(entry["comparison"] in text for entry in loaded)
+
+
+def test_evidence_is_of_one_recipe_and_knows_rows_without_the_recipes_departures(tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    records = [make_run(tmp_path, row, seed, generator) for row in grid_rows() for seed in SEEDS]
+    shorter = [make_run(tmp_path, row, seed, generator) for row in grid_rows() for seed in SEEDS[:2]]
+    for record in shorter:
+        record.departures = "-epochs1"
+    both = Evidence.in_folder(tmp_path, [*shorter, *records])
+    assert both.seeds == list(SEEDS)
+    assert both.run("Sparse_MoE", 0).model == "Sparse_MoE"
+    alone = Evidence.in_folder(tmp_path, shorter)
+    assert alone.seeds == [0, 1]
+    assert alone.run("Sparse_MoE", 0).model == "Sparse_MoE-epochs1"
+    assert alone.find("KD_FFN_Student") == both.find("KD_FFN_Student")

@@ -17,6 +17,8 @@ from mnist_lab.models import PRESETS, build_model
 from mnist_lab.runtimes import FLOAT_PRODUCTS
 from mnist_lab.runtimes.onnxruntime import OnnxRuntimeSession
 
+pytestmark = pytest.mark.trains
+
 NUM_LAYERS = {"ffn": 3, "moe-sparse": 10, "moe-dense": 4}
 
 

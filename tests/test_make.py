@@ -25,6 +25,8 @@ from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.report.columns import COLUMNS
 from mnist_lab.report.records import Record, load_record
 
+pytestmark = pytest.mark.trains
+
 MOE = Row("MoE", TrainMoE(RoutingConfig(num_experts=3)))
 
 

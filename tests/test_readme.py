@@ -1,4 +1,4 @@
-"""What the README prints is run as printed."""
+"""What the README and the pages behind it print: the code runs, the files are there, the figures were measured."""
 
 import re
 import subprocess
@@ -6,16 +6,28 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tiny import spec
 
 from mnist_lab.deploy.onnx import write_onnx
+from mnist_lab.experiments.rows import TABLE, families
 from mnist_lab.models import PRESETS, build_model
-from mnist_lab.report.records import build_table, format_fastest, format_summary, load_records
+from mnist_lab.report.figures import FIGURES
+from mnist_lab.report.records import load_records
+from mnist_lab.report.table import build_table
+from mnist_lab.report.text import format_fastest, format_summary
 from mnist_lab.training import torch_predictor
 
 ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
 README = (ROOT / "README.md").read_text()
+PAGES = (ROOT / "README.md", *sorted(DOCS.glob("*.md")))
+MAX_FRONT_PAGE_LINES = 130
+
+
+def test_front_page_is_short() -> None:
+    assert len(README.splitlines()) <= MAX_FRONT_PAGE_LINES
 
 
 def test_client_runs_an_artifact_without_the_suite(tmp_path: Path) -> None:
@@ -23,7 +35,7 @@ def test_client_runs_an_artifact_without_the_suite(tmp_path: Path) -> None:
     assert len([line for line in client.splitlines() if line]) == 6
     torch.manual_seed(0)
     model = build_model(PRESETS["compact"].student(spec())).eval()
-    write_onnx(model, tmp_path / "model.onnx", {"parent_sha256": "0"})
+    write_onnx(model, tmp_path / "model.onnx", {"model": "x"})
     pixels = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
     np.save(tmp_path / "pixels.npy", pixels)
     (tmp_path / "client.py").write_text(client)
@@ -36,26 +48,59 @@ def test_client_runs_an_artifact_without_the_suite(tmp_path: Path) -> None:
     assert set(re.findall(r"^import (\w+)", client, flags=re.M)) == {"sys", "numpy", "onnxruntime"}
 
 
-def test_files_that_it_names_exist() -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (ROOT / target).exists(), target
-    for name in re.findall(r"python (\w+\.py)", README):
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_files_that_a_page_names_exist(page: Path) -> None:
+    text = page.read_text()
+    for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), target
+    scripts = re.findall(r"python (\w+\.py)", text) + re.findall(r"^\| `(\w+\.py)` \|", text, flags=re.M)
+    modules = re.findall(r"python -m (benchmarks\.\w+)", text)
+    for name in [*scripts, *(module.replace(".", "/") + ".py" for module in modules)]:
         assert (ROOT / name).is_file(), name
 
 
 def test_tables_are_the_reference_runs() -> None:
-    folder = ROOT / "docs" / "reference-run"
-    table = build_table(load_records(folder))
+    folder = DOCS / "reference-run"
+    table = build_table(load_records(folder), order=families(TABLE))
     summary = format_summary(table, style="github")
     assert summary in (folder / "table.md").read_text()
     (shown,) = re.findall(r"<!-- table -->\n(.*?)\n<!-- /table -->", README, flags=re.S)
     assert set(shown.splitlines()) <= set(summary.splitlines())
     assert set(re.findall(r"^\| (\w+)", shown, flags=re.M)) == {"model", *table["model"]}
-    assert f"<!-- fastest -->\n{format_fastest(table, style='github')}\n<!-- /fastest -->" in README
+    fastest = f"<!-- fastest -->\n{format_fastest(table, style='github')}\n<!-- /fastest -->"
+    assert fastest in (DOCS / "latency.md").read_text()
 
 
 def test_verdicts_are_the_reference_runs() -> None:
-    settled = (ROOT / "docs" / "reference-run" / "claims" / "claims.md").read_text()
+    settled = (DOCS / "reference-run" / "claims" / "claims.md").read_text()
     verdicts = re.findall(r"^## (\d+)\. .*: (\w+)$", settled, flags=re.M)
-    assert re.findall(r"^\| (\d+) \| .* \| (\w+):", README, flags=re.M) == verdicts
+    assert re.findall(r"^\| (\d+) \| .* \| (\w+):", (DOCS / "claims.md").read_text(), flags=re.M) == verdicts
     assert [int(claim) for claim, _ in verdicts] == list(range(1, 15))
+
+
+def test_scripts_headers_name_the_reference_runs_results() -> None:
+    folder = DOCS / "reference-run"
+    table = build_table(load_records(folder)).query("runtime == 'onnxruntime'").set_index("model")
+    acc = {
+        model: f"{100 * row['test_acc']:.2f} ± {100 * row['test_acc_ci95']:.2f} %" for model, row in table.iterrows()
+    }
+    size = {model: f"{row['size_mib']:.3f} MiB" for model, row in table.iterrows()}
+    claims = (folder / "claims" / "claims.md").read_text()
+    found = re.findall(r"^\| (?:share of threes|the same before).*?\+([\d.]+)", claims, re.M)
+    corrected, before = (f"{100 * float(share):.0f} %" for share in found)
+    int8 = ("FFN_PTQ_INT8", "Sparse_MoE_INT8", "Sparse_MoE_PTQ")
+    students = ("KD_FFN_Student", "KD_FFN_Student_from_FFN", "FFN_Student_no_KD")
+    expected = {
+        "baseline_mnist": [acc["FFN_baseline"]],
+        "moe_mnist": [acc["Sparse_MoE"]],
+        "ptq_mnist": [f"{acc[model]}, {size[model]}" for model in int8],
+        "kd_mnist": [acc[model] for model in students],
+        "run_all_experiments": [f"FFN {acc['FFN_baseline']}, MoE {acc['Sparse_MoE']}, student {acc['KD_FFN_Student']}"],
+        "claims_mnist": [f"{len(re.findall(r'^## .*: supported$', claims, re.M))} of 14 supported"],
+        "dark_knowledge_mnist": [f"{before} of the threes, {corrected} with the bias corrected"],
+        "visualize_results": [f"{len(FIGURES)} plots a folder"],
+    }
+    assert {path.stem for path in ROOT.glob("*.py")} == set(expected)
+    for script, results in expected.items():
+        header = (ROOT / f"{script}.py").read_text().split('"""')[1]
+        assert re.findall(r"expect (.*?)$", header, re.M) == results, script

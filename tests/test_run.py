@@ -16,6 +16,8 @@ from mnist_lab.experiments.run import Run
 from mnist_lab.models.checkpoints import read_metadata, save_checkpoint
 from mnist_lab.training import find_recipe
 
+pytestmark = pytest.mark.trains
+
 
 @pytest.fixture
 def lab(tmp_path: Path) -> Lab:

@@ -34,6 +34,8 @@ from mnist_lab.runtimes import (
 )
 from mnist_lab.training import torch_predictor
 
+pytestmark = pytest.mark.trains
+
 PIXELS = np.random.default_rng(0).random((5, 1, 28, 28), np.float32)
 needs_compiler = pytest.mark.skipif(why_missing("torchao") is not None, reason=str(why_missing("torchao")))
 needs_bfloat16 = pytest.mark.skipif(not has_bfloat16(), reason="this CPU has no BF16 products")

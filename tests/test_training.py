@@ -9,11 +9,14 @@ from torch.nn.utils import parameters_to_vector
 
 from mnist_lab import measure
 from mnist_lab.command.options import Options
+from mnist_lab.compress.distill import DistillationConfig, distillation_objective
 from mnist_lab.data import Augmentation, Dataset
 from mnist_lab.errors import TrainingDiverged
 from mnist_lab.models import PRESETS, ModelConfig, build_model
 from mnist_lab.models.moe import RoutingConfig
-from mnist_lab.training import Batch, Recipe, StepLoss, Term, fit, torch_predictor
+from mnist_lab.training import AdamW, Batch, Recipe, StepLoss, Term, fit, sum_terms, torch_predictor
+
+pytestmark = pytest.mark.trains
 
 RECIPE = Recipe(epochs=8, batch_size=32, learning_rate=3e-3, augmentation=Augmentation())
 FFN_CONFIG = PRESETS["compact"].student(spec(0.18, 0.18))
@@ -109,3 +112,40 @@ def test_wide_models_have_a_best_recipe_of_their_own() -> None:
     wide, compact = Options(preset="wide", recipe="best"), Options(recipe="best")
     assert wide.make_recipe().epochs > compact.make_recipe().epochs
     assert Options(preset="wide").make_recipe() == Options().make_recipe()
+
+
+def test_optimizer_is_torchs_adamw_bit_by_bit_and_leaves_out_what_has_no_gradient() -> None:
+    models = [nn.Sequential(nn.Linear(20, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model in models:
+        model.register_parameter("idle", nn.Parameter(torch.ones(3)))
+    ours = AdamW(models[0], weight_decay=0.1)
+    theirs = torch.optim.AdamW(models[1].parameters(), lr=1e-3, weight_decay=0.1, fused=True)
+    for step in range(1, 6):
+        rows = torch.randn(16, 20)
+        for model, optimizer in zip(models, (ours, theirs), strict=True):
+            optimizer.zero_grad()
+            model(rows).square().mean().backward()
+        theirs.param_groups[0]["lr"] = 1e-3 / step
+        ours.step(1e-3 / step)
+        theirs.step()
+    for own, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(own, other)
+    assert models[0].get_parameter("idle").tolist() == [1, 1, 1]
+
+
+def test_students_terms_are_told_before_their_weights_and_an_moe_keeps_its_balance(toy_dataset: Dataset) -> None:
+    teacher = build_model(FFN_CONFIG)
+    config = DistillationConfig(temperature=2, alpha=0.5)
+    objective = distillation_objective(teacher, config, device="cpu")
+    student = build_model(MOE_CONFIG)
+    curves = fit(student, toy_dataset, replace(RECIPE, epochs=1), seed=0, objective=objective)
+    assert set(curves[0].train_terms) == {"distillation", "cross_entropy", "balance"}
+    assert sum(curves[0].expert_load) == pytest.approx(1)
+    batch = Batch(*toy_dataset.train, torch.arange(300))
+    terms = objective(student.eval(), batch).terms
+    told = torch.nn.functional.cross_entropy(student(batch.pixels), batch.labels)
+    assert terms["cross_entropy"].value.item() == pytest.approx(told.item())
+    assert (terms["cross_entropy"].weight, terms["distillation"].weight, terms["balance"].weight) == (0.5, 2.0, 0.02)
+    weighted = 0.5 * terms["cross_entropy"].value + 2 * terms["distillation"].value + 0.02 * terms["balance"].value
+    assert sum_terms(terms).item() == pytest.approx(weighted.item(), rel=1e-6)

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 def confidence_interval(values: Sequence[float]) -> float:
     """Half-width of the Student-t 95 % interval of the mean; NaN for a single value."""
-    from scipy import stats
-
     if len(values) < 2:
         return float("nan")
+    from scipy import stats  # takes a second to import, which one seed need not wait for
+
     return float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(list(values)))
 
 
