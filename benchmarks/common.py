@@ -1,10 +1,26 @@
-"""What the benchmarks of trained models share: their options, and the models themselves."""
+"""What the benchmarks share: their options, the models that they time, a progress bar, and the files that they write."""
 
+import json
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
 
-from mnist_lab.models import PresetName
+import pandas as pd
+from matplotlib.figure import Figure
+from tabulate import tabulate
+
 from mnist_lab.command.options import DataOptions, Options
-from mnist_lab.training import RecipeName
+from mnist_lab.experiments.lab import Lab
+from mnist_lab.experiments.make import ensure_files, ensure_weights
+from mnist_lab.experiments.row import Row
+from mnist_lab.experiments.run import Run
+from mnist_lab.files import write_atomically
+from mnist_lab.machine import cpu_flags, describe_machine, package_versions
+from mnist_lab.models import PresetName
+from mnist_lab.training import RecipeName, progress_bar
 
 
 @dataclass(frozen=True)
@@ -24,3 +40,57 @@ class BenchmarkOptions(DataOptions):
         """
         fields = {name: getattr(self, name) for name in BenchmarkOptions.__dataclass_fields__}
         return Options(**fields, runtime=runtimes)  # type: ignore[arg-type]
+
+
+def ensure_models(lab: Lab, rows: Iterable[Row], seed: int) -> list[Run]:
+    """The rows' files for the lab's runtimes, made where they are missing or stale; their quality is not measured."""
+    runs = [Run(lab, row, seed) for row in rows]
+    for run in runs:
+        ensure_weights(run)
+        ensure_files(run)
+    return runs
+
+
+@contextmanager
+def show_progress(name: str, num_steps: int) -> Iterator[Callable[[], None]]:
+    """A bar, and what moves it by a step: redrawn then only, not from a thread that would run beside what is timed."""
+    with progress_bar(auto_refresh=False) as progress:
+        task = progress.add_task(name, total=num_steps)
+
+        def advance() -> None:
+            progress.advance(task)
+            progress.refresh()
+
+        yield advance
+
+
+def format_table(table: pd.DataFrame, style: str = "g") -> str:
+    """As Markdown, its numbers in that style."""
+    return tabulate(table.to_dict("list"), "keys", "github", floatfmt=style)
+
+
+def write_outputs(
+    folder: Path, name: str, table: pd.DataFrame, text: str, *, figure: Figure | None = None, **measured: Any
+) -> None:
+    """Write the table to `folder/NAME.csv`, the text to .md, and print it.
+
+    Args:
+        figure: written to .png, and with it all that was measured to .json.
+        measured: beside the table.
+    """
+    record = {
+        "machine": describe_machine() | {"flags": sorted(cpu_flags())},
+        "versions": package_versions(),
+        **measured,
+        "rows": table.astype(object).where(table.notna(), None).to_dict("records"),
+    }
+    files: dict[str, Callable[[Path], object]] = {
+        "csv": partial(table.to_csv, index=False),
+        "md": lambda path: path.write_text(f"{text}\n"),
+    }
+    if figure is not None:
+        files["json"] = lambda path: path.write_text(json.dumps(record, indent=1, allow_nan=False))
+        files["png"] = partial(figure.savefig, dpi=120)
+    for extension, write in files.items():
+        write_atomically(folder / f"{name}.{extension}", write)
+    print(f"\n{text}\n\nwritten: {folder / name}.{', .'.join(files)}")

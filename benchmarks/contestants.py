@@ -16,49 +16,64 @@ from onnxruntime import quantization
 from torch import Tensor
 
 from benchmarks.mask_loop import mask_loop_forward
-from mnist_lab.deploy.onnx import ROUTER, export_onnx
+from mnist_lab.deploy.onnx import build_onnx
 from mnist_lab.measure import Array
 from mnist_lab.models.ffn import FFN
 from mnist_lab.models.moe import EveryExpert, SparseMoE
-from mnist_lab.runtimes import Precision
-from mnist_lab.runtimes.onnxruntime import PROVIDERS, OnnxRuntimeSession
+from mnist_lab.runtimes import ROUTER, Precision, RuntimeName, bind, open_session
+from mnist_lab.runtimes.onnxruntime import PROVIDERS
 
 Call = Callable[[], object]
+Binder = Callable[[Array], Call]  # a forward pass of these pixels, prepared
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """`open(threads)` gives a function that binds pixels to a call; torch's own threads are set outside."""
+    """`open(threads)` loads it; torch's own threads are set outside."""
 
     model: str
     precision: Precision  # that is really executed
     runtime: str
-    open: Callable[[int], Callable[[Array], Call]]
+    open: Callable[[int], Binder]
+
+
+def suite_contestant(
+    model: str, precision: Precision, runtime: RuntimeName, file: Path, *, name: str = ""
+) -> Contestant:
+    """A file in one of the suite's runtimes, under that name or the runtime's own."""
+
+    def open_file(threads: int) -> Binder:
+        return partial(bind, open_session(runtime, file, precision=precision, threads=threads))
+
+    return Contestant(model, precision, name or runtime, open_file)
 
 
 def reference_contestants(ffn: FFN, moe: SparseMoE, folder: Path) -> list[Contestant]:
     """All that can run here. Their files go to `folder`."""
-    contestants = [Contestant("MoE", "FP32", "mask loop", partial(_ignore_threads, partial(mask_loop_forward, moe)))]
-    contestants.append(Contestant("MoE", "FP32", "ORT MoE operator", _open_vendor_moe(moe, folder)))
-    for name, model in (("FFN", ffn), ("MoE", moe)):
-        traceable = EveryExpert(moe) if model is moe else model
-        if quantized := _quantize_eagerly(traceable):
-            contestants.append(Contestant(name, "INT8", "torch.ao dynamic", partial(_ignore_threads, quantized)))
+    vendor = folder / "vendor-moe.onnx"
+    onnx.save(replace_experts(moe), vendor)
+    contestants = [
+        Contestant("MoE", "FP32", "mask loop", _open_torch(partial(mask_loop_forward, moe))),
+        suite_contestant("MoE", "FP32", "onnxruntime", vendor, name="ORT MoE operator"),
+    ]
+    for name, model in (("FFN", ffn), ("MoE", EveryExpert(moe))):
+        if quantized := _quantize_eagerly(model):
+            contestants.append(Contestant(name, "INT8", "torch.ao dynamic", _open_torch(quantized)))
         plain = folder / f"{name}-plain.onnx"
         if importlib.util.find_spec("onnxscript") is None:
             print(f"without onnxscript {name} has no plain export, and engines' defaults are left out")
             continue
-        export_plainly(traceable, plain)
+        export_plainly(model, plain, torch.zeros(2, 1, *moe.config.data.image_size))
         contestants += _default_engines(name, plain)
     return contestants
 
 
-def export_plainly(model: torch.nn.Module, path: Path) -> None:
+def export_plainly(model: torch.nn.Module, path: Path, pixels: Tensor) -> None:
     """What torch's exporter makes of a model, all experts on every image."""
     with warnings.catch_warnings(action="ignore"):
         torch.onnx.export(
             model.eval(),
-            (torch.zeros(2, 1, 28, 28),),
+            (pixels,),
             path,
             input_names=["pixels"],
             output_names=["logits"],
@@ -73,58 +88,50 @@ def _default_engines(name: str, plain: Path) -> list[Contestant]:
     quantized = plain.with_name(f"{plain.stem}-int8.onnx")
     quantization.quantize_dynamic(plain, quantized)
     contestants = [
-        Contestant(name, "FP32", "ORT default", _open_default_onnxruntime(plain)),
-        Contestant(name, "INT8", "ORT default dynamic", _open_default_onnxruntime(quantized)),
+        Contestant(name, "FP32", "ORT default", partial(_open_default_onnxruntime, plain)),
+        Contestant(name, "INT8", "ORT default dynamic", partial(_open_default_onnxruntime, quantized)),
     ]
     if importlib.util.find_spec("openvino") is not None:
         from mnist_lab.runtimes.openvino import compile_artifact, executed_products
 
         executed = set(executed_products(compile_artifact(plain, {})).values())
         precision: Precision = "BF16" if executed == {"bf16"} else "FP32"
-        contestants.append(Contestant(name, precision, "OpenVINO default", _open_default_openvino(plain)))
+        contestants.append(Contestant(name, precision, "OpenVINO default", partial(_open_default_openvino, plain)))
     return contestants
 
 
-def _open_default_onnxruntime(path: Path) -> Callable[[int], Callable[[Array], Call]]:
-    def open_session(threads: int) -> Callable[[Array], Call]:
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        # Its threads would spin on beyond their turn, and slow the next contestant down.
-        options.add_session_config_entry("session.force_spinning_stop", "1")
-        session = onnxruntime.InferenceSession(path, options, providers=PROVIDERS)
-        return lambda pixels: lambda: session.run(None, {"pixels": pixels})
-
-    return open_session
+def _open_default_onnxruntime(path: Path, threads: int) -> Binder:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    # Its threads would spin on beyond their turn, and slow the next contestant down.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    session = onnxruntime.InferenceSession(path, options, providers=PROVIDERS)
+    return lambda pixels: partial(session.run, None, {"pixels": pixels})
 
 
-def _open_default_openvino(path: Path) -> Callable[[int], Callable[[Array], Call]]:
+def _open_default_openvino(path: Path, threads: int) -> Binder:
     from mnist_lab.runtimes.openvino import compile_artifact
 
-    def open_session(threads: int) -> Callable[[Array], Call]:
-        model = compile_artifact(path, {"INFERENCE_NUM_THREADS": threads})
+    model = compile_artifact(path, {"INFERENCE_NUM_THREADS": threads})
 
-        def bind(pixels: Array) -> Call:
-            model(pixels)  # the first call at a batch size compiles
-            return lambda: model(pixels)
+    def bind_pixels(pixels: Array) -> Call:
+        model(pixels)  # the first call at a batch size compiles
+        return partial(model, pixels)
 
-        return bind
-
-    return open_session
+    return bind_pixels
 
 
-def _open_vendor_moe(model: SparseMoE, folder: Path) -> Callable[[int], Callable[[Array], Call]]:
+def replace_experts(model: SparseMoE) -> onnx.ModelProto:
     """Our artifact with everything between router and head replaced by ONNX Runtime's own MoE operator."""
-    path = folder / "vendor-moe.onnx"
-    export_onnx(model, path, {})
-    proto = onnx.load(path)
+    proto = build_onnx(model)
     nodes = list(proto.graph.node)
     names = [node.name for node in nodes]
     experts = model.experts
     weights = {
-        "moe.weight_in": experts.weight_in.transpose(1, 2),
-        "moe.bias_in": experts.bias_in,
-        "moe.weight_out": experts.weight_out.transpose(1, 2),
-        "moe.bias_out": experts.bias_out,
+        "moe.weight_in": experts.weight_in.transpose(1, 2),  # (E, H, D)
+        "moe.bias_in": experts.bias_in,  # (E, H)
+        "moe.weight_out": experts.weight_out.transpose(1, 2),  # (E, O, H)
+        "moe.bias_out": experts.bias_out,  # (E, O)
     }
     for name, weight in weights.items():
         proto.graph.initializer.append(numpy_helper.from_array(weight.detach().contiguous().numpy(), name))
@@ -140,13 +147,7 @@ def _open_vendor_moe(model: SparseMoE, folder: Path) -> Callable[[int], Callable
     del proto.graph.node[:]
     proto.graph.node.extend([*nodes[: names.index(ROUTER) + 1], operator, *nodes[names.index("mixed.relu") :]])
     proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    onnx.save(proto, path)
-
-    def open_session(threads: int) -> Callable[[Array], Call]:
-        session = OnnxRuntimeSession(path, threads=threads)
-        return lambda pixels: partial(session.run, session.prepare(pixels))
-
-    return open_session
+    return proto
 
 
 def _quantize_eagerly(model: torch.nn.Module) -> torch.nn.Module | None:
@@ -161,9 +162,11 @@ def _quantize_eagerly(model: torch.nn.Module) -> torch.nn.Module | None:
             return None
 
 
-def _ignore_threads(forward: Callable[[Tensor], Any], _threads: int) -> Callable[[Array], Call]:
-    def bind(pixels: Array) -> Call:
-        batch = torch.from_numpy(pixels)
+def _open_torch(forward: Callable[[Tensor], Any]) -> Callable[[int], Binder]:
+    """What runs on torch's own threads."""
+
+    def bind_pixels(pixels: Array) -> Call:
+        batch = torch.from_numpy(pixels)  # (B, 1, height, width)
 
         def call() -> object:
             with torch.inference_mode():
@@ -171,4 +174,4 @@ def _ignore_threads(forward: Callable[[Tensor], Any], _threads: int) -> Callable
 
         return call
 
-    return bind
+    return lambda _threads: bind_pixels

@@ -22,10 +22,10 @@ def product_rate(precision: Precision) -> float:
 
 def _product(precision: Precision, size: int) -> Callable[[], Tensor]:
     if precision == "INT8":
-        a, b = (torch.randint(-127, 128, (size, size), dtype=torch.int8) for _ in range(2))
+        a, b = (torch.randint(-127, 128, (size, size), dtype=torch.int8) for _ in range(2))  # (size, size) each
         return lambda: torch._int_mm(a, b)
     dtype = torch.bfloat16 if precision == "BF16" else torch.float32
-    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))  # (size, size) each
     out = torch.empty_like(a)
     return lambda: torch.mm(a, b, out=out)
 

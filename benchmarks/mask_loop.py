@@ -1,4 +1,8 @@
-"""The mixture of experts as most first scripts write it: a loop over experts with boolean masks."""
+"""The mixture of experts as most first scripts write it: a loop over experts with boolean masks.
+
+Shapes: B images, n of them that chose one expert at one rank, D model width, H expert width, O expert output width,
+E experts, K experts per image, C classes.
+"""
 
 import torch
 from torch import Tensor
@@ -9,16 +13,16 @@ from mnist_lab.models.moe import SparseMoE
 
 def mask_loop_forward(model: SparseMoE, pixels: Tensor) -> Tensor:
     """Logits (B, C) of `model` in evaluation mode: the reference for its sorted dispatch."""
-    hidden = model.stem(model.normalize(pixels)).relu()
-    top_logits, chosen = (hidden @ model.router.gate).topk(model.config.routing.top_k, dim=-1)
-    weights = torch.softmax(top_logits, dim=-1)
-    mixed = hidden.new_zeros(len(hidden), model.config.output_width)
+    hidden = model.stem(model.normalize(pixels)).relu()  # (B, D)
+    top_logits, chosen = (hidden @ model.router.gate).topk(model.config.routing.top_k, dim=-1)  # (B, K) each
+    weights = torch.softmax(top_logits, dim=-1)  # (B, K)
+    mixed = hidden.new_zeros(len(hidden), model.config.output_width)  # (B, O)
     experts = model.experts
     for index in range(model.config.routing.num_experts):
         for rank in range(model.config.routing.top_k):
-            mask = chosen[:, rank] == index
+            mask = chosen[:, rank] == index  # (B,)
             if mask.any():
-                inner = (hidden[mask] @ experts.weight_in[index] + experts.bias_in[index]).relu()
-                output = inner @ experts.weight_out[index] + experts.bias_out[index]
-                mixed[mask] += weights[mask, rank].unsqueeze(1) * output
-    return relu_chain(model.head, mixed.relu())
+                inner = (hidden[mask] @ experts.weight_in[index] + experts.bias_in[index]).relu()  # (n, H)
+                output = inner @ experts.weight_out[index] + experts.bias_out[index]  # (n, O)
+                mixed[mask] += weights[mask, rank].unsqueeze(1) * output  # (n, O)
+    return relu_chain(model.head, mixed.relu())  # (B, C)

@@ -76,7 +76,7 @@ class DataSpec:
         return math.prod(self.image_size)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
     """Train and validation splits in memory; the test split stays on disk until `load_test`.
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from tiny import make_lab
 
-from mnist_lab.experiments import technique
 from mnist_lab.studies.dark_knowledge import (
     best_bias,
     format_dark_knowledge,
@@ -14,7 +13,7 @@ from mnist_lab.studies.dark_knowledge import (
     raise_bias,
     run_seed,
 )
-from mnist_lab.training import Recipe
+from mnist_lab.training import Recipe, fit
 
 pytestmark = pytest.mark.trains
 
@@ -32,14 +31,13 @@ def test_bias_is_the_smallest_of_the_best() -> None:
 
 def test_student_sees_no_three_and_finished_models_are_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     trained: list[tuple[str, int, bool]] = []
-    fit = technique.fit
 
     def spy(model, data, *args, **kwargs):  # type: ignore[no-untyped-def]
         has_threes = bool((data.train.labels == 3).any())
         trained.append((kwargs["name"].split()[0], model.config.widths[0], has_threes))
         return fit(model, data, *args, **kwargs)
 
-    monkeypatch.setattr(technique, "fit", spy)
+    monkeypatch.setattr("mnist_lab.experiments.technique.fit", spy)
     lab, rows = make_lab(tmp_path), paper_rows(RECIPE, RECIPE)
     run = run_seed(lab, rows, 0)
     assert trained == [

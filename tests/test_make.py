@@ -18,7 +18,7 @@ from mnist_lab.experiments.make import ensure_files, ensure_weights, load_or_mak
 from mnist_lab.experiments.measure_run import measure_run
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.run import Run
-from mnist_lab.experiments.technique import Made, Proof, Work
+from mnist_lab.experiments.technique import Form, Made, Proof, Work
 from mnist_lab.files import sha256
 from mnist_lab.models import Model
 from mnist_lab.models.moe import RoutingConfig
@@ -94,7 +94,7 @@ def test_source_and_teacher_are_loaded_once_and_proved_once(lab: Lab, monkeypatc
 
 
 def test_every_form_of_a_mixture_of_experts(lab: Lab) -> None:
-    forms = {"INT8": DynamicInt8(), "BF16": BFloat16(), "FP32": FourBits()}
+    forms: dict[str, Form] = {"INT8": DynamicInt8(), "BF16": BFloat16(), "FP32": FourBits()}
     for precision, form in forms.items():
         record = make(Run(lab, Row(f"MoE_{precision}", source=MOE, form=form), 0))
         assert record.precision == precision

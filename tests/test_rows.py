@@ -86,4 +86,4 @@ def test_row_is_exactly_one_of_a_step_and_another_form() -> None:
         {"form": FourBits(), "source": static_int8(FFN)},  # which keeps no weights that one could start from
     ):
         with pytest.raises(AssertionError):
-            Row("Wrong", **fields)  # type: ignore[arg-type]
+            Row("Wrong", **fields)

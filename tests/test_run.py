@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from tiny import CHAIN, HALVED, OTHER, ROUNDED, SMALL, TAUGHT, exchange_weights, make_lab
+from tiny import CHAIN, HALVED, OTHER, ROUNDED, SMALL, TAUGHT, exchange_weights, make_dataset, make_lab
 
 from mnist_lab.compress.train import TrainFFN
 from mnist_lab.errors import UserError
@@ -135,6 +135,27 @@ def test_file_of_another_seed_is_refused(lab: Lab) -> None:
     copy.output.write_bytes(run.output.read_bytes())
     with pytest.raises(UserError, match="seed 0, not 1"):
         copy.why_stale()
+
+
+@pytest.mark.parametrize("role", ["source", "teacher"])
+def test_source_or_teacher_may_be_of_another_data_set(tmp_path: Path, role: str) -> None:
+    lab = make_lab(tmp_path, dataset=replace(make_dataset(), name="mnist"))
+    lab = replace(lab, checkpoints=tmp_path / "checkpoints" / "mnist-compact-quick")
+    foreign = replace(SMALL, dataset="digits")
+    child = replace(HALVED, source=foreign) if role == "source" else replace(TAUGHT, teacher=foreign)
+    run = Run(lab, child, 0)
+    record = load_or_make(run)
+    parent = run.parents[role]
+    assert parent.output.parent.name == "digits-compact-quick"
+    assert read_metadata(parent.output)["dataset"] == "digits"
+    assert lab.checkpoints / record.parents[role]["file"] != lab.checkpoints / parent.output.name
+    assert (lab.checkpoints / record.parents[role]["file"]).resolve() == parent.output.resolve()
+    assert run.why_stale() is None
+    another = Run(parent.lab, foreign, 1)
+    ensure_weights(another)
+    exchange_weights(parent, another)
+    assert run.why_stale() == "stale: Small has changed since"
+    assert not Run(lab, SMALL, 0).output.exists()
 
 
 def test_every_file_says_whose_it_is_and_what_it_was_made_of(lab: Lab) -> None:

@@ -14,14 +14,14 @@ import pandas as pd
 import pytest
 import torch
 
-from mnist_lab import data, measure
+from mnist_lab import data, measure, training
 from mnist_lab.command import console
 from mnist_lab.command.entry import run_script
 from mnist_lab.compress.distill import DistillationConfig
 from mnist_lab.compress.int8 import Calibration
 from mnist_lab.compress.train import TrainFFN
 from mnist_lab.errors import TrainingDiverged
-from mnist_lab.experiments import latencies, technique
+from mnist_lab.experiments import latencies
 from mnist_lab.experiments.rows import MODELS, TABLE
 from mnist_lab.models.checkpoints import read_metadata
 from mnist_lab.report import figures
@@ -197,7 +197,7 @@ class TestClaims:
         trained = [record for record in load_records(bench.results / "claims") if record.curves]
         threads = torch.get_num_threads()
         assert {record.train_threads for record in trained} == {max(1, threads // 2)}  # the two seeds side by side
-        monkeypatch.setattr(technique, "fit", None)  # would fail if it were called
+        monkeypatch.setattr("mnist_lab.experiments.technique.fit", None)  # would fail if it were called
         outcome = bench("claims_mnist", "--seeds", "2")
         assert outcome.code == 0
         assert outcome.out.count(" 0 of them to make") == 3  # the table and its variants, the grid, the winner
@@ -302,7 +302,7 @@ class TestSingleScripts:
         self, bench: Bench, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         events: list[str] = []
-        real_fit, real_digits = technique.fit, data._digits
+        real_fit, real_digits = training.fit, data._digits
 
         def spy_fit(*arguments: Any, **options: Any) -> Any:
             events.append("fit")
@@ -312,7 +312,7 @@ class TestSingleScripts:
             events.append(split)
             return real_digits(split)
 
-        monkeypatch.setattr(technique, "fit", spy_fit)
+        monkeypatch.setattr("mnist_lab.experiments.technique.fit", spy_fit)
         monkeypatch.setattr(data, "_digits", spy_digits)
         assert bench("baseline_mnist").code == 0
         assert events == ["train", "fit", "test"]
@@ -353,7 +353,7 @@ class TestEndings:
         def diverge(*_: object, **__: object) -> None:
             raise TrainingDiverged("the loss is nan at step 3 of epoch 1")
 
-        monkeypatch.setattr(technique, "fit", diverge)
+        monkeypatch.setattr("mnist_lab.experiments.technique.fit", diverge)
         outcome = finished_bench("baseline_mnist")
         assert outcome.code == 1
         assert "step 3" in outcome.err

@@ -49,6 +49,7 @@ def open_lab(options: Options) -> Iterator[Lab]:
         device=options.device,
         threads=options.threads,
         runtimes=_find_runtimes(options),
+        data_dir=options.data_dir,
     )
     ensure_writable(lab.checkpoints)
     ensure_writable(lab.results)

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mnist_lab.data import Dataset, Split
+from mnist_lab.data import Dataset, DatasetName, Split, load_dataset
 from mnist_lab.experiments.row import departures
 from mnist_lab.files import sha256
 from mnist_lab.models import PRESETS, Preset, PresetName
@@ -32,7 +32,9 @@ class Lab:
     threads: int = 1  # of latency measurements
     runtimes: tuple[RuntimeName, ...] = ("pytorch", "onnxruntime")  # to measure in, where a row can run there
     columns: tuple[Column, ...] = COLUMNS
+    data_dir: Path | None = None  # where other data sets are looked for
     _computed: dict[tuple[str, str], Any] = field(default_factory=dict, compare=False, repr=False)
+    _other_labs: dict[DatasetName, "Lab"] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def preset(self) -> Preset:
@@ -47,6 +49,24 @@ class Lab:
     def test(self) -> Split:
         """The test split, read from disk once, when the first finished model is measured."""
         return self.dataset.load_test()
+
+    def on(self, name: DatasetName) -> "Lab":
+        """The same preset and recipe on another data set, in its own folders.
+
+        Raises:
+            UserError: the data cannot be had.
+        """
+        if name == self.dataset.name:
+            return self
+        if name not in self._other_labs:
+            folder = f"{name}-{self.preset_name}-{self.recipe_name}"
+            self._other_labs[name] = replace(
+                self,
+                dataset=load_dataset(name, None if name == "digits" else self.data_dir),
+                checkpoints=self.checkpoints.with_name(folder),
+                results=self.results.with_name(folder),
+            )
+        return self._other_labs[name]
 
     def once(self, what: str, file: Path, compute: Callable[[], T]) -> T:
         """What `compute` makes of a file as it is now; for a file that has not changed it is not computed again."""

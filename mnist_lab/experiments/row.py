@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from mnist_lab.compress.float32 import Float32
+from mnist_lab.data import DatasetName
 from mnist_lab.experiments.technique import Form, Step
 from mnist_lab.runtimes import EXTENSIONS
 
@@ -20,6 +21,7 @@ class Row:
     teacher: Optional["Row"] = None  # whom it learns from
     form: Form = field(default_factory=Float32)
     variant: str = ""  # names what differs from the family's first row beyond the settings of step and form
+    dataset: DatasetName | None = None  # whose files it is one of, where a row on other data starts or learns from it
 
     def __post_init__(self) -> None:
         is_float32 = type(self.form) is Float32

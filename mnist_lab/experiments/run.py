@@ -1,5 +1,6 @@
 """A row for one seed: its files, whose they are, what they depend on, and whether they are up to date."""
 
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,16 @@ class Run:
     @property
     def parents(self) -> dict[str, "Run"]:
         """The runs that must be there first, by role."""
-        return {role: Run(self.lab, row, self.seed) for role, row in self.row.parents.items()}
+        return {role: self._beside(row) for role, row in self.row.parents.items()}
 
     @property
     def original(self) -> "Run":
         """The first run of the chain of sources."""
-        return Run(self.lab, self.row.original, self.seed)
+        return self if self.row.source is None else self.parents["source"].original
+
+    def _beside(self, row: Row) -> "Run":
+        """Another row's run of the same seed, on its own data set where it names one."""
+        return Run(self.lab if row.dataset is None else self.lab.on(row.dataset), row, self.seed)
 
     @property
     def weights(self) -> "Run":
@@ -96,9 +101,13 @@ class Run:
         }
 
     def lineage(self) -> dict[str, dict[str, str]]:
-        """What was made of which files, by role: model, file name, SHA-256."""
+        """What was made of which files, by role: model, file as seen from the lab's checkpoints, SHA-256."""
         return {
-            role: {"model": parent.model, "file": parent.output.name, "sha256": sha256(parent.output)}
+            role: {
+                "model": parent.model,
+                "file": os.path.relpath(parent.output, self.lab.checkpoints),
+                "sha256": sha256(parent.output),
+            }
             for role, parent in self.parents.items()
         }
 

@@ -3,22 +3,21 @@
 import itertools
 import math
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import Normalize, to_hex, to_rgb
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.projections.polar import PolarAxes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from mnist_lab.files import write_atomically
 from mnist_lab.report.records import Record
@@ -50,7 +49,10 @@ class Look:
         """Of areas: white for INT8, pale for whatever else is not FP32."""
         if self.precision == "INT8":
             return "white"
-        return self.color if self.precision == "FP32" else to_hex([0.4 * c + 0.6 for c in to_rgb(self.color)])
+        if self.precision == "FP32":
+            return self.color
+        red, green, blue = to_rgb(self.color)
+        return to_hex((0.6 + 0.4 * red, 0.6 + 0.4 * green, 0.6 + 0.4 * blue))
 
     @property
     def line(self) -> dict[str, Any]:
@@ -162,7 +164,8 @@ def write_figures(folder: Path, figures: Mapping[str, Figure | None]) -> list[Pa
 def _print_png(figure: Figure, path: Path) -> None:
     figure.set_dpi(DOTS_PER_INCH)
     # savefig would lay the figure out twice.
-    FigureCanvasAgg(figure).print_png(path, pil_kwargs={"compress_level": PNG_COMPRESSION})
+    print_png: Callable[..., None] = FigureCanvasAgg(figure).print_png
+    print_png(path, pil_kwargs={"compress_level": PNG_COMPRESSION})
 
 
 def make_logarithmic(axes: Axes, which: str, label: str) -> None:
@@ -173,7 +176,7 @@ def make_logarithmic(axes: Axes, which: str, label: str) -> None:
     subs = (1, 2, 3, 5, 7) if high / low < 20 else (1, 2, 5) if high / low < 200 else (1,)
     axis.set_major_locator(LogLocator(subs=subs))
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_minor_formatter(NullFormatter())
+    axis.set_minor_locator(NullLocator())
     if label:
         axis.set_label_text(label)
 
@@ -210,20 +213,28 @@ def write_footnote(figure: Figure, text: str) -> None:
     figure.supxlabel("\n".join(lines), fontsize=8.5, color=MUTED)
 
 
-def draw_bar(axes: Axes, place: int, value: float, look: Look, error: Error | None) -> None:
-    """A horizontal bar with its value beside it, or the words that there is none."""
-    if math.isnan(value):
-        axes.annotate(
-            "not measured", (0, place), (4, 0), textcoords="offset points", va="center", fontsize=8, color=MUTED
-        )
-        return
-    hatch = "////" if look.precision == "INT8" else ""
-    axes.barh(place, value, color=look.face, edgecolor=look.color, hatch=hatch, linewidth=1.2, height=0.7)
-    if error is not None:
-        axes.errorbar(value, place, xerr=as_error(error), fmt="none", ecolor="#9a9a9a", elinewidth=1.4, capsize=3)
-    end = value + (error[1] if error is not None else 0)
-    text = f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}"
-    axes.annotate(text, (end, place), (5, 0), textcoords="offset points", va="center", fontsize=8)
+def draw_bars(axes: Axes, values: Sequence[float], looks: Sequence[Look], errors: Sequence[Error | None]) -> None:
+    """A horizontal bar per value, which stands beside it, or the words that there is none."""
+    places = np.arange(len(values))
+    axes.barh(
+        places,
+        np.nan_to_num(values),
+        color=[look.face for look in looks],
+        edgecolor=[look.color for look in looks],
+        hatch=["////" if look.precision == "INT8" else "" for look in looks],
+        linewidth=[0 if math.isnan(value) else 1.2 for value in values],
+        height=0.7,
+    )
+    known = [place for place in places if errors[place] is not None and not math.isnan(values[place])]
+    spread = np.array([errors[place] for place in known]).T
+    if known:
+        ends = [values[place] for place in known]
+        axes.errorbar(ends, known, xerr=spread, fmt="none", ecolor="#9a9a9a", elinewidth=1.4, capsize=3)
+    for place, (value, error) in enumerate(zip(values, errors, strict=True)):
+        text = "not measured" if math.isnan(value) else f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}"
+        end = 0 if math.isnan(value) else value + (error[1] if error is not None else 0)
+        color = MUTED if math.isnan(value) else "black"
+        axes.annotate(text, (end, place), (5, 0), textcoords="offset points", va="center", fontsize=8, color=color)
 
 
 def as_error(error: Error | None) -> list[list[float]] | None:
@@ -258,29 +269,26 @@ def draw_heatmap(
     *,
     x_labels: Sequence[Any],
     y_labels: Sequence[Any],
-    texts: Sequence[Sequence[str]] | None = None,
+    texts: Sequence[Sequence[str]] = (),
     cmap: str = "cividis",
-    limits: tuple[float | None, float | None] = (None, None),
-    bar_label: str | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    bar_label: str = "",
     lowest_first: bool = False,
 ) -> None:
-    """Cells shaded by their values, with texts in them, and a colour bar where it has a label.
+    """Cells shaded by their values, from `low` to `high`, and beside them the colour bar, if it has a label.
 
     Args:
-        limits: of the shades; None where the values give them.
+        texts: in the cells.
         lowest_first: the first row at the bottom.
     """
-    low, high = (chosen if chosen is not None else of(values) for chosen, of in zip(limits, (np.nanmin, np.nanmax), strict=True))
-    norm = Normalize(low, high)
-    mesh = axes.pcolormesh(values, cmap=cmap, norm=norm, edgecolors="white", linewidth=0.5 if texts is not None else 0)
-    shades = colormaps[cmap](norm(values))[..., :3]
-    is_dark = shades @ [0.2126, 0.7152, 0.0722] < 0.45
-    for row, column in np.ndindex(values.shape) if texts is not None else ():
-        text = axes.text(
-            column + 0.5, row + 0.5, texts[row][column], ha="center", va="center", fontsize=8,
-            color="white" if is_dark[row, column] else "#262626",
-        )  # fmt: skip
-        text.set_in_layout(False)  # inside its cell, so that no layout need measure it
+    mesh = axes.pcolormesh(values, cmap=cmap, vmin=low, vmax=high, edgecolors="white", linewidth=0.5 if texts else 0)
+    is_dark = np.asarray(mesh.cmap(mesh.norm(values)))[..., :3] @ [0.2126, 0.7152, 0.0722] < 0.45
+    for row, cells in enumerate(texts):
+        for column, cell in enumerate(cells):
+            color = "white" if is_dark[row, column] else "#262626"
+            text = axes.text(column + 0.5, row + 0.5, cell, ha="center", va="center", fontsize=8, color=color)
+            text.set_in_layout(False)  # inside its cell, so that no layout need measure it
     axes.set_xticks(np.arange(values.shape[1]) + 0.5, [str(label) for label in x_labels])
     axes.set_yticks(np.arange(values.shape[0]) + 0.5, [str(label) for label in y_labels])
     axes.tick_params(length=0)
@@ -288,6 +296,7 @@ def draw_heatmap(
     axes.spines[:].set_visible(False)
     if not lowest_first:
         axes.invert_yaxis()
-    if bar_label is not None:
-        colorbar = axes.figure.colorbar(mesh, ax=axes, label=bar_label)
-        colorbar.outline.set_visible(False)  # type: ignore[operator]
+    if bar_label:
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        figure.colorbar(mesh, ax=axes, label=bar_label).outline.set_visible(False)

@@ -1,7 +1,7 @@
 """One function per figure, from records alone. No torch here.
 
-Every figure function takes the records of one results folder and returns a matplotlib Figure, or None
-where the records have no data for it.
+Every figure function takes the results of one folder and returns a matplotlib Figure, or None where the
+records have no data for it.
 """
 
 import math
@@ -11,73 +11,49 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-import seaborn as sns
-from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.projections.polar import PolarAxes
 from matplotlib.ticker import MaxNLocator
 
-from mnist_lab.files import write_atomically
 from mnist_lab.measure import NUM_BINS
 from mnist_lab.report.drawing import (
-    ACCURACY_LABEL,
     COLORS,
-    LATENCIES,
     MARKERS,
     MUTED,
-    SIZE_LABEL,
-    bar_error,
+    Look,
+    Values,
+    as_error,
     closed,
-    describe_conditions,
-    draw_bar,
-    draw_curve,
+    draw_bars,
+    draw_heatmap,
     draw_legend,
-    draw_load,
-    draw_points,
-    draw_radar,
-    find_model,
-    find_models,
     label_outer,
     make_figure,
     make_logarithmic,
-    rows_of,
-    with_latency,
+    prepare_radar,
+    write_figures,
     write_footnote,
 )
-from mnist_lab.report.records import CLAIMS_FOLDER, TABLE_BATCHES, Record, build_table, first_seeds
-from mnist_lab.studies.claims.evidence import Evidence
-from mnist_lab.studies.claims.figures import CLAIM_FIGURES
+from mnist_lab.report.records import CONTROL, Record, first_seeds
+from mnist_lab.report.results import LATENCIES, Model, Results, conditions, rows_of, where, with_latency
+from mnist_lab.report.statistics import binomial_interval
 
 PARETO_COLUMNS = ["test_acc", "file_mb", "latency_ms_b64"]
+SIZE_LABEL = "deployed file (MB = 10⁶ bytes)"
+ACCURACY_LABEL = "test accuracy (%)"
 MAX_MOE_VARIANTS = 4
-DOTS_PER_INCH = 120
+FEW_IMAGES = 10  # of which an accuracy says next to nothing
 
 
-def draw_all(folder: Path, records: Sequence[Record]) -> list[Path]:
+def draw_all(folder: Path, results: Results) -> list[Path]:
     """Write every figure that the records have data for into `folder/plots`, and return the files.
 
-    A figure without data is not drawn, and the file that an earlier run left of it is removed. A folder of claims
-    has figures of its own.
+    A figure without data is not drawn, and the file that an earlier run left of it is removed.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    if folder.name == CLAIMS_FOLDER:
-        evidence = Evidence.in_folder(folder, records)
-        figures = {name: draw(evidence) for name, draw in CLAIM_FIGURES.items()}
-    else:
-        figures = {name: draw(records) if records else None for name, draw in FIGURES.items()}
-    paths = []
-    for name, figure in figures.items():
-        path = folder / "plots" / f"{name}.png"
-        if figure is None:
-            path.unlink(missing_ok=True)
-        else:
-            figure.set_dpi(DOTS_PER_INCH)
-            # savefig would lay the figure out twice.
-            write_atomically(path, FigureCanvasAgg(figure).print_png)
-            paths.append(path)
-    return paths
+    return write_figures(folder, {name: draw(results) for name, draw in FIGURES.items()})
 
 
 def pareto_set(table: pd.DataFrame) -> list[Any]:
@@ -92,143 +68,164 @@ def pareto_set(table: pd.DataFrame) -> list[Any]:
     return list(rows.index[~np.array(dominated, dtype=bool)])
 
 
-def radar_radii(table: pd.DataFrame) -> tuple[pd.DataFrame, float]:
+def radar_radii(costs: pd.DataFrame) -> tuple[pd.DataFrame, float]:
     """Per model and cost 1 − log10(times worse than the best) / decades, in [0, 1], and the decades of the radius.
 
-    A cost of zero, no error at all, counts as half of the lowest other one. Blanks stay, columns of blanks go.
+    A cost of zero, no error at all, counts as half of the lowest other one. Blanks stay.
     """
-    costs = table[["ece", "params_active", "file_mb", *LATENCIES]].astype(float).dropna(axis="columns", how="all")
-    costs.insert(0, "error", 1 - table["test_acc"].astype(float))
-    costs = costs.apply(lambda cost: cost.mask(cost == 0, cost[cost > 0].min() / 2 if cost.any() else 1))
-    decades_worse = np.log10(costs / costs.min())
+    costs = costs.transform(lambda cost: cost.mask(cost == 0, cost[cost > 0].min() / 2 if cost.any() else 1))
+    decades_worse = (costs / costs.min()).map(math.log10)
     decades = max(1.0, 1.08 * float(decades_worse.max().max()))
     return 1 - decades_worse / decades, decades
 
 
-def accuracy_vs_size(records: Sequence[Record]) -> Figure | None:
+def within_noise(models: Sequence[Model]) -> list[list[Model]]:
+    """Groups of models, the most accurate first, of any two of which one's accuracy lies in the other's interval."""
+    groups: list[list[Model]] = []
+    for model in sorted(models, key=lambda model: -model.row["test_acc"]):
+        if groups and all(_is_alike(model, other) for other in groups[-1]):
+            groups[-1].append(model)
+        else:
+            groups.append([model])
+    return [group for group in groups if len(group) > 1]
+
+
+def _is_alike(one: Model, other: Model) -> bool:
+    pairs = ((one.row["test_acc"], other.accuracy_interval), (other.row["test_acc"], one.accuracy_interval))
+    return any(interval is not None and interval[0] <= accuracy <= interval[1] for accuracy, interval in pairs)
+
+
+def accuracy_vs_size(results: Results) -> Figure | None:
     """Test accuracy over the size of the deployed file."""
-    models = find_models(records)
+    models = results.models
     if not models:
         return None
-    figure, (axes,) = make_figure(records, "Accuracy against size", size=(9.5, 5.2))
-    draw_points(axes, models, "file_mb")
+    figure, (axes,) = make_figure(results.records, "Accuracy against size", size=(9.5, 5.2))
+    _draw_points(axes, models, "file_mb")
     make_logarithmic(axes, "x", SIZE_LABEL)
     axes.set_ylabel(ACCURACY_LABEL)
-    draw_legend(figure, models)
-    describe_conditions(figure, models)
+    draw_legend(figure, _looks(models))
+    write_footnote(figure, conditions(models))
     return figure
 
 
-def accuracy_vs_time(records: Sequence[Record]) -> Figure | None:
+def accuracy_vs_time(results: Results) -> Figure | None:
     """Test accuracy over the median latency, one panel per batch size; models without latency are left out."""
-    models = with_latency(find_models(records))
+    models = with_latency(results.models)
     if not models:
         return None
     figure, panels = make_figure(
-        records, "Accuracy against latency", columns=len(TABLE_BATCHES), size=(13, 5.2), sharey=True
+        results.records, "Accuracy against latency", columns=len(LATENCIES), size=(13, 5.2), sharey=True
     )
-    for axes, batch, column in zip(panels, TABLE_BATCHES, LATENCIES, strict=True):
-        draw_points(axes, with_latency(models, column), column, batch=batch)
+    for axes, (column, batch) in zip(panels, LATENCIES.items(), strict=True):
+        _draw_points(axes, with_latency(models, column), column)
         make_logarithmic(axes, "x", f"latency of a batch of {batch} (ms)")
     panels[0].set_ylabel(ACCURACY_LABEL)
-    draw_legend(figure, models)
-    describe_conditions(figure, models, latency=True)
+    draw_legend(figure, _looks(models))
+    write_footnote(figure, conditions(models, latency=True))
     return figure
 
 
-def pareto_frontier(records: Sequence[Record]) -> Figure | None:
+def pareto_frontier(results: Results) -> Figure | None:
     """The models that none beats in accuracy, file size and latency at once, named first; the others muted."""
-    models = with_latency(find_models(records), "latency_ms_b64")
+    models = with_latency(results.models, "latency_ms_b64")
     if not models:
         return None
-    front = pareto_set(rows_of(models))
-    best = [model for model in models if model.name in front]
-    others = [model for model in models if model.name not in front]
+    best, others = _split_by_frontier(models)
     title = "Pareto frontier of accuracy, file size and latency at batch 64"
-    figure, panels = make_figure(records, title, columns=2, size=(12.5, 5.5), sharey=True)
+    figure, panels = make_figure(results.records, title, columns=2, size=(12.5, 5.5), sharey=True)
     for axes, column, label in zip(
         panels, PARETO_COLUMNS[1:], (SIZE_LABEL, "latency of a batch of 64 (ms)"), strict=True
     ):
-        draw_points(axes, others, column, alpha=0.3)
-        draw_points(axes, best, column, batch=64 if column != "file_mb" else None)
+        _draw_points(axes, others, column, alpha=0.3)
+        _draw_points(axes, best, column)
         steps = rows_of(best).sort_values([column, "test_acc"], ascending=[True, False])
         steps = steps[steps["test_acc"] > steps["test_acc"].cummax().shift(fill_value=-1)]
         axes.step(steps[column], 100 * steps["test_acc"], where="post", color=MUTED, linestyle="--", zorder=1)
         make_logarithmic(axes, "x", label)
     panels[0].set_ylabel(ACCURACY_LABEL)
-    draw_legend(figure, best, muted=others)
-    describe_conditions(figure, models, latency=True, note="dashed: frontier of the panel's two figures")
-    return figure
-
-
-def comparison_bars(records: Sequence[Record]) -> Figure | None:
-    """Error, calibration error, file size and latencies of every model, as bars from zero."""
-    models = find_models(records)
-    if not models:
-        return None
-    panels: list[tuple[str, str, float]] = [
-        ("test_acc", "test error (%)", 100),
-        ("ece", "expected calibration error (%)", 100),
-        ("file_mb", SIZE_LABEL, 1),
-        *((f"latency_ms_b{batch}", f"latency of a batch of {batch} (ms)", 1) for batch in TABLE_BATCHES),
+    draw_legend(figure, _looks(best), muted=_looks(others, " (dominated)"))
+    noise = [
+        f"accuracies of {_listed([model.label for model in group])} are within noise of each other"
+        for group in within_noise(best)
     ]
-    size = (13, 2.4 + 0.6 * len(models))
-    figure, all_axes = make_figure(records, "Comparison, shorter is better", rows=2, columns=3, size=size, sharey=True)
-    for axes, (column, label, scale) in zip(all_axes, panels, strict=True):
-        for place, model in enumerate(models):
-            value = scale * (1 - model.row[column] if column == "test_acc" else model.row[column])
-            draw_bar(axes, place, model, value, bar_error(model, column))
-        axes.set(xlabel=label, yticks=range(len(models)), yticklabels=[model.name for model in models])
-        axes.margins(x=0.22)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
-        axes.set_xlim(left=0)
-        axes.grid(visible=False, axis="y")
-    all_axes[0].invert_yaxis()
-    describe_conditions(figure, models, latency=True)
+    write_footnote(
+        figure, conditions(models, latency=True, notes=["dashed: frontier of the panel's two figures", *noise])
+    )
     return figure
 
 
-def normalized_comparison(records: Sequence[Record]) -> Figure | None:
-    """A radar per model: how many times worse than the best model it is, on a logarithmic radius, rim = best."""
-    models = find_models(records)
+def comparison_bars(results: Results) -> Figure | None:
+    """Every column that is a cost, of every model, as bars from zero."""
+    models = results.models
     if not models:
         return None
-    radii, decades = radar_radii(rows_of(models))
-    names = {
-        "error": "test error",
-        "ece": "calibration\nerror",
-        "params_active": "active\nparameters",
-        "file_mb": "file",
-    }
-    names |= {column: f"batch {batch}" for column, batch in zip(LATENCIES, TABLE_BATCHES, strict=True)}
-    labels = [names.get(column, column) for column in map(str, radii)]
-    columns = math.ceil(len(models) / math.ceil(len(models) / 4))
-    size = (max(7, 3.7 * columns), 2.9 * math.ceil(len(models) / columns) + 0.8)
-    figure, panels = make_figure(
-        records,
-        "Normalized comparison, rim = best model",
-        cells=len(models),
+    panels = results.costs
+    columns = min(4, math.ceil(len(panels) / 2))
+    rows = math.ceil(len(panels) / columns)
+    figure, all_axes = make_figure(
+        results.records,
+        "Comparison, shorter is better",
+        cells=len(panels),
         columns=columns,
-        size=size,
-        projection="polar",
+        size=(3.2 * columns + 2.8, rows * (1.1 + 0.3 * len(models)) + 0.4),
+        sharey=True,
     )
-    for axes, model in zip(panels, models, strict=True):
-        assert isinstance(axes, PolarAxes)
-        draw_radar(axes, labels, radii.loc[model.name].to_numpy(), model, decades)
-        axes.plot(*closed(radii.iloc[0].to_numpy()), color=MUTED, linestyle="--", linewidth=1)
-    note = f"batch: its latency; rings: times worse than the best model; dashed: {models[0].name}"
-    describe_conditions(figure, models, latency=True, bars=False, note=note)
+    for axes, (column, cost) in zip(all_axes, panels, strict=True):
+        values, errors = zip(*[(model.cost(column), model.cost_error(column)) for model in models], strict=True)
+        draw_bars(axes, values, [model.look for model in models], errors)
+        axes.set(xlabel=cost.label)
+        axes.margins(x=0.25)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+        axes.grid(visible=False, axis="y")
+    all_axes[0].set_yticks(range(len(models)), [model.label for model in models])
+    all_axes[0].invert_yaxis()
+    fills = {"INT8": "hatched: INT8", "BF16": "pale: BF16"}
+    shown = {model.look.precision for model in models}
+    notes = [text for precision, text in fills.items() if precision in shown]
+    write_footnote(figure, conditions(models, latency=True, notes=notes))
     return figure
 
 
-def training_curves(records: Sequence[Record]) -> Figure | None:
-    """Validation error and each weighted term of the training loss, per epoch: the mean, and every seed thin."""
-    models = [model for model in find_models(records) if model.runs[0].curves]
+def normalized_comparison(results: Results) -> Figure | None:
+    """How many times worse than the best a model is, on every spoke: the Pareto frontier over each other."""
+    models = results.models
+    spokes = [(column, cost) for column, cost in results.costs if cost.spoke]
     if not models:
         return None
-    terms = list(
-        dict.fromkeys(term for model in models for epoch in model.runs[0].curves for term in epoch["train_terms"])
+    costs = pd.DataFrame(
+        {column.name: [model.cost(column) for model in models] for column, _ in spokes},
+        index=[model.name for model in models],
     )
+    radii, decades = radar_radii(costs)
+    best, others = _split_by_frontier(models)
+    figure, (axes,) = make_figure(
+        results.records, "Normalized comparison, rim = best model", size=(10.5, 6.4), projection="polar"
+    )
+    prepare_radar(axes, [cost.spoke for _, cost in spokes], decades)
+    for model in others:
+        axes.plot(*closed(radii.loc[model.name].to_numpy()), color=model.look.color, linewidth=0.8, alpha=0.35)
+    for model in best:
+        look = model.look.line | {"markersize": 6}
+        axes.plot(*closed(radii.loc[model.name].to_numpy()), **look, linewidth=1.8, clip_on=False)
+    draw_legend(figure, _looks(best), muted=_looks(others, " (dominated)"), linestyle="-")
+    notes = [
+        "rings: times worse than the best model, logarithmic",
+        "batch: its latency",
+        *(["thin: dominated in accuracy, file and latency at batch 64"] if others else []),
+    ]
+    write_footnote(figure, conditions(models, latency=True, bars=False, notes=notes))
+    return figure
+
+
+def training_curves(results: Results) -> Figure | None:
+    """Validation error and each term of the training loss, per epoch: the mean, and every seed thin."""
+    models = [model for model in results.models if model.runs[0].curves]
+    if not models:
+        return None
+    terms = dict.fromkeys(term for model in models for epoch in model.runs[0].curves for term in epoch["train_terms"])
     series: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
         ("validation error (%)", lambda epoch: 100 * (1 - epoch["validation_acc"])),
         *(
@@ -240,112 +237,95 @@ def training_curves(records: Sequence[Record]) -> Figure | None:
         ),
     ]
     size = (11.5, 4 * math.ceil(len(series) / 2) + 0.8)
-    figure, panels = make_figure(records, "Training curves", cells=len(series), columns=2, size=size)
+    figure, panels = make_figure(results.records, "Training curves", cells=len(series), columns=2, size=size)
     for axes, (label, value_of) in zip(panels, series, strict=True):
         for model in models:
-            draw_curve(axes, model, value_of)
+            _draw_curve(axes, model, value_of)
         make_logarithmic(axes, "y", label)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    draw_legend(figure, models, linestyle="-")
+    draw_legend(figure, {model.name: model.look for model in models}, linestyle="-")
     seeds = max(len(model.runs) for model in models)
-    note = "mean and single seeds, " if seeds > 1 else ""
-    write_footnote(figure, f"{note}loss terms as weighted in the objective, mean over the epoch as it ran")
+    note = "mean and single seeds; " if seeds > 1 else ""
+    write_footnote(figure, f"{note}each term of the loss before its weight, mean over the epoch as it ran")
     return figure
 
 
-def confidence_histogram(records: Sequence[Record]) -> Figure | None:
+def confidence_histogram(results: Results) -> Figure | None:
     """How sure the teacher, its student and the student without a teacher are of their test predictions."""
-    models = find_models(records)
-    student = find_model(models, "KD_FFN_Student")
-    teacher = next((m for m in models if student and m.name == (student.runs[0].parent or {}).get("model")), None)
-    if student is None or teacher is None:
+    models = {model.name: model for model in results.models if _has_bins(model)}
+    taught = [model for model in models.values() if _teacher_of(model) in models]
+    if not taught:
         return None
-    control = find_model(models, "FFN_Student_no_KD")
+    student = min(taught, key=lambda model: model.runs[0].family != "KD_FFN_Student")
+    control = next((model for model in models.values() if model.runs[0].family == CONTROL), None)
     shown = [
-        (teacher, "teacher"),
+        (models[_teacher_of(student)], "teacher"),
         (student, "distilled student"),
         *([(control, "student, no teacher")] if control else []),
     ]
     figure, panels = make_figure(
-        records, "Confidence of test predictions", columns=len(shown), size=(4.2 * len(shown), 4.4), sharey=True
+        results.records, "Confidence of test predictions", columns=len(shown), size=(4.2 * len(shown), 4.4), sharey=True
     )
-    edges = np.arange(NUM_BINS + 1) / NUM_BINS
     for axes, (model, role) in zip(panels, shown, strict=True):
-        counts = np.array([measurement.bins["count"] for measurement in model.measurements])
-        shares = 100 * counts / counts.sum(axis=1, keepdims=True)
-        mean, low, high = shares.mean(axis=0), shares.min(axis=0), shares.max(axis=0)
-        axes.bar(edges[:-1], mean, width=1 / NUM_BINS, align="edge", color=model.color, alpha=0.75, edgecolor="white")
-        if len(counts) > 1:
-            drawn = mean > 0
-            centers = (edges[:-1] + edges[1:]) / 2
-            spread = np.stack([mean - low, high - mean])[:, drawn]
-            axes.errorbar(centers[drawn], mean[drawn], spread, fmt="none", ecolor=MUTED, elinewidth=1, capsize=2)
-        sums = np.array([measurement.bins["confidence_sum"] for measurement in model.measurements])
-        axes.set_title(f"{role}: {model.name}\nmean confidence {100 * sums.sum() / counts.sum():.2f} %", fontsize=10)
-        axes.set(xlabel="probability of the predicted class", xlim=(0, 1))
-        make_logarithmic(axes, "y", "")
+        _draw_confidences(axes, model, role)
     panels[0].set_ylabel("share of test images (%)")
     seeds = len(student.runs)
-    spread_note = f", mean of {seeds} seeds, bars: lowest and highest seed" if seeds > 1 else ", one seed"
-    write_footnote(figure, f"ONNX Runtime; {NUM_BINS} bins{spread_note}")
+    spread_note = f", mean of {seeds} seeds, error bars: lowest and highest seed" if seeds > 1 else ", one seed"
+    write_footnote(figure, f"{where([model for model, _ in shown])}; {NUM_BINS} bins{spread_note}")
     return figure
 
 
-def reliability_diagram(records: Sequence[Record]) -> Figure | None:
+def reliability_diagram(results: Results) -> Figure | None:
     """Accuracy over confidence in 15 bins, seeds pooled, a panel per model; the calibrated one is on the diagonal."""
-    models = find_models(records)
+    models = [model for model in results.models if _has_bins(model)]
     if not models:
         return None
     columns = min(5, len(models))
-    size = (max(6, 2.7 * columns), 2.8 * math.ceil(len(models) / columns) + 0.9)
+    size = (max(6, 2.7 * columns), 2.8 * math.ceil(len(models) / columns) + 1)
     figure, panels = make_figure(
-        records, "Reliability", cells=len(models), columns=columns, size=size, sharex=True, sharey=True
+        results.records, "Reliability", cells=len(models), columns=columns, size=size, sharex=True, sharey=True
     )
     for axes, model in zip(panels, models, strict=True):
-        count, confidence_sum, correct = (
-            np.array([measurement.bins[key] for measurement in model.measurements], dtype=float)
-            for key in ("count", "confidence_sum", "correct")
-        )
-        filled = count.sum(axis=0) > 0
-        confidence = confidence_sum.sum(axis=0)[filled] / count.sum(axis=0)[filled]
-        accuracy = correct.sum(axis=0)[filled] / count.sum(axis=0)[filled]
-        axes.plot([0, 1], [0, 1], color=MUTED, linestyle="--", linewidth=1)
-        axes.plot(confidence, accuracy, color=model.color, linewidth=1)
-        if len(model.runs) > 1:
-            by_seed = np.divide(correct, count, out=np.full_like(count, np.nan), where=count > 0)[:, filled]
-            spread = [accuracy - np.nanmin(by_seed, axis=0), np.nanmax(by_seed, axis=0) - accuracy]
-            axes.errorbar(confidence, accuracy, spread, fmt="none", ecolor=MUTED, elinewidth=1, capsize=2)
-        area = 8 + 30 * np.log10(count.mean(axis=0)[filled] + 1)
-        axes.scatter(confidence, accuracy, s=area, marker="o", facecolors=model.face, edgecolors=model.color, zorder=3)
-        axes.set_title(f"{model.name}\nECE {100 * model.row['ece']:.2f} %", fontsize=9)
-        axes.set(xlim=(-0.02, 1.06), ylim=(-0.06, 1.06), aspect="equal")
-    label_outer(panels, columns, "mean confidence", "accuracy")
+        _draw_reliability(axes, model)
+        axes.set_title(f"{model.label}\nECE {100 * model.row['ece']:.2f} %", fontsize=9)
+        axes.set_aspect("equal")
+    ticks = range(0, 101, 25)
+    panels[0].set(xlim=(-3, 106), ylim=(-6, 106), xticks=ticks, yticks=ticks)  # shared by all
+    label_outer(panels, columns, "mean confidence (%)", "accuracy (%)")
     counts = ", ".join(f"{images:,}" for images in (1, 100, 10_000))
-    note = "; bars: lowest and highest seed" if max(len(model.runs) for model in models) > 1 else ""
-    write_footnote(figure, f"ONNX Runtime; 15 bins, area grows with the logarithm of a bin's images ({counts}){note}")
+    pooled = ", seeds pooled" if max(len(model.runs) for model in models) > 1 else ""
+    write_footnote(
+        figure,
+        f"{where(models)}; {NUM_BINS} bins{pooled}; error bars: 95 % binomial interval of the bin's images, faint "
+        f"where they are fewer than {FEW_IMAGES}; area grows with the logarithm of a bin's images ({counts})",
+    )
     return figure
 
 
-def expert_load(records: Sequence[Record]) -> Figure | None:
+def expert_load(results: Results) -> Figure | None:
     """Per MoE, first seed: every expert's share of the load over training, and of each class in the end."""
-    found = [m for m in find_models(records) if m.runs[0].expert_by_class and m.runs[0].curves]
+    found = [model for model in results.models if model.runs[0].expert_by_class and model.runs[0].curves]
     models = found[:MAX_MOE_VARIANTS]
     if not models:
         return None
     figure, panels = make_figure(
-        records, "Expert load", rows=len(models), columns=2, size=(12, 3.6 * len(models) + 0.9)
+        results.records, "Expert load", rows=len(models), columns=2, size=(12, 3.6 * len(models) + 0.9)
     )
     class_name = "class" if models[0].runs[0].dataset in {"fashion-mnist", "kmnist"} else "digit"
     for model, load_axes, class_axes in zip(models, panels[::2], panels[1::2], strict=True):
         record = model.runs[0]
-        draw_load(load_axes, record)
+        _draw_load(load_axes, record)
         by_expert = 100 * np.array(record.expert_by_class).T
-        few = len(by_expert) <= 12
-        sns.heatmap(
-            by_expert, ax=class_axes, cmap="cividis", vmin=0, annot=few, fmt=".0f", annot_kws={"fontsize": 8},
-            linewidths=0.5 if few else 0, cbar_kws={"label": f"share of the {class_name}'s test pairs (%)"},
-        )  # fmt: skip
+        draw_heatmap(
+            class_axes,
+            by_expert,
+            x_labels=range(by_expert.shape[1]),
+            y_labels=range(len(by_expert)),
+            texts=[[f"{share:.0f}" for share in shares] for shares in by_expert] if len(by_expert) <= 12 else (),
+            low=0,
+            bar_label=f"share of the {class_name}'s test pairs (%)",
+        )
         class_axes.set(xlabel=class_name, ylabel="expert")
         class_axes.set_title(f"{model.name}: who gets which {class_name}, test images", fontsize=10)
     more = f"; {len(found) - len(models)} more not shown" if len(found) > len(models) else ""
@@ -353,14 +333,14 @@ def expert_load(records: Sequence[Record]) -> Figure | None:
     return figure
 
 
-def confusion_matrices(records: Sequence[Record]) -> Figure | None:
+def confusion_matrices(results: Results) -> Figure | None:
     """Which digits a model's first seed takes for which: errors shaded and counted, the right ones left blank."""
-    models = find_models(records)
+    models = [model for model in results.models if model.num_images]
     if not models:
         return None
     columns = min(5, len(models))
     size = (max(6, 3.1 * columns), 3.7 * math.ceil(len(models) / columns) + 0.8)
-    figure, panels = make_figure(records, "Test errors by class", cells=len(models), columns=columns, size=size)
+    figure, panels = make_figure(results.records, "Test errors by class", cells=len(models), columns=columns, size=size)
     errors = {model.name: np.array(model.measurements[0].confusion) for model in models}
     for matrix in errors.values():
         np.fill_diagonal(matrix, 0)
@@ -377,16 +357,16 @@ def confusion_matrices(records: Sequence[Record]) -> Figure | None:
         axes.grid(visible=False)
         axes.scatter(range(len(matrix)), range(len(matrix)), marker="s", s=30, color="#d9d9d9", linewidths=0)
         axes.tick_params(labelsize=8, length=0)
-        axes.set_title(f"{model.name}\n{matrix.sum()} errors", fontsize=9)
+        axes.set_title(f"{model.label}\n{matrix.sum()} errors", fontsize=9)
     label_outer(panels, columns, "predicted", "true")
-    write_footnote(figure, "ONNX Runtime, first seed of each model; grey: right predictions, not counted")
+    write_footnote(figure, f"{where(models)}; first seed of each model; grey: right predictions, not counted")
     return figure
 
 
-def latency_by_runtime(records: Sequence[Record]) -> Figure | None:
+def latency_by_runtime(results: Results) -> Figure | None:
     """Median latency of every model in every runtime that timed it, first seed, a panel per batch size."""
-    table = build_table(records)
-    timed = table[table[LATENCIES].notna().any(axis=1)]
+    table, records = results.table, results.records
+    timed = table[table[list(LATENCIES)].notna().any(axis=1)]
     if timed.empty:
         return None
     threads = timed["threads"].mode()[0]  # times on other numbers of threads do not compare
@@ -399,7 +379,7 @@ def latency_by_runtime(records: Sequence[Record]) -> Figure | None:
     figure, panels = make_figure(
         records, "Latency by runtime", columns=len(LATENCIES), size=(13, 1.8 + 0.35 * len(names))
     )
-    for axes, column, batch in zip(panels, LATENCIES, TABLE_BATCHES, strict=True):
+    for axes, (column, batch) in zip(panels, LATENCIES.items(), strict=True):
         for runtime, color, marker in zip(runtimes, COLORS, MARKERS, strict=False):
             rows = timed[timed["runtime"] == runtime]
             places = [names.index(model) for model in rows["model"]]
@@ -415,7 +395,7 @@ def latency_by_runtime(records: Sequence[Record]) -> Figure | None:
     return figure
 
 
-FIGURES: dict[str, Callable[[Sequence[Record]], Figure | None]] = {
+FIGURES: dict[str, Callable[[Results], Figure | None]] = {
     draw.__name__: draw
     for draw in (
         accuracy_vs_size,
@@ -431,3 +411,106 @@ FIGURES: dict[str, Callable[[Sequence[Record]], Figure | None]] = {
         latency_by_runtime,
     )
 }
+
+
+def _split_by_frontier(models: Sequence[Model]) -> tuple[list[Model], list[Model]]:
+    """Those on the Pareto frontier, and the others. Without latencies there is no frontier: all are of the first."""
+    front = pareto_set(rows_of(models)) or [model.name for model in models]
+    return [model for model in models if model.name in front], [model for model in models if model.name not in front]
+
+
+def _looks(models: Sequence[Model], suffix: str = "") -> dict[str, Look]:
+    return {model.label + suffix: model.look for model in models}
+
+
+def _listed(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _draw_points(axes: Axes, models: Sequence[Model], column: str, *, alpha: float = 1) -> None:
+    for model in models:
+        axes.errorbar(
+            [model.row[column]],
+            [100 * model.row["test_acc"]],
+            xerr=as_error(model.latency_error(column) if column in LATENCIES else None),
+            yerr=as_error(model.accuracy_error),
+            **model.look.line,
+            elinewidth=1,
+            capsize=3,
+            alpha=alpha,
+        )
+
+
+def _draw_curve(axes: Axes, model: Model, value_of: Callable[[dict[str, Any]], float]) -> None:
+    curves = [{epoch["epoch"]: value_of(epoch) for epoch in record.curves} for record in model.runs]
+    by_seed = pd.DataFrame(curves).T.sort_index().dropna(how="all")
+    if len(by_seed.columns) > 1:
+        axes.plot(by_seed.index, by_seed, color=model.look.color, linewidth=0.6, alpha=0.5)
+    look = model.look.line | {"markersize": 4.5, "markeredgewidth": 1}
+    axes.plot(by_seed.index, by_seed.mean(axis=1), **look, linewidth=1.6, markevery=max(1, len(by_seed) // 10))
+
+
+def _has_bins(model: Model) -> bool:
+    return all(measurement.bins for measurement in model.measurements)
+
+
+def _bins(model: Model, key: str) -> Values:
+    """Of every seed: [seed][bin]."""
+    return np.array([measurement.bins[key] for measurement in model.measurements], dtype=float)
+
+
+def _teacher_of(model: Model) -> str:
+    return model.runs[0].parents.get("teacher", {}).get("model", "")
+
+
+def _draw_confidences(axes: Axes, model: Model, role: str) -> None:
+    """Shares of the images by confidence: the seeds' mean, and from the lowest to the highest."""
+    counts, sums = _bins(model, "count"), _bins(model, "confidence_sum")
+    shares = 100 * counts / counts.sum(axis=1, keepdims=True)
+    mean, low, high = shares.mean(axis=0), shares.min(axis=0), shares.max(axis=0)
+    edges = 100 * np.arange(NUM_BINS + 1) / NUM_BINS
+    axes.bar(
+        edges[:-1], mean, width=100 / NUM_BINS, align="edge", color=model.look.color, alpha=0.75, edgecolor="white"
+    )
+    if len(counts) > 1:
+        drawn = mean > 0
+        centers = (edges[:-1] + edges[1:]) / 2
+        spread = np.stack([mean - low, high - mean])[:, drawn]
+        axes.errorbar(centers[drawn], mean[drawn], spread, fmt="none", ecolor=MUTED, elinewidth=1, capsize=2)
+    axes.set_title(f"{role}: {model.label}\nmean confidence {100 * sums.sum() / counts.sum():.2f} %", fontsize=10)
+    axes.set(xlabel="probability of the predicted class (%)", xlim=(0, 100))
+    make_logarithmic(axes, "y", "")
+
+
+def _draw_reliability(axes: Axes, model: Model) -> None:
+    """A point per bin with its binomial interval, faint where the bin has few images."""
+    count, confidence_sum, correct = (_bins(model, key).sum(axis=0) for key in ("count", "confidence_sum", "correct"))
+    axes.plot([0, 100], [0, 100], color=MUTED, linestyle="--", linewidth=1)
+    for chosen, alpha in ((count >= FEW_IMAGES, 1.0), ((count > 0) & (count < FEW_IMAGES), 0.25)):
+        if not chosen.any():
+            continue
+        confidence = 100 * confidence_sum[chosen] / count[chosen]
+        accuracy = 100 * correct[chosen] / count[chosen]
+        ends = [binomial_interval(k / n, int(n)) for k, n in zip(correct[chosen], count[chosen], strict=True)]
+        low, high = 100 * np.array(ends).T
+        spread = np.maximum(0, [accuracy - low, high - accuracy])
+        axes.errorbar(confidence, accuracy, spread, fmt="none", ecolor=MUTED, elinewidth=1, capsize=2, alpha=alpha)
+        area = 8 + 30 * np.log10(count[chosen] / len(model.runs) + 1)
+        axes.scatter(
+            confidence, accuracy, s=area, facecolors=model.look.face, edgecolors=model.look.color, alpha=alpha, zorder=3
+        )
+
+
+def _draw_load(axes: Axes, record: Record) -> None:
+    epochs = [epoch["epoch"] for epoch in record.curves]
+    loads = 100 * np.array([epoch["expert_load"] for epoch in record.curves])
+    num_experts = loads.shape[1]
+    for expert in range(num_experts):
+        marker = MARKERS[expert % len(MARKERS)]
+        axes.plot(epochs, loads[:, expert], marker=marker, color=COLORS[expert % len(COLORS)], label=f"expert {expert}")
+    axes.axhline(100 / num_experts, color=MUTED, linestyle="--", label=f"even share, {100 / num_experts:.3g} %")
+    if num_experts <= 12:
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes.set(xlabel="epoch", ylabel="share of training pairs (%)", ylim=(0, 1.1 * loads.max()))
+    axes.set_title(f"{record.model}: load over training", fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,5 +1,6 @@
 """What the figures are drawn of: the records, their table, and the models as they are drawn. No torch here."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -8,10 +9,10 @@ import numpy as np
 import pandas as pd
 
 from mnist_lab.measure import TABLE_BATCHES
-from mnist_lab.report.columns import COLUMNS, Column
+from mnist_lab.report.columns import ACCURACY, COLUMNS, Column, Cost
 from mnist_lab.report.drawing import Error, Look, choose_looks
 from mnist_lab.report.records import Measurement, Record
-from mnist_lab.report.statistics import binomial_interval
+from mnist_lab.report.statistics import binomial_interval, confidence_interval
 from mnist_lab.report.table import build_table
 
 RUNTIME = "onnxruntime"
@@ -66,6 +67,27 @@ class Model:
         median = latency["median_ms"]
         return max(0.0, median - latency["q1_ms"]), max(0.0, latency["q3_ms"] - median)
 
+    def cost(self, column: Column) -> float:
+        """What the figures show of a column that has a cost; NaN where the table is blank."""
+        assert column.cost is not None
+        value = self.row[column.name]
+        return float("nan") if pd.isna(value) else float(column.cost.of(value))
+
+    def cost_error(self, column: Column) -> Error | None:
+        """From the cost to the ends of its interval over seeds, or of the accuracy's own, or to the quartiles."""
+        assert column.cost is not None
+        if column.name in LATENCIES:
+            return self.latency_error(column.name)
+        value = self.cost(column)
+        if column.name == ACCURACY.name and self.accuracy_interval is not None:
+            low, high = sorted(column.cost.of(end) for end in self.accuracy_interval)
+            return max(0.0, value - low), max(0.0, high - value)
+        if not column.is_mean or len(self.runs) < 2 or math.isnan(value):
+            return None
+        read = [column.read(record, record.measurements[self.runtime]) for record in self.runs]
+        half_width = confidence_interval([column.cost.of(one) for one in read])
+        return min(half_width, value), half_width
+
 
 @dataclass(frozen=True)
 class Results:
@@ -85,6 +107,8 @@ class Results:
 
         Latencies are those of the first timed model's CPU and thread count; others do not compare, and are blanked.
         """
+        if not len(self.table):
+            return []
         chosen = pd.DataFrame([_choose_row(rows) for _, rows in self.table.groupby("model", sort=False)])
         looks = choose_looks(zip(chosen["model"], chosen["family"], chosen["precision"], strict=True), self.order)
         models = []
@@ -101,12 +125,19 @@ class Results:
             models.append(Model(name, runtime, row, runs, looks[name]))
         return models
 
+    @cached_property
+    def costs(self) -> list[tuple[Column, Cost]]:
+        """The columns that figures show as a cost, but for those of which no model has any."""
+        found = [(column, column.cost) for column in self.columns if column.cost is not None]
+        return [
+            (column, cost) for column, cost in found if any(pd.notna(model.row[column.name]) for model in self.models)
+        ]
+
 
 def _choose_row(rows: pd.DataFrame) -> pd.Series:
     """That of ONNX Runtime, else of the fastest runtime, else the first of a model's rows."""
     own = rows[rows["runtime"] == RUNTIME]
-    timed = rows["latency_ms_b64"].astype(float).dropna()
-    return own.iloc[0] if len(own) else rows.loc[timed.idxmin()] if len(timed) else rows.iloc[0]
+    return (own if len(own) else rows.sort_values("latency_ms_b64", kind="stable")).iloc[0]
 
 
 def rows_of(models: Sequence[Model]) -> pd.DataFrame:
@@ -117,3 +148,42 @@ def rows_of(models: Sequence[Model]) -> pd.DataFrame:
 def with_latency(models: Sequence[Model], column: str | None = None) -> list[Model]:
     """Those with any latency, or with the one of that column."""
     return [model for model in models if model.row[[column] if column else list(LATENCIES)].notna().any()]
+
+
+def where(models: Sequence[Model]) -> str:
+    """The runtime that the figures of these models are of."""
+    elsewhere = {model.runtime for model in models} - {RUNTIME}
+    is_all = len({model.runtime for model in models}) == 1
+    return "ONNX Runtime" if not elsewhere else elsewhere.pop() if is_all else "ONNX Runtime, or as the name says"
+
+
+def conditions(models: Sequence[Model], *, latency: bool = False, bars: bool = True, notes: Sequence[str] = ()) -> str:
+    """Where the figures of these models hold, and what the error bars are.
+
+    Args:
+        latency: their latencies are shown.
+        bars: error bars are.
+        notes: what else is to be said.
+    """
+    counts = sorted({len(model.runs) for model in models})
+    parts = [where(models), f"{'–'.join(str(count) for count in counts)} seed{'s' if counts != [1] else ''}"]
+    if bars and any(model.accuracy_interval for model in models):
+        parts.append(f"error bars: 95 % {_interval(models)}")
+    timed = with_latency(models)
+    if latency and timed:
+        threads, cpu = int(timed[0].row["threads"]), timed[0].runs[0].machine["cpu"]
+        parts.append(
+            f"latency: median{' and quartiles' if bars else ''}, {threads} thread{'s' if threads > 1 else ''}, {cpu}"
+        )
+        if (sessions := len({model.measurements[0].latency_session for model in timed})) > 1:
+            parts[-1] += f", from {sessions} sessions, whose times compare only roughly"
+    return "; ".join([*parts, *notes])
+
+
+def _interval(models: Sequence[Model]) -> str:
+    """What the intervals of these models' accuracies are."""
+    counts = {len(model.runs) for model in models}
+    binomial = f"binomial interval of the {max(model.num_images for model in models):,} test images"
+    if 1 not in counts:
+        return "interval over seeds"
+    return binomial if counts == {1} else f"interval over seeds, of a single seed {binomial}"
