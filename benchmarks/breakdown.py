@@ -84,7 +84,7 @@ def describe(profiles: pd.DataFrame, routers: pd.DataFrame) -> str:
         [
             "# Where the MoE's time goes",
             "By the engine's profile, which adds about a microsecond to every operator.",
-            format_table(shown),
+            format_table(shown, "g"),
             "# Router in float or in INT8",
             format_table(routers, ".4g"),
         ]

@@ -1,4 +1,4 @@
-"""What the benchmarks share: their options, the models that they time, a progress bar, and the files that they write."""
+"""What the benchmarks share: their options, the models that they time, a progress bar, the files that they write."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -64,9 +64,10 @@ def show_progress(name: str, num_steps: int) -> Iterator[Callable[[], None]]:
         yield advance
 
 
-def format_table(table: pd.DataFrame, style: str = "g") -> str:
-    """As Markdown, its numbers in that style."""
-    return tabulate(table.to_dict("list"), "keys", "github", floatfmt=style)
+def format_table(table: pd.DataFrame, style: str | None = None) -> str:
+    """As Markdown, its numbers in that style; without one, texts as they are."""
+    columns = table.to_dict("list")
+    return tabulate(columns, "keys", "github", floatfmt=style or "g", disable_numparse=style is None)
 
 
 def write_outputs(

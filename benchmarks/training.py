@@ -59,15 +59,14 @@ def main(options: TrainingOptions) -> None:
 def measure_training(run: Run, *, limit: float) -> dict[str, object]:
     """A row of the table: the parts of a step, images per second, and their share of the limit."""
     dataset, recipe, model = run.lab.dataset, run.lab.recipe, build(run, run.row)
-    objective, operations = supervised_loss, useful_operations(model)
+    objective: Objective = supervised_loss
+    operations = useful_operations(model)
     if isinstance(run.row.step, Distil):
         assert run.row.teacher is not None
         teacher = build(run, run.row.teacher)  # its random weights are as fast as trained ones
         # Where no augmentation changes the images, it sees them once in all.
         fixed_pixels = dataset.train.pixels if recipe.augmentation is None else None
-        objective = distillation_objective(
-            teacher, run.row.step.distillation, device="cpu", fixed_pixels=fixed_pixels
-        )
+        objective = distillation_objective(teacher, run.row.step.distillation, device="cpu", fixed_pixels=fixed_pixels)
         operations += 2 * count_parameters(teacher)[1] if fixed_pixels is None else 0
     times = time_step(recipe, dataset.train, model, objective)
     start = time.perf_counter()
@@ -92,7 +91,8 @@ def time_step(recipe: Recipe, train: Split, model: nn.Module, objective: Objecti
     generator = torch.Generator().manual_seed(0)
     rows = torch.randperm(len(train), generator=generator)[: recipe.batch_size]  # (B,)
     batch = Batch(train.pixels[rows], train.labels[rows], rows)
-    optimizer = AdamW(model.train(), recipe.weight_decay)
+    optimizer = AdamW(model, recipe.weight_decay)
+    model.train()
 
     def forward_and_backward() -> None:
         optimizer.zero_grad()

@@ -1,6 +1,7 @@
 """The benchmarks' arithmetic, and that their contestants compute the same models."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,17 +9,20 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from tiny import spec
 
-from benchmarks import breakdown, latency, limits, scaling, training
+from benchmarks import breakdown, contestants, latency, limits, scaling, training
 from benchmarks.common import BenchmarkOptions
 from benchmarks.contestants import reference_contestants
 from benchmarks.limits import shortest_ms
-from mnist_lab import routes
 from mnist_lab.compress.bfloat16 import has_bfloat16
-from mnist_lab.measure import Latency
+from mnist_lab.deploy import fastest, inside
+from mnist_lab.deploy.onnx import write_onnx
+from mnist_lab.measure import Latency, measure_latency
 from mnist_lab.models import PRESETS, count_parameters
 from mnist_lab.models.ffn import FFN
-from mnist_lab.models.moe import RoutingConfig, SparseMoE
+from mnist_lab.models.moe import EveryExpert, SparseMoE
+from mnist_lab.runtimes import RUNTIMES
 from mnist_lab.training import torch_predictor
 
 PIXELS = np.random.default_rng(0).random((70, 1, 28, 28), np.float32)
@@ -28,15 +32,15 @@ PIXELS = np.random.default_rng(0).random((70, 1, 28, 28), np.float32)
 def models() -> tuple[FFN, SparseMoE]:
     torch.manual_seed(0)
     preset = PRESETS["compact"]
-    return FFN(preset.ffn(0.13, 0.31)).eval(), SparseMoE(preset.moe(0.13, 0.31, RoutingConfig())).eval()
+    return FFN(preset.ffn(spec())).eval(), SparseMoE(preset.moe(spec())).eval()
 
 
 def test_contestants_compute_the_same_models(models: tuple[FFN, SparseMoE], tmp_path: Path) -> None:
-    contestants = reference_contestants(*models, tmp_path)
-    names = {(contestant.model, contestant.runtime) for contestant in contestants}
+    found = reference_contestants(*models, tmp_path)
+    names = {(contestant.model, contestant.runtime) for contestant in found}
     assert {("MoE", "mask loop"), ("MoE", "ORT MoE operator"), ("FFN", "ORT default"), ("MoE", "ORT default")} <= names
     assert {("FFN", "OpenVINO default"), ("MoE", "OpenVINO default")} <= names
-    for contestant in contestants:
+    for contestant in found:
         expected = torch_predictor(models[0] if contestant.model == "FFN" else models[1])(PIXELS)
         outcome: Any = contestant.open(1)(PIXELS)()
         logits = np.asarray(outcome if isinstance(outcome, torch.Tensor | np.ndarray) else outcome[0])
@@ -45,7 +49,7 @@ def test_contestants_compute_the_same_models(models: tuple[FFN, SparseMoE], tmp_
         assert noise_db > least, (contestant.model, contestant.runtime, noise_db)
         if contestant.precision != "FP32":
             assert noise_db < 80  # or it would have run in FP32
-    default = next(c for c in contestants if c.runtime == "OpenVINO default")
+    default = next(c for c in found if c.runtime == "OpenVINO default")
     assert default.precision == ("BF16" if has_bfloat16() else "FP32")
 
 
@@ -71,25 +75,45 @@ def test_share_is_the_limits_time_over_the_measured(
     assert table["gops"][0] == pytest.approx(2 * 235_146 * 10 / 4e-3 / 1e9)
 
 
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Empty at first: the first benchmark trains the models, the second finds them."""
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+def export_quickly(model: FFN | EveryExpert, path: Path, _: torch.Tensor) -> None:
+    """In place of torch's exporter, which takes seconds and which the contestants' own test runs."""
+    write_onnx(model.model if isinstance(model, EveryExpert) else model, path, {}, layout="dense")
+
+
+@pytest.mark.trains
+@pytest.mark.xdist_group("benchmarks")  # they share the checkpoints
 @pytest.mark.parametrize("name", ["latency", "breakdown"])
-def test_benchmark_runs_from_nothing(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_benchmark_runs_from_nothing(
+    name: str, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = {"latency": latency, "breakdown": breakdown}[name]
     monkeypatch.setattr(module, "BATCHES", (1, 8))
-    monkeypatch.setattr(module, "NUM_ROUNDS", 1)
-    monkeypatch.setattr(routes, "NUM_CALLS", 2)
+    for timing in (module, limits, fastest):
+        monkeypatch.setattr(timing, "NUM_ROUNDS", 1)
+        monkeypatch.setattr(timing, "measure_latency", partial(measure_latency, block_s=1e-3))
+    monkeypatch.setattr(inside, "NUM_CALLS", 2)
     monkeypatch.setattr(limits, "SIZES", (16,))
-    fields: dict[str, Any] = {"dataset": "digits", "checkpoints": tmp_path / "c", "results": tmp_path / "r"}
+    monkeypatch.setattr(contestants, "export_plainly", export_quickly)
+    fields: dict[str, Any] = {"dataset": "digits", "checkpoints": checkpoints, "results": tmp_path}
+    folder = tmp_path / "digits-compact-quick" / "benchmarks"
     if name == "latency":
         latency.main(latency.LatencyOptions(runtime=("onnxruntime",), **fields))
-        record = json.loads((tmp_path / "r/digits-compact-quick/benchmarks/latency.json").read_text())
+        record = json.loads((folder / "latency.json").read_text())
         assert {(row["model"], row["batch"]) for row in record["rows"]} >= {("FFN", 1), ("MoE", 8)}
+        assert (folder / "latency.png").stat().st_size > 0
     else:
         breakdown.main(BenchmarkOptions(**fields))
-    folder = tmp_path / "r" / "digits-compact-quick" / "benchmarks"
     assert len(pd.read_csv(folder / f"{name}.csv")) >= 6
     assert (folder / f"{name}.md").read_text().startswith("# ")
 
 
+@pytest.mark.trains
 def test_training_benchmark_times_every_part_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "NUM_ROUNDS", 1)
     monkeypatch.setattr(training, "NUM_EPOCHS", 1)
@@ -138,13 +162,70 @@ def test_speedup_is_against_the_first_script_at_the_same_batch_and_threads() -> 
     assert table["speedup"].tolist() == [1, 1, 4, 10, 1]
 
 
+# Some of each panel, and all of the two in which most engines stand twice.
+CONTESTANTS = [
+    *(("FFN", "FP32", name) for name in ("pytorch", "torch-compile", "onnxruntime", "openvino", "ORT default")),
+    *(("FFN", "INT8", name) for name in ("onnxruntime static", "torch.ao dynamic", "ORT default dynamic")),
+    *(("MoE", "FP32", name) for name in ("pytorch", "onnxruntime", "mask loop", "ORT MoE operator", "ORT default")),
+    *(("MoE", "INT8", f"{name} {mode}") for name in ("onnxruntime", "torchao") for mode in ("dynamic", "static")),
+    *(("MoE", "INT8", name) for name in ("openvino static", "torch.ao dynamic", "ORT default dynamic")),
+    *(("MoE", "BF16", name) for name in ("pytorch", "openvino", "OpenVINO default")),
+]
+
+
+def test_contestants_of_a_panel_all_look_different() -> None:
+    columns = ["model", "precision", "runtime"]
+    table = pd.DataFrame(CONTESTANTS, columns=columns).assign(threads=1, median_ms=1.0, limit_share=0.5)
+    table = pd.concat([table.assign(batch=batch) for batch in (1, 64)], ignore_index=True)
+    panels = {axes.get_title(): axes for axes in latency.draw(table, "a CPU").axes}
+    for (model, precision), rows in table.groupby(["model", "precision"]):
+        lines = {str(line.get_label()): line for line in panels[f"{model}, {precision}"].lines}
+        assert set(lines) == set(rows["runtime"])
+        assert len({line.get_color() for line in lines.values()}) == len(lines)
+        assert len({line.get_marker() for line in lines.values()}) == len(lines)
+        for name, line in lines.items():
+            assert line.get_linestyle() == ("-" if name.split()[0] in RUNTIMES else "--")
+
+
 @pytest.mark.parametrize(
-    ("ratios", "crossover"),
-    [([2.0, 1.0, 0.5], 4.0), ([0.9, 0.5, 0.2], 2.0), ([3.0, 2.0, 1.5], None), ([2.0, 0.5, 0.2], 8**0.5)],
+    ("ratios", "crossover", "verdict"),
+    [
+        ([2.0, 1.0, 0.5], 4.0, "wins from experts 4 on"),
+        ([2.0, 0.5, 0.2], 8**0.5, "wins from experts 2.83 on"),
+        ([0.9, 0.5, 0.2], None, "wins at every size measured"),
+        ([3.0, 2.0, 1.5], None, "never wins"),
+        ([3.0, 2.0, 1.0], None, "never wins"),
+        ([2.0, 0.5, 1.2], None, "wins at experts 4 only"),
+        ([0.5, 0.9, 1.2], None, "wins at experts 2, 4 only"),
+        ([0.5, 2.0, 0.5], 32**0.5, "wins from experts 5.66 on"),
+    ],
 )
-def test_crossover_is_where_the_ratio_falls_through_one(ratios: list[float], crossover: float | None) -> None:
-    found = scaling.find_crossover(pd.Series(ratios, index=[2, 4, 8]))
-    assert found == (None if crossover is None else pytest.approx(crossover))
+def test_crossover_is_where_the_ratio_falls_through_one(
+    ratios: list[float], crossover: float | None, verdict: str
+) -> None:
+    ratio = pd.Series(ratios, index=pd.Index([2, 4, 8], name="experts"))
+    assert scaling.find_crossover(ratio) == (None if crossover is None else pytest.approx(crossover))
+    assert scaling.judge(ratio) == verdict
+
+
+def test_only_a_real_crossover_is_drawn() -> None:
+    """Against experts it crosses one rival, against width none but wins, against batch it never wins."""
+    times = {"experts": (2.0, 1.5, 0.5), "width": (0.9, 0.5, 0.2), "batch": (3.0, 2.0, 1.5)}
+    rows = [
+        {"sweep": sweep, **dict.fromkeys(times, 8), sweep: size, "kind": kind, "median_ms": ms, "memory_mib": 1.0}
+        for sweep, of_moe in times.items()
+        for size, ms_of_moe in zip((2, 4, 8), of_moe, strict=True)
+        for kind, ms in zip(scaling.KINDS, (ms_of_moe, 1.0, 4.0), strict=True)
+    ]
+    above = scaling.draw(pd.DataFrame(rows), "a CPU").axes[:3]
+    crossings = [[line for line in axes.lines if line.get_linestyle() == ":"] for axes in above]
+    assert [len(lines) for lines in crossings] == [1, 0, 0]
+    text = scaling.describe(pd.DataFrame(rows).assign(experts_used=8), {4: 1.0, 64: 2.0}, "a CPU")
+    assert [line for line in text.splitlines() if line.startswith("- dense, equal total")] == [
+        "- dense, equal total: the MoE wins from experts 5.17 on",
+        "- dense, equal total: the MoE wins at every size measured",
+        "- dense, equal total: the MoE never wins",
+    ]
 
 
 def test_dense_rivals_have_as_many_parameters_in_all_and_per_image() -> None:

@@ -66,8 +66,8 @@ def relu_chain(layers: nn.ModuleList, hidden: Tensor) -> Tensor:
 
 def apply_linear(layer: nn.Module, rows: Tensor) -> Tensor:
     """A linear layer on rows of whatever precision."""
-    assert isinstance(layer.weight, Tensor)
-    result: Tensor = layer(cast_like(rows, layer.weight))
+    weight = layer.weight  # of a quantized layer no tensor, and no business of ours
+    result: Tensor = layer(cast_like(rows, weight) if isinstance(weight, Tensor) else rows)
     return result
 
 
