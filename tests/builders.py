@@ -1,6 +1,6 @@
-"""Small records for the tests of the table and of the plots."""
+"""Small records for the tests of the table and of the figures."""
 
-from mnist_lab.report.records import Measurement, Record
+from mnist_lab.report.records import BASELINE, Measurement, Record
 
 
 def make_measurement(test_acc: float = 0.98, size_mib: float = 1.0, b64: float | None = 2.0) -> Measurement:
@@ -11,6 +11,7 @@ def make_measurement(test_acc: float = 0.98, size_mib: float = 1.0, b64: float |
         test_acc=test_acc,
         test_loss=0.1,
         test_ece=0.01,
+        test_brier=0.03,
         train_acc=0.99,
         train_loss=0.05,
         size_mib=size_mib,
@@ -24,30 +25,35 @@ def make_measurement(test_acc: float = 0.98, size_mib: float = 1.0, b64: float |
     )
 
 
-def make_record(model: str = "FFN_baseline", seed: int = 0, order: int = 0, **measurements: Measurement) -> Record:
-    """A record without curves; an INT8 model is made from FFN_baseline."""
-    is_int8 = model.endswith(("INT8", "PTQ"))
+def make_record(model: str = BASELINE, seed: int = 0, **measurements: Measurement) -> Record:
+    """A record without curves, of the family that the name says before its "-". What is converted is the baseline."""
+    is_int8, is_bf16 = model.endswith(("INT8", "PTQ")), model.endswith("BF16")
+    is_converted = is_int8 or is_bf16
+    source = {"model": BASELINE, "file": f"{BASELINE}-seed{seed}.safetensors", "sha256": ""}
     return Record(
-        model=model,
+        family=model.partition("-")[0],
+        row=model,
+        departures="",
         technique="dense",
-        precision="INT8" if is_int8 else "FP32",
+        precision="INT8" if is_int8 else "BF16" if is_bf16 else "FP32",
         dataset="mnist",
         preset="compact",
         recipe="quick",
         seed=seed,
-        order=order,
         config={},
-        parent={"model": "FFN_baseline", "sha256": ""} if is_int8 else None,
+        architecture={},
+        parents={"source": source} if is_converted else {},
+        original=BASELINE if is_converted else model,
         checkpoint={"file": f"{model}-seed{seed}.safetensors", "sha256": ""},
         artifact={"file": f"{model}-seed{seed}.onnx", "sha256": ""},
         params_total=10,
         params_active=10,
         validation_acc=0.98,
         validation_loss=0.1,
-        train_seconds=1.0,
-        train_threads=2,
         curves=[],
         machine={"cpu": "here"},
         versions={},
-        measurements=measurements or {"onnxruntime": make_measurement()},
+        measurements={**measurements} or {"onnxruntime": make_measurement()},
+        train_seconds=1.0,
+        train_threads=2,
     )

@@ -1,4 +1,7 @@
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -7,12 +10,16 @@ import pandas as pd
 import pytest
 from builders import make_measurement, make_record
 from scipy import stats
+from tiny import SMALL, make_lab
 
 from mnist_lab.compress.distill import DistillationConfig
 from mnist_lab.compress.int8 import StaticInt8
 from mnist_lab.deploy.inside import JOBS
+from mnist_lab.experiments.lab import Lab
 from mnist_lab.experiments.row import Row, describe
-from mnist_lab.report.records import Record, save_predictions
+from mnist_lab.experiments.run import Run
+from mnist_lab.report.records import Record, load_record, save_predictions
+from mnist_lab.studies.claims import run as claims_run
 from mnist_lab.studies.claims.evidence import (
     Evidence,
     load_cv,
@@ -287,3 +294,17 @@ def test_evidence_is_of_one_recipe_and_knows_rows_without_the_recipes_departures
     assert alone.seeds == [0, 1]
     assert alone.run("Sparse_MoE", 0).model == "Sparse_MoE-epochs1"
     assert alone.find("KD_FFN_Student") == both.find("KD_FFN_Student")
+
+
+@pytest.mark.trains
+def test_seeds_are_made_side_by_side_on_a_thread_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.get_num_threads", lambda: 2)
+    claims_run._make_side_by_side(partial(open_tiny_lab, tmp_path), [SMALL], [0, 1])
+    lab = make_lab(tmp_path).for_claims()
+    records = [load_record(Run(lab, SMALL, seed).record) for seed in (0, 1)]
+    assert {record.train_threads for record in records} == {1}
+
+
+@contextmanager
+def open_tiny_lab(folder: Path) -> Iterator[Lab]:
+    yield make_lab(folder)

@@ -1,6 +1,7 @@
 import math
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
@@ -10,17 +11,22 @@ import numpy as np
 import pandas as pd
 import pytest
 from builders import make_measurement, make_record
+from matplotlib.colors import same_color
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 
-from mnist_lab import plots
 from mnist_lab.data import DatasetName
 from mnist_lab.models import PresetName
-from mnist_lab.report.drawing import LATENCIES, find_models
-from mnist_lab.report.figures import FIGURES, draw_all, pareto_set
+from mnist_lab.report import drawing, figures
+from mnist_lab.report.columns import COLUMNS, Cost
+from mnist_lab.report.columns import figure as figure_column
+from mnist_lab.report.drawing import Look, choose_looks
+from mnist_lab.report.figures import FIGURES, draw_all, pareto_set, radar_radii, within_noise
 from mnist_lab.report.records import Measurement, Record, save_record
+from mnist_lab.report.results import Results
+from mnist_lab.report.statistics import binomial_interval
 from mnist_lab.training import RecipeName
 from visualize_results import PlotOptions
 
@@ -35,7 +41,14 @@ MODELS = [  # name, test accuracy, file in MB, latency at batch 64 in ms
     ("KD_FFN_Student_from_FFN", 0.9787, 0.408, 0.293),
     ("FFN_Student_no_KD", 0.9788, 0.408, 0.292),
     ("KD_FFN_Student_INT8", 0.9792, 0.107, 0.243),
+    ("FFN_BF16", 0.983, 0.47, 0.61),  # in PyTorch and OpenVINO only
 ]
+NAMES = [name for name, *_ in MODELS]
+TRAINED = [name for name in NAMES if not name.endswith(("INT8", "PTQ", "BF16"))]
+LABELS = [name + (" (openvino)" if name.endswith("BF16") else "") for name in NAMES]
+FRONTIER = ["FFN_PTQ_INT8", "KD_FFN_Student", "KD_FFN_Student_INT8"]
+# What a figure can show only of some: of trained models, of a teacher and its students, of mixtures.
+OF_SOME = {"training_curves", "confidence_histogram", "expert_load"}
 
 
 def measurement_of(test_acc: float, file_mb: float, b64: float | None) -> Measurement:
@@ -47,9 +60,9 @@ def measurement_of(test_acc: float, file_mb: float, b64: float | None) -> Measur
     return replace(
         make_measurement(test_acc, file_mb),
         bins={
-            "count": [0.0] * 13 + [40.0, 960.0],
-            "confidence_sum": [0.0] * 13 + [36.0, 950.0],
-            "correct": [0.0] * 13 + [30.0, 970.0 - wrong],
+            "count": [0.0] * 12 + [4.0, 36.0, 960.0],
+            "confidence_sum": [0.0] * 12 + [3.4, 32.0, 950.0],
+            "correct": [0.0] * 12 + [3.0, 27.0, 970.0 - wrong],
         },
         confusion=confusion.tolist(),
         latency_ms={
@@ -59,30 +72,40 @@ def measurement_of(test_acc: float, file_mb: float, b64: float | None) -> Measur
     )
 
 
-def record_of(model: str, order: int, seed: int, measurement: Measurement) -> Record:
-    is_moe, is_int8 = model.startswith("Sparse_MoE"), model.endswith(("INT8", "PTQ"))
+def record_of(model: str, seed: int, test_acc: float, file_mb: float, b64: float | None) -> Record:
+    is_moe, is_trained = model.startswith("Sparse_MoE"), model in TRAINED
+    measurement = measurement_of(test_acc, file_mb, b64)
+    measurements = {"onnxruntime": measurement}
+    if model.endswith("BF16"):
+        measurements = {"pytorch": measurement_of(test_acc, file_mb, b64 and 2 * b64), "openvino": measurement}
     epoch = {
         "learning_rate": 0.1,
         "train_terms": {"cross_entropy": 0.2} | ({"balance": 0.01} if is_moe else {}),
         "validation_loss": 0.1,
         "expert_load": [0.4, 0.6] if is_moe else [],
     }
+    teacher = {"model": "Sparse_MoE", "file": f"Sparse_MoE-seed{seed}.safetensors", "sha256": ""}
+    record = make_record(model, seed, **measurements)
     return replace(
-        make_record(model, seed, order, onnxruntime=measurement),
-        parent={"model": "Sparse_MoE", "sha256": ""} if model == "KD_FFN_Student" else None,
-        curves=[] if is_int8 else [epoch | {"epoch": k, "validation_acc": 0.9 + 0.02 * k} for k in (1, 2, 3)],
-        expert_by_class=[[0.3, 0.7]] * 10 if is_moe and not is_int8 else None,
+        record,
+        parents={"teacher": teacher} if model == "KD_FFN_Student" else record.parents,
+        curves=[epoch | {"epoch": k, "validation_acc": 0.9 + 0.02 * k} for k in (1, 2, 3)] if is_trained else [],
+        expert_by_class=[[0.3, 0.7]] * 10 if is_moe and is_trained else None,
     )
 
 
 def make_records(*, seeds: int = 1, without: tuple[str, ...] = (), untimed: tuple[str, ...] = ()) -> list[Record]:
-    """All nine models; the accuracy of later seeds is a little lower."""
+    """All models; the accuracy of later seeds is a little lower."""
     return [
-        record_of(name, order, seed, measurement_of(acc - 0.001 * seed, size, None if name in untimed else b64))
-        for order, (name, acc, size, b64) in enumerate(MODELS)
+        record_of(name, seed, acc - 0.001 * seed, size, None if name in untimed else b64)
+        for name, acc, size, b64 in MODELS
         for seed in range(seeds)
         if name not in without
     ]
+
+
+def make_results(*, seeds: int = 1, without: tuple[str, ...] = (), untimed: tuple[str, ...] = ()) -> Results:
+    return Results(make_records(seeds=seeds, without=without, untimed=untimed), NAMES)
 
 
 def legend_names(figure: Figure | None) -> list[str]:
@@ -96,6 +119,11 @@ def error_bars(figure: Figure | None, *, vertical: bool) -> list[ErrorbarContain
     return [bar for bar in bars if (bar.has_yerr if vertical else bar.has_xerr)]
 
 
+def footnote(figure: Figure | None) -> str:
+    assert figure is not None
+    return figure.get_supxlabel().replace("\n", " ")
+
+
 def visualize(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / "visualize_results.py", *arguments]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
@@ -105,7 +133,7 @@ def test_pareto_set_is_the_brute_force_one() -> None:
     generator = np.random.default_rng(0)
     for _ in range(50):
         values = generator.integers(0, 4, (12, 3)).astype(float)  # few values, so many ties
-        table = pd.DataFrame(values, columns=plots.PARETO_COLUMNS)
+        table = pd.DataFrame(values, columns=figures.PARETO_COLUMNS)
         expected = []
         for i, (acc, size, ms) in enumerate(values):
             others = [row for j, row in enumerate(values) if j != i]
@@ -118,35 +146,33 @@ def test_pareto_set_is_the_brute_force_one() -> None:
 
 def test_pareto_set_keeps_equals_and_ignores_blanks() -> None:
     rows = [[0.9, 1, 1], [0.9, 1, 1], [0.9, 1, 2], [0.8, 2, 2], [0.99, 0.1, math.nan]]
-    table = pd.DataFrame(rows, columns=plots.PARETO_COLUMNS, index=list("abcde"))
+    table = pd.DataFrame(rows, columns=figures.PARETO_COLUMNS, index=list("abcde"))
     assert pareto_set(table) == ["a", "b"]
     assert pareto_set(table.tail(1)) == []
 
 
 def test_pareto_figure_names_the_dominated() -> None:
-    names = legend_names(plots.pareto_frontier(make_records()))
-    assert names[:3] == ["FFN_PTQ_INT8", "KD_FFN_Student", "KD_FFN_Student_INT8"]
-    assert len(names) == 9
-    assert all(name.endswith("(dominated)") for name in names[3:])
+    names = legend_names(figures.pareto_frontier(make_results()))
+    assert names[: len(FRONTIER)] == FRONTIER
+    dominated = [label for label in LABELS if label not in FRONTIER]
+    assert names[len(FRONTIER) :] == [f"{label} (dominated)" for label in dominated]
 
 
-def test_full_set_gives_eleven_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plots, "DOTS_PER_INCH", 40)
-    paths = draw_all(tmp_path, make_records(seeds=2, without=tuple(name for name, *_ in MODELS if "PTQ" in name)))
-    names = [
-        "accuracy_vs_size",
-        "accuracy_vs_time",
-        "pareto_frontier",
-        "comparison_bars",
-        "normalized_comparison",
-        "training_curves",
-        "confidence_histogram",
-        "reliability_diagram",
-        "expert_load",
-        "confusion_matrices",
-        "latency_by_runtime",
-    ]
-    assert [path.name for path in paths] == [f"{name}.png" for name in names]
+def test_pareto_figure_says_which_accuracies_are_noise() -> None:
+    results = make_results()
+    groups = within_noise([model for model in results.models if model.name in FRONTIER])
+    assert [{model.name for model in group} for group in groups] == [set(FRONTIER)]
+    text = footnote(figures.pareto_frontier(results))
+    assert "FFN_PTQ_INT8, KD_FFN_Student and KD_FFN_Student_INT8 are within noise of each other" in text
+    far = Results([record_of("FFN_baseline", 0, 0.98, 1, 2), record_of("Sparse_MoE", 0, 0.92, 0.5, 1)])
+    assert within_noise(far.models) == []
+    assert "noise" not in footnote(figures.pareto_frontier(far))
+
+
+def test_full_set_gives_a_file_for_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "DOTS_PER_INCH", 40)
+    paths = draw_all(tmp_path, make_results(seeds=2))
+    assert [path.name for path in paths] == [f"{name}.png" for name in FIGURES]
     assert sorted((tmp_path / "plots").iterdir()) == sorted(paths)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
@@ -156,7 +182,7 @@ def test_full_set_gives_eleven_files(tmp_path: Path, monkeypatch: pytest.MonkeyP
     [
         ("expert_load", ("Sparse_MoE",)),
         ("confidence_histogram", ("KD_FFN_Student",)),
-        ("training_curves", tuple(name for name, *_ in MODELS if not name.endswith(("INT8", "PTQ")))),
+        ("training_curves", tuple(TRAINED)),
     ],
 )
 def test_figure_without_data_is_left_out_and_its_file_removed(
@@ -165,67 +191,162 @@ def test_figure_without_data_is_left_out_and_its_file_removed(
     stale = tmp_path / "plots" / f"{figure}.png"
     stale.parent.mkdir()
     stale.write_bytes(b"old")
-    monkeypatch.setattr(plots, "FIGURES", {figure: FIGURES[figure]})
-    assert draw_all(tmp_path, make_records(without=without)) == []
+    monkeypatch.setattr(figures, "FIGURES", {figure: FIGURES[figure]})
+    assert draw_all(tmp_path, make_results(without=without)) == []
     assert not stale.exists()
-    assert draw_all(tmp_path, make_records()) == [stale]
+    assert draw_all(tmp_path, make_results()) == [stale]
 
 
 def test_nothing_is_drawn_of_no_records(tmp_path: Path) -> None:
-    assert draw_all(tmp_path, []) == []
+    assert draw_all(tmp_path, Results([], NAMES)) == []
 
 
 def test_untimed_models_are_left_out_of_time_figures() -> None:
-    records = make_records(untimed=("Sparse_MoE",))
-    assert "Sparse_MoE" in legend_names(plots.accuracy_vs_size(records))
-    assert not any(name.split(" ")[0] == "Sparse_MoE" for name in legend_names(plots.pareto_frontier(records)))
-    figure = plots.accuracy_vs_time(records)
+    results = make_results(untimed=("Sparse_MoE",))
+    assert "Sparse_MoE" in legend_names(figures.accuracy_vs_size(results))
+    assert not any(name.split(" ")[0] == "Sparse_MoE" for name in legend_names(figures.pareto_frontier(results)))
+    figure = figures.accuracy_vs_time(results)
     assert "Sparse_MoE" not in legend_names(figure)
     assert figure is not None
-    assert [len(axes.containers) for axes in figure.axes] == [8, 8, 8]
-    assert plots.accuracy_vs_time(make_records(untimed=tuple(name for name, *_ in MODELS))) is None
+    assert [len(axes.containers) for axes in figure.axes] == [len(NAMES) - 1] * 3
+    assert figures.accuracy_vs_time(make_results(untimed=tuple(NAMES))) is None
+
+
+def test_figures_of_untimed_models_have_no_frontier_and_no_latencies() -> None:
+    results = make_results(untimed=tuple(NAMES))
+    assert legend_names(figures.normalized_comparison(results)) == [model.label for model in results.models]
+    bars = figures.comparison_bars(results)
+    assert bars is not None
+    assert not any("latency" in axes.get_xlabel() for axes in bars.axes)
 
 
 def test_latencies_of_another_cpu_are_left_out() -> None:
     records = make_records()
     records[2] = replace(records[2], machine={"cpu": "elsewhere"})
-    assert "Sparse_MoE" not in legend_names(plots.accuracy_vs_time(records))
-    assert len(find_models(records)) == 9
+    results = Results(records, NAMES)
+    assert "Sparse_MoE" not in legend_names(figures.accuracy_vs_time(results))
+    assert [model.name for model in results.models] == NAMES
 
 
-def test_accuracy_has_error_bars_with_several_seeds_only() -> None:
-    assert len(error_bars(plots.accuracy_vs_size(make_records(seeds=3)), vertical=True)) == 9
-    assert error_bars(plots.accuracy_vs_size(make_records()), vertical=True) == []
-    assert len(error_bars(plots.accuracy_vs_time(make_records()), vertical=False)) == 27
+def test_model_that_onnx_runtime_lacks_is_drawn_in_its_fastest_runtime_which_its_name_and_the_footnote_say() -> None:
+    results = make_results()
+    model = results.models[NAMES.index("FFN_BF16")]
+    assert (model.runtime, model.label) == ("openvino", "FFN_BF16 (openvino)")
+    assert model.row["latency_ms_b64"] == 0.61
+    assert "or as the name says" in footnote(figures.accuracy_vs_size(results))
+    untimed = make_results(untimed=("FFN_BF16",)).models[NAMES.index("FFN_BF16")]
+    assert untimed.runtime == "pytorch"  # the first
+    others = make_results(without=("FFN_BF16",))
+    assert footnote(figures.accuracy_vs_size(others)).startswith("ONNX Runtime; 1 seed")
+
+
+@pytest.mark.parametrize("name", set(FIGURES) - OF_SOME)
+def test_every_model_is_in_every_figure(name: str) -> None:
+    figure = FIGURES[name](make_results())
+    assert figure is not None
+    words = "\n".join(text.get_text() for text in drawn_labels(figure))
+    expected = NAMES if name == "latency_by_runtime" else LABELS
+    assert [label for label in expected if label not in words] == []
+
+
+def test_accuracy_has_an_interval_over_seeds_or_that_of_the_test_images() -> None:
+    single, several = make_results(), make_results(seeds=3)
+    for results in (single, several):
+        assert len(error_bars(figures.accuracy_vs_size(results), vertical=True)) == len(NAMES)
+        assert len(error_bars(figures.accuracy_vs_time(results), vertical=False)) == 3 * len(NAMES)
+    assert "error bars: 95 % binomial interval of the 1,000 test images" in footnote(figures.accuracy_vs_size(single))
+    assert "error bars: 95 % interval over seeds" in footnote(figures.accuracy_vs_size(several))
+    assert single.models[0].accuracy_interval == binomial_interval(0.983, 1000)
+    figure = figures.accuracy_vs_size(single)
+    (low, high), *_ = [bar.lines[2][0].get_segments()[0][:, 1] for bar in error_bars(figure, vertical=True)]
+    assert (low / 100, high / 100) == pytest.approx(binomial_interval(0.983, 1000))
+    both = Results([*make_records(seeds=2, without=tuple(NAMES[1:])), *make_records()[1:]], NAMES)
+    assert "interval over seeds, of a single seed binomial interval of the" in footnote(figures.accuracy_vs_size(both))
 
 
 def test_bars_show_the_table() -> None:
-    figure = plots.comparison_bars(make_records(untimed=("Sparse_MoE",)))
+    results = make_results(untimed=("Sparse_MoE",))
+    figure = figures.comparison_bars(results)
     assert figure is not None
-    errors, *_, latencies, _ = (
-        [patch.get_width() for patch in axes.patches if isinstance(patch, Rectangle)] for axes in figure.axes
-    )
-    assert errors == pytest.approx([100 * (1 - acc) for _, acc, *_ in MODELS])
-    assert latencies == pytest.approx([b64 for name, *_, b64 in MODELS if name != "Sparse_MoE"])
-    assert "not measured" in [text.get_text() for text in figure.axes[4].texts]
+    panels = {axes.get_xlabel(): axes for axes in figure.axes}
+    assert list(panels) == [column.cost.label for column in COLUMNS if column.cost]
+    widths = {
+        label: [patch.get_width() for patch in axes.patches if isinstance(patch, Rectangle)]
+        for label, axes in panels.items()
+    }
+    assert widths["test error (%)"] == pytest.approx([100 * (1 - acc) for _, acc, *_ in MODELS])
+    latency = "latency of a batch of 64 (ms)"
+    assert widths[latency] == pytest.approx([0 if name == "Sparse_MoE" else b64 for name, *_, b64 in MODELS])
+    texts = [text.get_text() for text in panels[latency].texts]
+    assert [name for name, text in zip(NAMES, texts, strict=True) if text == "not measured"] == ["Sparse_MoE"]
+
+
+def test_column_of_a_user_is_in_bars_and_radar() -> None:
+    column = figure_column("zeros", lambda model: 0.0, cost=Cost("weights that are not zero (%)", "dense", _dense))
+    records = [replace(r, figures={"zeros": 0.1 * (1 + r.seed)}) for r in make_records(seeds=2)]
+    results = Results(records, NAMES, (*COLUMNS, column))
+    bars, radar = figures.comparison_bars(results), figures.normalized_comparison(results)
+    assert bars is not None
+    assert radar is not None
+    (panel,) = [axes for axes in bars.axes if axes.get_xlabel() == "weights that are not zero (%)"]
+    widths = [patch.get_width() for patch in panel.patches if isinstance(patch, Rectangle)]
+    assert widths == pytest.approx([85.0] * len(NAMES))
+    assert any(isinstance(container, ErrorbarContainer) for container in panel.containers)
+    assert "dense" in [label.get_text() for label in radar.axes[0].get_xticklabels()]
+    old = Results(make_records(), NAMES, (*COLUMNS, column))  # whose records do not have it
+    assert column.name not in [column.name for column, _ in old.costs]
+
+
+def _dense(zeros: float) -> float:
+    return 100 * (1 - zeros)
 
 
 def test_radar_is_not_clipped() -> None:
-    figure = plots.normalized_comparison(make_records(untimed=("FFN_PTQ_INT8",)))
+    figure = figures.normalized_comparison(make_results(untimed=("FFN_PTQ_INT8",)))
     assert figure is not None
-    radii = [np.asarray(line.get_ydata(), dtype=float) for axes in figure.axes for line in axes.lines]
-    low, high = figure.axes[0].get_ylim()
+    (axes,) = figure.axes
+    radii = [np.asarray(line.get_ydata(), dtype=float) for line in axes.lines]
+    assert len(radii) == len(NAMES)
+    low, high = axes.get_ylim()
     assert low <= np.nanmin([np.nanmin(values) for values in radii])
     assert np.nanmax([np.nanmax(values) for values in radii]) == pytest.approx(1)
     assert high > 1
-    assert np.isnan(radii[2]).any()  # FFN_PTQ_INT8 has a gap, not a zero
+    assert sum(np.isnan(values).any() for values in radii) == 1  # FFN_PTQ_INT8 has a gap, not a zero
 
 
 def test_radar_copes_with_a_perfect_model() -> None:
-    table = pd.DataFrame([dict.fromkeys(["ece", "params_active", "file_mb", *LATENCIES], 1.0)] * 2)
-    radii, _ = plots.radar_radii(table.assign(test_acc=[1.0, 0.98], ece=0.0))
-    assert radii["error"].tolist() == pytest.approx([1, 1 - math.log10(2)])
+    radii, _ = radar_radii(pd.DataFrame({"test_acc": [0.0, 2.0], "ece": [0.0, 0.0], "file_mb": [1.0, math.nan]}))
+    assert radii["test_acc"].tolist() == pytest.approx([1, 1 - math.log10(2)])
     assert radii["ece"].tolist() == [1, 1]
+    assert math.isnan(radii["file_mb"][1])
+
+
+def test_older_record_without_bins_or_confusion_is_left_out_of_their_figures() -> None:
+    records = make_records()
+    old = records[0].measurements["onnxruntime"]
+    old.bins, old.confusion = {}, None  # type: ignore[assignment]
+    results = Results(records, NAMES)
+    for draw in (figures.reliability_diagram, figures.confusion_matrices):
+        figure = draw(results)
+        assert figure is not None
+        assert [axes.get_title().split("\n")[0] for axes in figure.axes] == LABELS[1:]
+    assert figures.confusion_matrices(Results(records[:1])) is None
+    assert len(error_bars(figures.accuracy_vs_size(results), vertical=True)) == len(NAMES) - 1
+
+
+def test_reliability_has_no_lines_and_faint_points_for_few_images() -> None:
+    figure = figures.reliability_diagram(make_results())
+    assert figure is not None
+    for axes in figure.axes:
+        (diagonal,) = [line for line in axes.lines if line.get_linestyle() != "None"]
+        assert diagonal.get_linestyle() == "--"
+        solid, faint = [points for points in axes.collections if type(points).__name__ == "PathCollection"]
+        assert [np.shape(points.get_offsets())[0] for points in (solid, faint)] == [2, 1]
+        assert (solid.get_alpha() or 0) > (faint.get_alpha() or 0)
+        # Of 36 images with 27 right.
+        low, high = binomial_interval(27 / 36, 36)
+        segments = axes.containers[0].lines[2][0].get_segments()  # type: ignore[attr-defined]
+        assert segments[0][:, 1] == pytest.approx([100 * low, 100 * high])
 
 
 def drawn_labels(figure: Figure) -> list[Text]:
@@ -240,9 +361,10 @@ def drawn_labels(figure: Figure) -> list[Text]:
     return [text for text in texts if text.get_text() and text.get_visible()]
 
 
+@pytest.mark.parametrize("seeds", [1, 2])
 @pytest.mark.parametrize("name", FIGURES)
-def test_no_two_labels_overlap_or_leave_the_figure(name: str) -> None:
-    figure = FIGURES[name](make_records(seeds=2))
+def test_no_two_labels_overlap_or_leave_the_figure(name: str, seeds: int) -> None:
+    figure = FIGURES[name](make_results(seeds=seeds))
     assert figure is not None
     boxes = [(text.get_text(), text.get_window_extent()) for text in drawn_labels(figure)]
     assert [(a, b) for (a, box), (b, other) in combinations(boxes, 2) if box.overlaps(other)] == []
@@ -250,30 +372,60 @@ def test_no_two_labels_overlap_or_leave_the_figure(name: str) -> None:
     assert [a for a, box in boxes if box.x0 < 0 or box.y0 < 0 or box.x1 > width or box.y1 > height] == []
 
 
-def test_every_model_has_its_own_look() -> None:
+def test_every_model_has_its_own_look_however_many_there_are() -> None:
+    order = [f"Family_{number:02}" for number in range(40)]
+    models = [(f"{family}{suffix}", family, "FP32") for family in order for suffix in ("", "-x")]
+    models += [(f"{order[0]}-{number}", order[0], "INT8") for number in range(10)]
+    models += [(f"Unknown_{number}", f"Unknown_{number}", "BF16") for number in range(10)]
+    looks = choose_looks(models, order)
+    assert len(looks) == len(models) == 100
+    assert set(Counter((look.color, look.marker) for look in looks.values()).values()) == {1}
+    for name, family, precision in models:
+        assert looks[name].precision == precision
+        if family in order:
+            assert looks[name].color == looks[family].color
+    for family in order:
+        assert choose_looks([(family, family, "FP32")], order) == {family: looks[family]}
+
+
+def test_look_tells_the_precision() -> None:
+    full, half, hollow = (Look("#0173b2", "o", precision) for precision in ("FP32", "BF16", "INT8"))
+    assert same_color(full.line["markerfacecolor"], "#0173b2")
+    assert same_color(hollow.line["markerfacecolor"], "white")
+    assert [look.line["fillstyle"] for look in (full, half)] == ["full", "left"]
+    assert len({look.face for look in (full, half, hollow)}) == 3
+
+
+def test_variants_of_a_model_have_its_colour_and_do_not_change_its_look() -> None:
     records = make_records()
-    records += [replace(record, model=f"{record.model}-T10") for record in records[5:7]]
-    looks = {model.name: (model.color, model.marker) for model in find_models(records)}
-    assert len(set(looks.values())) == 11
-    assert looks["KD_FFN_Student"][0] == looks["KD_FFN_Student-T10"][0]
-    assert looks["KD_FFN_Student"] == {m.name: (m.color, m.marker) for m in find_models(records[5:6])}["KD_FFN_Student"]
+    variants = [replace(record, row=f"{record.row}-T10") for record in records[5:7]]
+    looks = {model.name: model.look for model in Results([*records, *variants], NAMES).models}
+    alone = {model.name: model.look for model in Results(records[5:6], NAMES).models}
+    assert looks["KD_FFN_Student"] == alone["KD_FFN_Student"]
+    assert looks["KD_FFN_Student"].color == looks["KD_FFN_Student-T10"].color
+    assert looks["KD_FFN_Student"].marker != looks["KD_FFN_Student-T10"].marker
 
 
 def test_titles_say_what_was_run() -> None:
     for draw in FIGURES.values():
-        figure = draw(make_records())
+        figure = draw(make_results())
         assert figure is not None
         assert figure.get_suptitle().endswith("— mnist · compact · quick")
 
 
-def test_plots_need_no_torch() -> None:
-    code = "import sys, mnist_lab.report.figures, visualize_results; sys.exit('torch' in sys.modules)"
+def test_terms_of_the_loss_are_said_to_be_unweighted() -> None:
+    assert "before its weight" in footnote(figures.training_curves(make_results()))
+
+
+def test_reports_need_no_torch() -> None:
+    modules = ", ".join(f"mnist_lab.report.{name}" for name in ("figures", "text", "table"))
+    code = f"import sys, {modules}; sys.exit('torch' in sys.modules or 'seaborn' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
 def test_script_draws_what_it_finds_or_is_told(tmp_path: Path) -> None:
     one, other = tmp_path / "results" / "one", tmp_path / "results" / "other"
-    for record in make_records(without=tuple(name for name, *_ in MODELS[1:])):
+    for record in make_records(without=tuple(NAMES[1:])):
         save_record(one, record)
         save_record(other, replace(record, recipe="best"))
     done = visualize("--recipe", "best", cwd=tmp_path)
@@ -289,7 +441,7 @@ def test_script_tells_a_user_error_in_one_line(tmp_path: Path) -> None:
     done = visualize("--results", "nowhere", cwd=tmp_path)
     assert done.returncode == 2
     assert "nowhere" in done.stderr
-    (record,) = make_records(without=tuple(name for name, *_ in MODELS[1:]))
+    (record,) = make_records(without=tuple(NAMES[1:]))
     save_record(tmp_path / "results" / "one", record)
     done = visualize("--dataset", "kmnist", cwd=tmp_path)
     assert done.returncode == 2

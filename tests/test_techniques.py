@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from mnist_lab.report.results import Results
 from tiny import HALVED, ROUNDED, SMALL, TAUGHT, ZEROS, make_lab, share_of_zeros
 
 from mnist_lab.command.console import run_rows
@@ -19,6 +18,7 @@ from mnist_lab.experiments.run import Run
 from mnist_lab.report.columns import COLUMNS
 from mnist_lab.report.figures import FIGURES
 from mnist_lab.report.records import load_records
+from mnist_lab.report.results import Results
 from mnist_lab.report.table import build_table
 
 pytestmark = [pytest.mark.trains, pytest.mark.xdist_group("techniques")]  # they share one run

@@ -215,9 +215,8 @@ def write_footnote(figure: Figure, text: str) -> None:
 
 def draw_bars(axes: Axes, values: Sequence[float], looks: Sequence[Look], errors: Sequence[Error | None]) -> None:
     """A horizontal bar per value, which stands beside it, or the words that there is none."""
-    places = np.arange(len(values))
     axes.barh(
-        places,
+        range(len(values)),
         np.nan_to_num(values),
         color=[look.face for look in looks],
         edgecolor=[look.color for look in looks],
@@ -225,11 +224,10 @@ def draw_bars(axes: Axes, values: Sequence[float], looks: Sequence[Look], errors
         linewidth=[0 if math.isnan(value) else 1.2 for value in values],
         height=0.7,
     )
-    known = [place for place in places if errors[place] is not None and not math.isnan(values[place])]
-    spread = np.array([errors[place] for place in known]).T
+    known = {place: error for place, error in enumerate(errors) if error is not None}
     if known:
-        ends = [values[place] for place in known]
-        axes.errorbar(ends, known, xerr=spread, fmt="none", ecolor="#9a9a9a", elinewidth=1.4, capsize=3)
+        ends, spread = [values[place] for place in known], np.transpose([*known.values()])
+        axes.errorbar(ends, [*known], xerr=spread, fmt="none", ecolor="#9a9a9a", elinewidth=1.4, capsize=3)
     for place, (value, error) in enumerate(zip(values, errors, strict=True)):
         text = "not measured" if math.isnan(value) else f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}"
         end = 0 if math.isnan(value) else value + (error[1] if error is not None else 0)

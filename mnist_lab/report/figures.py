@@ -206,14 +206,15 @@ def normalized_comparison(results: Results) -> Figure | None:
     )
     prepare_radar(axes, [cost.spoke for _, cost in spokes], decades)
     for model in others:
-        axes.plot(*closed(radii.loc[model.name].to_numpy()), color=model.look.color, linewidth=0.8, alpha=0.35)
+        look = model.look.line | {"markersize": 4, "markeredgewidth": 0.8}
+        axes.plot(*closed(radii.loc[model.name].to_numpy()), **look, linewidth=0.8, alpha=0.3, clip_on=False)
     for model in best:
         look = model.look.line | {"markersize": 6}
         axes.plot(*closed(radii.loc[model.name].to_numpy()), **look, linewidth=1.8, clip_on=False)
     draw_legend(figure, _looks(best), muted=_looks(others, " (dominated)"), linestyle="-")
     notes = [
         "rings: times worse than the best model, logarithmic",
-        "batch: its latency",
+        "batch: latency of one",
         *(["thin: dominated in accuracy, file and latency at batch 64"] if others else []),
     ]
     write_footnote(figure, conditions(models, latency=True, bars=False, notes=notes))
@@ -345,7 +346,7 @@ def confusion_matrices(results: Results) -> Figure | None:
     for matrix in errors.values():
         np.fill_diagonal(matrix, 0)
     highest = max(1, *(int(matrix.max()) for matrix in errors.values()))
-    for axes, model in zip(panels, models, strict=True):
+    for place, (axes, model) in enumerate(zip(panels, models, strict=True)):
         matrix = errors[model.name]
         axes.imshow(matrix, cmap="Blues", vmin=0, vmax=highest)
         for true, predicted in np.argwhere(matrix > 0):
@@ -353,9 +354,11 @@ def confusion_matrices(results: Results) -> Figure | None:
             color = "white" if count > 0.6 * highest else "black"
             text = axes.text(predicted, true, str(count), ha="center", va="center", fontsize=6.5, color=color)
             text.set_in_layout(False)  # hundreds of texts inside their cells, which no layout need measure
-        axes.set(xticks=range(len(matrix)), yticks=range(len(matrix)))
+        classes = range(len(matrix))
+        axes.set_xticks(classes if place + columns >= len(models) else [])
+        axes.set_yticks(classes if place % columns == 0 else [])
         axes.grid(visible=False)
-        axes.scatter(range(len(matrix)), range(len(matrix)), marker="s", s=30, color="#d9d9d9", linewidths=0)
+        axes.scatter(classes, classes, marker="s", s=30, color="#d9d9d9", linewidths=0)
         axes.tick_params(labelsize=8, length=0)
         axes.set_title(f"{model.label}\n{matrix.sum()} errors", fontsize=9)
     label_outer(panels, columns, "predicted", "true")
@@ -486,7 +489,7 @@ def _draw_reliability(axes: Axes, model: Model) -> None:
     """A point per bin with its binomial interval, faint where the bin has few images."""
     count, confidence_sum, correct = (_bins(model, key).sum(axis=0) for key in ("count", "confidence_sum", "correct"))
     axes.plot([0, 100], [0, 100], color=MUTED, linestyle="--", linewidth=1)
-    for chosen, alpha in ((count >= FEW_IMAGES, 1.0), ((count > 0) & (count < FEW_IMAGES), 0.25)):
+    for chosen, alpha in ((count >= FEW_IMAGES, 1.0), ((count > 0) & (count < FEW_IMAGES), 0.35)):
         if not chosen.any():
             continue
         confidence = 100 * confidence_sum[chosen] / count[chosen]

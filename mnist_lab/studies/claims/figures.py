@@ -4,15 +4,25 @@ Every figure function returns None where a run that it needs is missing.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
-import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from mnist_lab.report.drawing import COLORS, MARKERS, MUTED, make_figure, write_footnote
-from mnist_lab.report.records import Record, confidence_interval
+from mnist_lab.report.drawing import (
+    COLORS,
+    MARKERS,
+    MUTED,
+    draw_heatmap,
+    make_figure,
+    make_logarithmic,
+    write_figures,
+    write_footnote,
+)
+from mnist_lab.report.records import Record
+from mnist_lab.report.statistics import confidence_interval
 from mnist_lab.studies.claims.evidence import (
     Evidence,
     load_cv,
@@ -24,7 +34,20 @@ from mnist_lab.studies.claims.findings import Values
 from mnist_lab.studies.claims.settle import BALANCED, FP32_MOE, NO_KD, STUDENT, UNBALANCED, WRONG_SIGN
 
 CONFIDENCES = [0, 0.5, 0.7, 0.9, 0.95, 0.99, 0.999, 1]  # edges of the bins
-SCORES = {"test_ece": "calibration error (ECE)", "test_loss": "loss (NLL, nats)", "test_brier": "Brier score"}
+SCORES = {  # label, and what the axis shows of the score
+    "test_ece": ("calibration error (ECE, %)", 100),
+    "test_loss": ("loss (NLL, nats)", 1),
+    "test_brier": ("Brier score", 1),
+}
+
+
+def draw_claims(folder: Path, evidence: Evidence) -> list[Path]:
+    """Write every figure for which the runs are there into `folder/plots`, and return the files.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    return write_figures(folder, {name: draw(evidence) for name, draw in CLAIM_FIGURES.items()})
 
 
 def student_against_teacher(evidence: Evidence) -> Figure | None:
@@ -34,19 +57,17 @@ def student_against_teacher(evidence: Evidence) -> Figure | None:
     figure, panels = make_figure(
         evidence.runs(STUDENT), "Student against teacher: confidence on the same images", columns=2, size=(13, 5.8)
     )
-    labels = [f"≤ {edge:g}" for edge in CONFIDENCES[1:]]
+    labels = [f"≤ {100 * edge:g}" for edge in CONFIDENCES[1:]]
     teacher = np.concatenate([p.max(axis=1) for p in evidence.probabilities(FP32_MOE)])
     for axes, model, role in zip(panels, (STUDENT, NO_KD), ("distilled", "no teacher"), strict=True):
         student = np.concatenate([p.max(axis=1) for p in evidence.probabilities(model)])
         counts, _, _ = np.histogram2d(student, teacher, bins=[CONFIDENCES, CONFIDENCES])
         shares = 100 * counts / counts.sum()
-        sns.heatmap(
-            np.log10(shares + 1e-3), ax=axes, cmap="cividis", annot=shares, fmt=".2g", annot_kws={"fontsize": 8},
-            cbar=False, xticklabels=labels, yticklabels=labels, linewidths=0.5, square=True,
-        )  # fmt: skip
-        axes.invert_yaxis()
-        axes.tick_params(axis="y", labelrotation=0)
-        axes.set(xlabel=f"confidence of the teacher, {FP32_MOE}", ylabel="confidence of the student")
+        texts = [[f"{share:.2g}" for share in row] for row in shares]
+        shades = np.log10(shares + 1e-3)
+        draw_heatmap(axes, shades, x_labels=labels, y_labels=labels, texts=texts, lowest_first=True)
+        axes.set_aspect("equal")
+        axes.set(xlabel=f"confidence of the teacher, {FP32_MOE} (%)", ylabel="confidence of the student (%)")
         axes.set_title(
             f"{model}, {role}\nmean confidence {100 * student.mean():.2f} %, teacher {100 * teacher.mean():.2f} %",
             fontsize=10,
@@ -64,9 +85,10 @@ def calibration_before_and_after(evidence: Evidence) -> Figure | None:
         evidence.runs(STUDENT), "Calibration before and after temperature scaling", columns=3, size=(13, 4), sharey=True
     )
     temperatures = [evidence.scaled(model, "temperature").mean() for model in models]
-    for axes, (name, label) in zip(panels, SCORES.items(), strict=True):
+    for axes, (name, (label, scale)) in zip(panels, SCORES.items(), strict=True):
         for place, model in enumerate(models):
-            before, after = evidence.values(model, lambda m, n=name: getattr(m, n)), evidence.scaled(model, name)  # type: ignore[misc]
+            before = scale * evidence.values(model, lambda m, n=name: getattr(m, n))  # type: ignore[misc]
+            after = scale * evidence.scaled(model, name)
             axes.plot([before.mean(), after.mean()], [place, place], color=MUTED, linewidth=1, zorder=1)
             for values, face, when in ((before, COLORS[1], "before"), (after, "white", "after")):
                 axes.errorbar(
@@ -89,7 +111,7 @@ def load_by_balance(evidence: Evidence) -> Figure | None:
     if not evidence.has(*variants.values()):
         return None
     figure, (by_rank, over_time) = make_figure(
-        evidence.runs(FP32_MOE), "Expert load under each balancing loss", columns=2, size=(13, 4.8)
+        evidence.runs(FP32_MOE), "Expert load under each balancing loss", columns=2, size=(13, 5.6)
     )
     num_experts = len(evidence.runs(FP32_MOE)[0].curves[-1]["expert_load"])
     width = 0.8 / len(variants)
@@ -112,11 +134,11 @@ def load_by_balance(evidence: Evidence) -> Figure | None:
     by_rank.axhline(100 / num_experts, color=MUTED, linestyle="--", linewidth=1)
     by_rank.set_xticks(range(num_experts), [f"{rank + 1}." for rank in range(num_experts)])
     by_rank.set(xlabel="experts, most loaded first", ylabel="share of training pairs, last epoch (%)")
-    by_rank.legend(fontsize=8, frameon=False)
     over_time.axhline(np.log(num_experts), color=MUTED, linestyle="--", linewidth=1)
     over_time.set(xlabel="epoch", ylabel="entropy of the load (nats)")
     over_time.xaxis.set_major_locator(MaxNLocator(integer=True))
-    over_time.legend(fontsize=8, frameon=False)
+    for axes in (by_rank, over_time):
+        axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
     _note_seeds(figure, evidence, "bars: lowest and highest seed; dashed: even load; dead: below a tenth of it")
     return figure
 
@@ -130,8 +152,8 @@ def expert_by_digit(evidence: Evidence) -> Figure | None:
         return None
     figure, (share, lost) = make_figure([record], "Experts and digits", columns=2, size=(13, 4.2))
     by_expert = 100 * np.array(record.expert_by_class).T
-    _draw_by_digit(share, by_expert, ".0f", f"{FP32_MOE}: share of the digit's pairs (%)")
-    _draw_by_digit(lost, points_lost_without(record), ".1f", "accuracy lost when the expert is closed (points)")
+    _draw_by_digit(share, by_expert, ".0f", f"{FP32_MOE}: who gets which digit", "share of the digit's pairs (%)")
+    _draw_by_digit(lost, points_lost_without(record), ".1f", "an expert closed", "accuracy lost (points)")
     write_footnote(figure, f"seed {record.seed}, test images; a closed expert's images go to the best of the others")
     return figure
 
@@ -146,7 +168,7 @@ def accuracy_by_calibration(evidence: Evidence) -> Figure | None:
     )
     by_method: dict[str, dict[int, str]] = {}
     for name in names:
-        settings = evidence.runs(name)[0].config["calibration"]
+        settings = evidence.runs(name)[0].config["form"]["calibration"]
         by_method.setdefault(settings["calibration_method"], {})[settings["calibration_size"]] = name
     for index, (method, by_size) in enumerate(sorted(by_method.items())):
         sizes = sorted(by_size)
@@ -157,12 +179,15 @@ def accuracy_by_calibration(evidence: Evidence) -> Figure | None:
         for axes, values in zip(panels, (costs, changed), strict=True):
             means, errors = [v.mean() for v in values], [_half_width(v) or 0 for v in values]
             places = np.array(sizes) * 1.06 ** (index - 1)  # beside each other
-            look = {"color": COLORS[index + 1], "marker": MARKERS[index], "label": method}
-            axes.errorbar(places, means, errors, elinewidth=1, capsize=3, **look)
+            axes.errorbar(
+                places, means, errors, elinewidth=1, capsize=3,
+                color=COLORS[index + 1], marker=MARKERS[index], label=method,
+            )  # fmt: skip
     for axes, label in zip(
         panels, ("test accuracy, INT8 − FP32 (points)", "images whose experts change (%)"), strict=True
     ):
-        axes.set(xscale="log", xlabel="calibration images", ylabel=label)
+        make_logarithmic(axes, "x", "calibration images")
+        axes.set_ylabel(label)
     panels[0].axhline(0, color=MUTED, linewidth=1)
     panels[0].legend(frameon=False, fontsize=9)
     panels[1].set_ylim(bottom=0)
@@ -172,38 +197,51 @@ def accuracy_by_calibration(evidence: Evidence) -> Figure | None:
 
 def temperature_and_alpha(evidence: Evidence) -> Figure | None:
     """What distillation gains over the labels alone, for every temperature and alpha that was tried."""
-    gains: dict[tuple[float, float], Values] = {}
-    for name in evidence.find(STUDENT):
-        runs = evidence.found(name)
-        settings = runs[0].config["distillation"]
-        key = settings["temperature"], settings["alpha"]
-        gains[key] = np.array([_accuracy(run) - _accuracy(evidence.run(NO_KD, run.seed)) for run in runs])
+    gains = _gains(evidence)
     temperatures, alphas = sorted({t for t, _ in gains}), sorted({a for _, a in gains})
     if min(len(temperatures), len(alphas)) < 2 or len(gains) < len(temperatures) * len(alphas):
         return None
-    means, texts = (
-        np.full((len(alphas), len(temperatures)), np.nan),
-        np.full((len(alphas), len(temperatures)), "", object),
-    )
-    for (temperature, alpha), values in gains.items():
-        place = alphas.index(alpha), temperatures.index(temperature)
-        means[place] = values.mean()
-        half_width = _half_width(values)
-        texts[place] = f"{values.mean():+.2f}" + ("" if half_width is None else f"\n± {half_width:.2f}")
-    figure, (axes,) = make_figure(
-        evidence.found(NO_KD), "Distillation: temperature and alpha", size=(1.6 * len(temperatures) + 2.5, 4.8)
-    )
-    limit = np.nanmax(np.abs(means))
-    sns.heatmap(
-        means, ax=axes, cmap="RdBu", vmin=-limit, vmax=limit, annot=texts, fmt="", annot_kws={"fontsize": 8},
-        xticklabels=[f"{t:g}" for t in temperatures], yticklabels=[f"{a:g}" for a in alphas], linewidths=0.5,
-        cbar_kws={"label": "test accuracy, distilled − no teacher (points)"},
-    )  # fmt: skip
-    axes.invert_yaxis()
-    axes.set(xlabel="temperature T", ylabel="weight α of the teacher")
+    rows = [[gains[temperature, alpha] for temperature in temperatures] for alpha in alphas]
+    means = np.array([[values.mean() for values in row] for row in rows])
     counts = sorted({len(values) for values in gains.values()})
-    write_footnote(figure, f"teacher {FP32_MOE}; ONNX Runtime; {'–'.join(map(str, counts))} seeds, ± 95 % interval")
+    seeds = f"{'–'.join(map(str, counts))} seed{'s' if counts != [1] else ''}"
+    controls = evidence.found(NO_KD)
+    # The table's students, and the claims about them, may be of another recipe and of more seeds.
+    title = f"Distillation: temperature and alpha ({controls[0].recipe} recipe, {seeds})"
+    figure, (axes,) = make_figure(controls, title, size=(1.6 * len(temperatures) + 2.5, 4.8))
+    limit = max(np.abs(means).max(), 1e-9)
+    draw_heatmap(
+        axes,
+        means,
+        x_labels=[f"{temperature:g}" for temperature in temperatures],
+        y_labels=[f"{alpha:g}" for alpha in alphas],
+        texts=[[_with_interval(values) for values in row] for row in rows],
+        cmap="RdBu",
+        low=-limit,
+        high=limit,
+        bar_label="test accuracy, distilled − no teacher (points)",
+        lowest_first=True,
+    )
+    axes.set(xlabel="temperature T", ylabel="weight α of the teacher")
+    interval = ", ± 95 % interval" if counts != [1] else ""
+    write_footnote(figure, f"teacher {FP32_MOE}; ONNX Runtime; {seeds}{interval}")
     return figure
+
+
+def _gains(evidence: Evidence) -> dict[tuple[float, float], Values]:
+    """By temperature and alpha: points of test accuracy above the student without a teacher, per seed."""
+    gains = {}
+    for name in evidence.find(STUDENT):
+        if runs := evidence.found(name):
+            settings = runs[0].config["step"]["distillation"]
+            values = [_accuracy(run) - _accuracy(evidence.run(NO_KD, run.seed)) for run in runs]
+            gains[settings["temperature"], settings["alpha"]] = np.array(values)
+    return gains
+
+
+def _with_interval(values: Values) -> str:
+    half_width = _half_width(values)
+    return f"{values.mean():+.2f}" + ("" if half_width is None else f"\n± {half_width:.2f}")
 
 
 CLAIM_FIGURES: dict[str, Callable[[Evidence], Figure | None]] = {
@@ -224,10 +262,9 @@ def _note_seeds(figure: Figure, evidence: Evidence, text: str) -> None:
     write_footnote(figure, f"ONNX Runtime; {count} seed{'s' if count > 1 else ''}; {text}")
 
 
-def _draw_by_digit(axes: Axes, table: Values, fmt: str, title: str) -> None:
-    sns.heatmap(
-        table, ax=axes, cmap="cividis", annot=len(table) <= 12, fmt=fmt, annot_kws={"fontsize": 8}, linewidths=0.5
-    )
+def _draw_by_digit(axes: Axes, table: Values, fmt: str, title: str, unit: str) -> None:
+    texts = [[format(value, fmt) for value in row] for row in table] if len(table) <= 12 else ()
+    draw_heatmap(axes, table, x_labels=range(table.shape[1]), y_labels=range(len(table)), texts=texts, bar_label=unit)
     axes.set(xlabel="digit", ylabel="expert")
     axes.set_title(title, fontsize=10)
 
