@@ -9,7 +9,7 @@ run: $(VENV)/.run
 	$(BIN)/python run_all_experiments.py --mode load $(ARGS)
 
 test: $(VENV)/.test lint types
-	OMP_NUM_THREADS=1 $(PYTEST) --numprocesses auto --dist loadgroup
+	OMP_NUM_THREADS=1 $(PYTEST) --numprocesses auto --dist loadfile
 
 check: $(VENV)/.test
 	$(MAKE) --jobs 2 --output-sync lint types untrained

@@ -1,8 +1,8 @@
 """Draw the plots again from the records on disk; nothing is trained or measured.
 
-python visualize_results.py                                             # every folder below results/: expect 11 plots a folder
-python visualize_results.py --results results/mnist-compact-standard    # one folder
-python visualize_results.py --dataset mnist --recipe quick              # those that fit
+python visualize_results.py                                           # every folder below results/
+python visualize_results.py --results results/mnist-compact-standard  # one folder: expect 11 plots a folder
+python visualize_results.py --dataset mnist --recipe quick            # those that fit
 """
 
 from dataclasses import dataclass
@@ -53,10 +53,9 @@ def find_folders(root: Path) -> list[Path]:
 def draw(folder: Path, records: list[Record]) -> list[Path]:
     """The figures of a results folder; one of claims has its own."""
     # Imported once there is something to draw: the rows, which give the order, bring torch.
-    from mnist_lab.report.results import Results
-
     from mnist_lab.experiments.rows import TABLE, families
     from mnist_lab.report.figures import draw_all
+    from mnist_lab.report.results import Results
     from mnist_lab.studies.claims.evidence import Evidence
     from mnist_lab.studies.claims.figures import draw_claims
 

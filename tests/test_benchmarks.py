@@ -87,7 +87,6 @@ def export_quickly(model: FFN | EveryExpert, path: Path, _: torch.Tensor) -> Non
 
 
 @pytest.mark.trains
-@pytest.mark.xdist_group("benchmarks")  # they share the checkpoints
 @pytest.mark.parametrize("name", ["latency", "breakdown"])
 def test_benchmark_runs_from_nothing(
     name: str, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

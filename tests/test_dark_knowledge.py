@@ -17,7 +17,7 @@ from mnist_lab.training import Recipe, fit
 
 pytestmark = pytest.mark.trains
 
-RECIPE = Recipe(epochs=10, batch_size=32, learning_rate=3e-3)
+RECIPE = Recipe(epochs=2, batch_size=32, learning_rate=3e-3)
 SHORT = Recipe(epochs=1, batch_size=32)
 
 

@@ -35,9 +35,7 @@ def test_dense_must_be_clearly_faster_over_all_batch_sizes_alike() -> None:
 @pytest.mark.parametrize("best", LAYOUTS)
 def test_keeps_the_layout_that_measured_fastest(best: Layout, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Faster by ratio, though slower in the sum: batch 1 counts as much as batch 1024.
-    times = {
-        layout: {"1": 1.0, "1024": 10.0} if layout == best else {"1": 3.0, "1024": 9.0} for layout in LAYOUTS
-    }
+    times = {layout: {"1": 1.0, "1024": 10.0} if layout == best else {"1": 3.0, "1024": 9.0} for layout in LAYOUTS}
     monkeypatch.setattr(fastest, "time_layouts", lambda *_: times)
     write_fastest(MODEL, tmp_path / "model.onnx", write, open_file, IMAGES)
     metadata = read_onnx_metadata(tmp_path / "model.onnx")

@@ -98,7 +98,8 @@ def test_report_needs_no_torch() -> None:
 
 def test_classes_and_image_size_are_known_to_the_data_alone() -> None:
     for path in FILES:
-        numbers = {
-            node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)
-        } & {28, 784}
+        numbers = {node.value for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Constant)} & {
+            28,
+            784,
+        }
         assert not numbers or path.name == "data.py", path

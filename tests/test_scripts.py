@@ -46,8 +46,7 @@ OPTIONS = {
 }
 FOLDER = "digits-compact-quick"
 QUICK = ["--dataset", "digits", "--recipe", "quick", "--epochs", "1"]
-# One worker runs them all, so that the suite runs once for all of them.
-pytestmark = [pytest.mark.trains, pytest.mark.xdist_group("scripts")]
+pytestmark = pytest.mark.trains
 
 
 class Outcome(NamedTuple):

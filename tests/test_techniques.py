@@ -10,6 +10,7 @@ from tiny import HALVED, ROUNDED, SMALL, TAUGHT, ZEROS, make_lab, share_of_zeros
 
 from mnist_lab.command.console import run_rows
 from mnist_lab.compress.train import TrainMoE
+from mnist_lab.experiments import latencies
 from mnist_lab.experiments.lab import Lab
 from mnist_lab.experiments.make import load_or_make
 from mnist_lab.experiments.row import Row
@@ -21,7 +22,7 @@ from mnist_lab.report.records import load_records
 from mnist_lab.report.results import Results
 from mnist_lab.report.table import build_table
 
-pytestmark = [pytest.mark.trains, pytest.mark.xdist_group("techniques")]  # they share one run
+pytestmark = pytest.mark.trains
 
 MIXTURE = Row("Sparse_MoE", TrainMoE())
 ROWS = (FFN, SMALL, HALVED, MIXTURE, STUDENT, TAUGHT, ROUNDED, STUDENT_WITHOUT_TEACHER)
@@ -30,7 +31,9 @@ ROWS = (FFN, SMALL, HALVED, MIXTURE, STUDENT, TAUGHT, ROUNDED, STUDENT_WITHOUT_T
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Lab:
     lab = make_lab(tmp_path_factory.mktemp("finished"), columns=(*COLUMNS, ZEROS))
-    run_rows(lab, ROWS, mode="load", seeds=range(1))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(latencies, "NUM_ROUNDS", 1)
+        run_rows(lab, ROWS, mode="load", seeds=range(1))
     return lab
 
 
