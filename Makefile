@@ -1,5 +1,5 @@
 # make run: the whole suite on ./data, $MNIST_LAB_DATA or a download. make test: lint, types and all tests.
-# make check: the same without the tests that train, in less than half a minute.
+# make check: the same without the slow tests, in less than half a minute.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -12,10 +12,10 @@ test: $(VENV)/.test lint types
 	OMP_NUM_THREADS=1 $(PYTEST) --numprocesses auto --dist loadfile
 
 check: $(VENV)/.test
-	$(MAKE) --jobs 2 --output-sync lint types untrained
+	$(MAKE) --jobs 2 --output-sync lint types quick-tests
 
-untrained: $(VENV)/.test
-	$(PYTEST) -m "not trains"
+quick-tests: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not slow"
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
@@ -36,4 +36,4 @@ $(VENV)/.test: requirements.txt requirements-extra.txt requirements-dev.txt | $(
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@ $(VENV)/.run
 
-.PHONY: run test check untrained lint types
+.PHONY: run test check quick-tests lint types

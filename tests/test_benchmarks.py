@@ -35,6 +35,7 @@ def models() -> tuple[FFN, SparseMoE]:
     return FFN(preset.ffn(spec())).eval(), SparseMoE(preset.moe(spec())).eval()
 
 
+@pytest.mark.slow
 def test_contestants_compute_the_same_models(models: tuple[FFN, SparseMoE], tmp_path: Path) -> None:
     found = reference_contestants(*models, tmp_path)
     names = {(contestant.model, contestant.runtime) for contestant in found}
@@ -86,7 +87,7 @@ def export_quickly(model: FFN | EveryExpert, path: Path, _: torch.Tensor) -> Non
     write_onnx(model.model if isinstance(model, EveryExpert) else model, path, {}, layout="dense")
 
 
-@pytest.mark.trains
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["latency", "breakdown"])
 def test_benchmark_runs_from_nothing(
     name: str, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -112,7 +113,7 @@ def test_benchmark_runs_from_nothing(
     assert (folder / f"{name}.md").read_text().startswith("# ")
 
 
-@pytest.mark.trains
+@pytest.mark.slow
 def test_training_benchmark_times_every_part_of_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "NUM_ROUNDS", 1)
     monkeypatch.setattr(training, "NUM_EPOCHS", 1)

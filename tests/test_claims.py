@@ -296,7 +296,7 @@ def test_evidence_is_of_one_recipe_and_knows_rows_without_the_recipes_departures
     assert alone.find("KD_FFN_Student") == both.find("KD_FFN_Student")
 
 
-@pytest.mark.trains
+@pytest.mark.slow
 def test_seeds_are_made_side_by_side_on_a_thread_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.get_num_threads", lambda: 2)
     claims_run._make_side_by_side(partial(open_tiny_lab, tmp_path), [SMALL], [0, 1])

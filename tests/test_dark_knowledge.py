@@ -15,7 +15,7 @@ from mnist_lab.studies.dark_knowledge import (
 )
 from mnist_lab.training import Recipe, fit
 
-pytestmark = pytest.mark.trains
+pytestmark = pytest.mark.slow
 
 RECIPE = Recipe(epochs=2, batch_size=32, learning_rate=3e-3)
 SHORT = Recipe(epochs=1, batch_size=32)

@@ -12,7 +12,7 @@ from mnist_lab.experiments.run import Run
 from mnist_lab.report.columns import COLUMNS
 
 ROOT = Path(__file__).parents[1]
-pytestmark = pytest.mark.trains
+pytestmark = pytest.mark.slow
 
 
 def test_examples_of_technique_metric_and_model_work(tmp_path: Path) -> None:

@@ -171,6 +171,7 @@ def test_pareto_figure_says_which_accuracies_are_noise() -> None:
     assert "noise" not in footnote(figures.pareto_frontier(far))
 
 
+@pytest.mark.slow
 def test_full_set_gives_a_file_for_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "DOTS_PER_INCH", 40)
     paths = draw_all(tmp_path, make_results(seeds=2))
@@ -363,6 +364,7 @@ def drawn_labels(figure: Figure) -> list[Text]:
     return [text for text in texts if text.get_text() and text.get_visible()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seeds", [1, 2])
 @pytest.mark.parametrize("name", FIGURES)
 def test_no_two_labels_overlap_or_leave_the_figure(name: str, seeds: int) -> None:
@@ -425,6 +427,7 @@ def test_reports_need_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_script_draws_what_it_finds_or_is_told(tmp_path: Path) -> None:
     one, other = tmp_path / "results" / "one", tmp_path / "results" / "other"
     for record in make_records(without=tuple(NAMES[1:])):

@@ -17,7 +17,7 @@ from mnist_lab.models import PRESETS, build_model
 from mnist_lab.runtimes import FLOAT_PRODUCTS
 from mnist_lab.runtimes.onnxruntime import OnnxRuntimeSession
 
-pytestmark = pytest.mark.trains
+pytestmark = pytest.mark.slow
 
 NUM_LAYERS = {"ffn": 3, "moe-sparse": 10, "moe-dense": 4}
 

@@ -25,7 +25,7 @@ from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.report.columns import COLUMNS
 from mnist_lab.report.records import Record, load_record
 
-pytestmark = pytest.mark.trains
+pytestmark = pytest.mark.slow
 
 MOE = Row("MoE", TrainMoE(RoutingConfig(num_experts=3)))
 

@@ -4,8 +4,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from sklearn import metrics
-from torchmetrics.functional.classification import multiclass_calibration_error
 
 from mnist_lab import measure
 
@@ -21,7 +19,11 @@ def labels(logits: measure.Array) -> measure.Labels:
     return noisy.argmax(axis=1).astype(np.int64)
 
 
+@pytest.mark.slow
 def test_quality_agrees_with_the_references(logits: measure.Array, labels: measure.Labels) -> None:
+    from sklearn import metrics
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
     quality = measure.quality(logits, labels)
     torch_logits, torch_labels = torch.from_numpy(logits), torch.from_numpy(labels)
     predicted = logits.argmax(axis=1)

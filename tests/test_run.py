@@ -16,7 +16,7 @@ from mnist_lab.experiments.run import Run
 from mnist_lab.models.checkpoints import read_metadata, save_checkpoint
 from mnist_lab.training import find_recipe
 
-pytestmark = pytest.mark.trains
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture

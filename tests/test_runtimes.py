@@ -10,7 +10,6 @@ import torch
 from tiny import spec
 
 from mnist_lab import runtimes
-from mnist_lab.compress import pt2e
 from mnist_lab.compress.bfloat16 import has_bfloat16, round_weights
 from mnist_lab.compress.int8 import Mode, needs_reduced_range, quantize
 from mnist_lab.data import Dataset
@@ -29,12 +28,11 @@ from mnist_lab.runtimes import (
     RuntimeName,
     Session,
     open_session,
-    torchao,
     why_missing,
 )
 from mnist_lab.training import torch_predictor
 
-pytestmark = pytest.mark.trains
+pytestmark = pytest.mark.slow
 
 PIXELS = np.random.default_rng(0).random((5, 1, 28, 28), np.float32)
 needs_compiler = pytest.mark.skipif(why_missing("torchao") is not None, reason=str(why_missing("torchao")))
@@ -58,6 +56,8 @@ def open_in(runtime: RuntimeName, folder: Path, precision: Precision = "FP32") -
 
 def write_program(model: FFN | SparseMoE, path: Path, dataset: Dataset, mode: Mode) -> None:
     metadata = {"model": "x", "mode": mode}
+    from mnist_lab.compress import pt2e  # brings torch's compiler
+
     pt2e.quantize_program(
         model, path, mode=mode, calibration=dataset.train.pixels, reduced_range=needs_reduced_range(), metadata=metadata
     )
@@ -116,6 +116,9 @@ def test_torchao_runs_every_layer_in_int8(kind: str, mode: Mode, toy_dataset: Da
     model = make_model(kind)
     path = tmp_path / "model.pt2"
     write_program(model, path, toy_dataset, mode)
+    from mnist_lab.compress import pt2e
+    from mnist_lab.runtimes import torchao
+
     assert pt2e.prove_program(model, path)["layers"] == (3 if kind == "ffn" else 10)
     assert torchao.program_bytes(path) <= 0.28 * parameter_bytes(model)
     assert torchao.read_program_metadata(path) == {"model": "x", "mode": mode}
@@ -129,7 +132,7 @@ def test_torchao_layer_that_is_not_lowered_is_found(
     toy_dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_program(make_model("ffn"), tmp_path / "model.pt2", toy_dataset, "static")
-    monkeypatch.setattr(torchao, "num_quantized_layers", lambda _: 4)
+    monkeypatch.setattr("mnist_lab.runtimes.torchao.num_quantized_layers", lambda _: 4)
     with pytest.raises(WrongPrecision, match="3 of 4"):
         open_in("torchao", tmp_path, "INT8").prepare(PIXELS)
 

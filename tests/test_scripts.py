@@ -46,7 +46,7 @@ OPTIONS = {
 }
 FOLDER = "digits-compact-quick"
 QUICK = ["--dataset", "digits", "--recipe", "quick", "--epochs", "1"]
-pytestmark = pytest.mark.trains
+pytestmark = pytest.mark.slow
 
 
 class Outcome(NamedTuple):

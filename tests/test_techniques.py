@@ -22,7 +22,7 @@ from mnist_lab.report.records import load_records
 from mnist_lab.report.results import Results
 from mnist_lab.report.table import build_table
 
-pytestmark = pytest.mark.trains
+pytestmark = pytest.mark.slow
 
 MIXTURE = Row("Sparse_MoE", TrainMoE())
 ROWS = (FFN, SMALL, HALVED, MIXTURE, STUDENT, TAUGHT, ROUNDED, STUDENT_WITHOUT_TEACHER)

@@ -16,7 +16,7 @@ from mnist_lab.models import PRESETS, ModelConfig, build_model
 from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.training import AdamW, Batch, Recipe, StepLoss, Term, fit, sum_terms, torch_predictor
 
-pytestmark = pytest.mark.trains
+pytestmark = pytest.mark.slow
 
 RECIPE = Recipe(epochs=8, batch_size=32, learning_rate=3e-3, augmentation=Augmentation())
 FFN_CONFIG = PRESETS["compact"].student(spec(0.18, 0.18))
