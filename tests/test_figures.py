@@ -21,7 +21,7 @@ import visualize_results
 from mnist_lab.data import DatasetName
 from mnist_lab.errors import UserError
 from mnist_lab.models import PresetName
-from mnist_lab.report import drawing, figures
+from mnist_lab.report import drawing, figures, model_figures
 from mnist_lab.report.columns import COLUMNS, Cost
 from mnist_lab.report.columns import figure as figure_column
 from mnist_lab.report.drawing import Look, choose_looks
@@ -329,16 +329,16 @@ def test_older_record_without_bins_or_confusion_is_left_out_of_their_figures() -
     old = records[0].measurements["onnxruntime"]
     old.bins, old.confusion = {}, None  # type: ignore[assignment]
     results = Results(records, NAMES)
-    for draw in (figures.reliability_diagram, figures.confusion_matrices):
+    for draw in (model_figures.reliability_diagram, model_figures.confusion_matrices):
         figure = draw(results)
         assert figure is not None
         assert [axes.get_title().split("\n")[0] for axes in figure.axes] == LABELS[1:]
-    assert figures.confusion_matrices(Results(records[:1])) is None
+    assert model_figures.confusion_matrices(Results(records[:1])) is None
     assert len(error_bars(figures.accuracy_vs_size(results), vertical=True)) == len(NAMES) - 1
 
 
 def test_reliability_has_no_lines_and_faint_points_for_few_images() -> None:
-    figure = figures.reliability_diagram(make_results())
+    figure = model_figures.reliability_diagram(make_results())
     assert figure is not None
     for axes in figure.axes:
         (diagonal,) = [line for line in axes.lines if line.get_linestyle() != "None"]
@@ -418,7 +418,7 @@ def test_titles_say_what_was_run() -> None:
 
 
 def test_terms_of_the_loss_are_said_to_be_unweighted() -> None:
-    assert "before its weight" in footnote(figures.training_curves(make_results()))
+    assert "before its weight" in footnote(model_figures.training_curves(make_results()))
 
 
 def test_reports_need_no_torch() -> None:

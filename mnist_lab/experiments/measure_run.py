@@ -1,6 +1,7 @@
 """Every figure of a finished run but its latency: quality and size in each runtime, kept as a record."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -63,33 +64,16 @@ def measure_run(
     params_total, params_active = count_parameters(model)
     is_trained_moe = isinstance(model, SparseMoE) and run.row.step is not None
     record = Record(
-        family=run.row.family,
-        row=run.row.name,
-        departures=run.lab.departures,
-        technique=run.row.technique,
-        precision=run.row.form.precision,
-        dataset=run.lab.dataset.name,
-        preset=run.lab.preset_name,
-        recipe=run.lab.recipe_name,
-        seed=run.seed,
-        config=metadata["config"],
-        architecture=as_json(asdict(model.config)),
-        parents=metadata["parents"],
+        **_identity(run, metadata),
         original=run.original.model,
-        checkpoint={"file": run.output.name, "sha256": sha256(run.output)},
-        artifact={"file": run.artifact.name, "sha256": sha256(run.artifact)},
+        architecture=as_json(asdict(model.config)),
         params_total=params_total,
         params_active=params_active,
         validation_acc=measure.accuracy(validation_logits, validation_labels),
         validation_loss=measure.cross_entropy(validation_logits, validation_labels),
         train_seconds=known.train_seconds if known is not None else train_seconds,
-        train_threads=metadata.get("train_threads"),
-        curves=metadata.get("curves", []),
-        machine=describe_machine(),
-        versions=package_versions(),
         measurements=measurements,
         expert_by_class=_expert_by_class(model, run.lab.test) if is_trained_moe else None,
-        layout=read_onnx_metadata(run.artifact).get("layout"),
         proof=proof,
         scaled=_scale_temperature(validation_logits, validation_labels, test_logits, test_labels),
         acc_without_expert=_acc_without_expert(model, run.lab.test) if is_trained_moe else None,
@@ -99,6 +83,30 @@ def measure_run(
     save_predictions(run.lab.results, record.run_name, test_logits, test_labels)
     save_record(run.lab.results, record)
     return record
+
+
+def _identity(run: Run, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a record that say what it is of, from the run and what its own file says."""
+    return {
+        "family": run.row.family,
+        "row": run.row.name,
+        "departures": run.lab.departures,
+        "technique": run.row.technique,
+        "precision": run.row.form.precision,
+        "dataset": run.lab.dataset.name,
+        "preset": run.lab.preset_name,
+        "recipe": run.lab.recipe_name,
+        "seed": run.seed,
+        "config": metadata["config"],
+        "parents": metadata["parents"],
+        "checkpoint": {"file": run.output.name, "sha256": sha256(run.output)},
+        "artifact": {"file": run.artifact.name, "sha256": sha256(run.artifact)},
+        "layout": read_onnx_metadata(run.artifact).get("layout"),
+        "train_threads": metadata.get("train_threads"),
+        "curves": metadata.get("curves", []),
+        "machine": describe_machine(),
+        "versions": package_versions(),
+    }
 
 
 def find_known(run: Run) -> Record | None:

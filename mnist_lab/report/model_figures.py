@@ -1,0 +1,251 @@
+"""Figures of what each model does: how it learns, how sure it is, where it errs, whom it asks. No torch here."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from mnist_lab.measure import NUM_BINS
+from mnist_lab.report.drawing import (
+    COLORS,
+    MARKERS,
+    MUTED,
+    Values,
+    draw_heatmap,
+    draw_legend,
+    label_outer,
+    make_figure,
+    make_logarithmic,
+    write_footnote,
+)
+from mnist_lab.report.records import CONTROL, Record
+from mnist_lab.report.results import Model, Results, where
+from mnist_lab.report.statistics import binomial_interval
+
+MAX_MOE_VARIANTS = 4
+FEW_IMAGES = 10  # of which an accuracy says next to nothing
+
+
+def training_curves(results: Results) -> Figure | None:
+    """Validation error and each term of the training loss, per epoch: the mean, and every seed thin."""
+    models = [model for model in results.models if model.runs[0].curves]
+    if not models:
+        return None
+    terms = dict.fromkeys(term for model in models for epoch in model.runs[0].curves for term in epoch["train_terms"])
+    series: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
+        ("validation error (%)", lambda epoch: 100 * (1 - epoch["validation_acc"])),
+        *(
+            (
+                f"training loss: {term.replace('_', ' ')} (nats)",
+                lambda epoch, term=term: epoch["train_terms"].get(term, np.nan),
+            )
+            for term in terms
+        ),
+    ]
+    size = (11.5, 4 * math.ceil(len(series) / 2) + 0.8)
+    figure, panels = make_figure(results.records, "Training curves", cells=len(series), columns=2, size=size)
+    for axes, (label, value_of) in zip(panels, series, strict=True):
+        for model in models:
+            _draw_curve(axes, model, value_of)
+        make_logarithmic(axes, "y", label)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    draw_legend(figure, {model.name: model.look for model in models}, linestyle="-")
+    seeds = max(len(model.runs) for model in models)
+    note = "mean and single seeds; " if seeds > 1 else ""
+    write_footnote(figure, f"{note}each term of the loss before its weight, mean over the epoch as it ran")
+    return figure
+
+
+def confidence_histogram(results: Results) -> Figure | None:
+    """How sure the teacher, its student and the student without a teacher are of their test predictions."""
+    models = {model.name: model for model in results.models if _has_bins(model)}
+    taught = [model for model in models.values() if _teacher_of(model) in models]
+    if not taught:
+        return None
+    student = min(taught, key=lambda model: model.runs[0].family != "KD_FFN_Student")
+    control = next((model for model in models.values() if model.runs[0].family == CONTROL), None)
+    shown = [
+        (models[_teacher_of(student)], "teacher"),
+        (student, "distilled student"),
+        *([(control, "student, no teacher")] if control else []),
+    ]
+    figure, panels = make_figure(
+        results.records, "Confidence of test predictions", columns=len(shown), size=(4.2 * len(shown), 4.4), sharey=True
+    )
+    for axes, (model, role) in zip(panels, shown, strict=True):
+        _draw_confidences(axes, model, role)
+    panels[0].set_ylabel("share of test images (%)")
+    seeds = len(student.runs)
+    spread_note = f", mean of {seeds} seeds, error bars: lowest and highest seed" if seeds > 1 else ", one seed"
+    write_footnote(figure, f"{where([model for model, _ in shown])}; {NUM_BINS} bins{spread_note}")
+    return figure
+
+
+def reliability_diagram(results: Results) -> Figure | None:
+    """Accuracy over confidence in 15 bins, seeds pooled, a panel per model; the calibrated one is on the diagonal."""
+    models = [model for model in results.models if _has_bins(model)]
+    if not models:
+        return None
+    columns = min(5, len(models))
+    size = (max(6, 2.7 * columns), 2.8 * math.ceil(len(models) / columns) + 1)
+    figure, panels = make_figure(
+        results.records, "Reliability", cells=len(models), columns=columns, size=size, sharex=True, sharey=True
+    )
+    for axes, model in zip(panels, models, strict=True):
+        _draw_reliability(axes, model)
+        axes.set_title(f"{model.label}\nECE {100 * model.row['ece']:.2f} %", fontsize=9)
+        axes.set_aspect("equal")
+    ticks = range(0, 101, 25)
+    panels[0].set(xlim=(-3, 106), ylim=(-6, 106), xticks=ticks, yticks=ticks)  # shared by all
+    label_outer(panels, columns, "mean confidence (%)", "accuracy (%)")
+    counts = ", ".join(f"{images:,}" for images in (1, 100, 10_000))
+    pooled = ", seeds pooled" if max(len(model.runs) for model in models) > 1 else ""
+    write_footnote(
+        figure,
+        f"{where(models)}; {NUM_BINS} bins{pooled}; error bars: 95 % binomial interval of the bin's images, faint "
+        f"where they are fewer than {FEW_IMAGES}; area grows with the logarithm of a bin's images ({counts})",
+    )
+    return figure
+
+
+def expert_load(results: Results) -> Figure | None:
+    """Per MoE, first seed: every expert's share of the load over training, and of each class in the end."""
+    found = [model for model in results.models if model.runs[0].expert_by_class and model.runs[0].curves]
+    models = found[:MAX_MOE_VARIANTS]
+    if not models:
+        return None
+    figure, panels = make_figure(
+        results.records, "Expert load", rows=len(models), columns=2, size=(12, 3.6 * len(models) + 0.9)
+    )
+    class_name = "class" if models[0].runs[0].dataset in {"fashion-mnist", "kmnist"} else "digit"
+    for model, load_axes, class_axes in zip(models, panels[::2], panels[1::2], strict=True):
+        record = model.runs[0]
+        _draw_load(load_axes, record)
+        by_expert = 100 * np.array(record.expert_by_class).T
+        draw_heatmap(
+            class_axes,
+            by_expert,
+            x_labels=range(by_expert.shape[1]),
+            y_labels=range(len(by_expert)),
+            texts=[[f"{share:.0f}" for share in shares] for shares in by_expert] if len(by_expert) <= 12 else (),
+            low=0,
+            bar_label=f"share of the {class_name}'s test pairs (%)",
+        )
+        class_axes.set(xlabel=class_name, ylabel="expert")
+        class_axes.set_title(f"{model.name}: who gets which {class_name}, test images", fontsize=10)
+    more = f"; {len(found) - len(models)} more not shown" if len(found) > len(models) else ""
+    write_footnote(figure, f"first seed ({models[0].runs[0].seed}); a pair is one image at one of its experts{more}")
+    return figure
+
+
+def confusion_matrices(results: Results) -> Figure | None:
+    """Which digits a model's first seed takes for which: errors shaded and counted, the right ones left blank."""
+    models = [model for model in results.models if model.num_images]
+    if not models:
+        return None
+    columns = min(5, len(models))
+    size = (max(6, 3.1 * columns), 3.7 * math.ceil(len(models) / columns) + 0.8)
+    figure, panels = make_figure(results.records, "Test errors by class", cells=len(models), columns=columns, size=size)
+    errors = {model.name: np.array(model.measurements[0].confusion) for model in models}
+    for matrix in errors.values():
+        np.fill_diagonal(matrix, 0)
+    highest = max(1, *(int(matrix.max()) for matrix in errors.values()))
+    for place, (axes, model) in enumerate(zip(panels, models, strict=True)):
+        matrix = errors[model.name]
+        axes.imshow(matrix, cmap="Blues", vmin=0, vmax=highest)
+        for true, predicted in np.argwhere(matrix > 0):
+            count = matrix[true, predicted]
+            color = "white" if count > 0.6 * highest else "black"
+            text = axes.text(predicted, true, str(count), ha="center", va="center", fontsize=6.5, color=color)
+            text.set_in_layout(False)  # hundreds of texts inside their cells, which no layout need measure
+        classes = range(len(matrix))
+        axes.set_xticks(classes if place + columns >= len(models) else [])
+        axes.set_yticks(classes if place % columns == 0 else [])
+        axes.grid(visible=False)
+        axes.scatter(classes, classes, marker="s", s=30, color="#d9d9d9", linewidths=0)
+        axes.tick_params(labelsize=8, length=0)
+        axes.set_title(f"{model.label}\n{matrix.sum()} errors", fontsize=9)
+    label_outer(panels, columns, "predicted", "true")
+    write_footnote(figure, f"{where(models)}; first seed of each model; grey: right predictions, not counted")
+    return figure
+
+
+def _draw_curve(axes: Axes, model: Model, value_of: Callable[[dict[str, Any]], float]) -> None:
+    curves = [{epoch["epoch"]: value_of(epoch) for epoch in record.curves} for record in model.runs]
+    by_seed = pd.DataFrame(curves).T.sort_index().dropna(how="all")
+    if len(by_seed.columns) > 1:
+        axes.plot(by_seed.index, by_seed, color=model.look.color, linewidth=0.6, alpha=0.5)
+    look = model.look.line | {"markersize": 4.5, "markeredgewidth": 1}
+    axes.plot(by_seed.index, by_seed.mean(axis=1), **look, linewidth=1.6, markevery=max(1, len(by_seed) // 10))
+
+
+def _has_bins(model: Model) -> bool:
+    return all(measurement.bins for measurement in model.measurements)
+
+
+def _bins(model: Model, key: str) -> Values:
+    """Of every seed: [seed][bin]."""
+    return np.array([measurement.bins[key] for measurement in model.measurements], dtype=float)
+
+
+def _teacher_of(model: Model) -> str:
+    return model.runs[0].parents.get("teacher", {}).get("model", "")
+
+
+def _draw_confidences(axes: Axes, model: Model, role: str) -> None:
+    """Shares of the images by confidence: the seeds' mean, and from the lowest to the highest."""
+    counts, sums = _bins(model, "count"), _bins(model, "confidence_sum")
+    shares = 100 * counts / counts.sum(axis=1, keepdims=True)
+    mean, low, high = shares.mean(axis=0), shares.min(axis=0), shares.max(axis=0)
+    edges = 100 * np.arange(NUM_BINS + 1) / NUM_BINS
+    axes.bar(
+        edges[:-1], mean, width=100 / NUM_BINS, align="edge", color=model.look.color, alpha=0.75, edgecolor="white"
+    )
+    if len(counts) > 1:
+        drawn = mean > 0
+        centers = (edges[:-1] + edges[1:]) / 2
+        spread = np.stack([mean - low, high - mean])[:, drawn]
+        axes.errorbar(centers[drawn], mean[drawn], spread, fmt="none", ecolor=MUTED, elinewidth=1, capsize=2)
+    axes.set_title(f"{role}: {model.label}\nmean confidence {100 * sums.sum() / counts.sum():.2f} %", fontsize=10)
+    axes.set(xlabel="probability of the predicted class (%)", xlim=(0, 100))
+    make_logarithmic(axes, "y", "")
+
+
+def _draw_reliability(axes: Axes, model: Model) -> None:
+    """A point per bin with its binomial interval, faint where the bin has few images."""
+    count, confidence_sum, correct = (_bins(model, key).sum(axis=0) for key in ("count", "confidence_sum", "correct"))
+    axes.plot([0, 100], [0, 100], color=MUTED, linestyle="--", linewidth=1)
+    for chosen, alpha in ((count >= FEW_IMAGES, 1.0), ((count > 0) & (count < FEW_IMAGES), 0.35)):
+        if not chosen.any():
+            continue
+        confidence = 100 * confidence_sum[chosen] / count[chosen]
+        accuracy = 100 * correct[chosen] / count[chosen]
+        ends = [binomial_interval(k / n, int(n)) for k, n in zip(correct[chosen], count[chosen], strict=True)]
+        low, high = 100 * np.array(ends).T
+        spread = np.maximum(0, [accuracy - low, high - accuracy])
+        axes.errorbar(confidence, accuracy, spread, fmt="none", ecolor=MUTED, elinewidth=1, capsize=2, alpha=alpha)
+        area = 8 + 30 * np.log10(count[chosen] / len(model.runs) + 1)
+        axes.scatter(
+            confidence, accuracy, s=area, facecolors=model.look.face, edgecolors=model.look.color, alpha=alpha, zorder=3
+        )
+
+
+def _draw_load(axes: Axes, record: Record) -> None:
+    epochs = [epoch["epoch"] for epoch in record.curves]
+    loads = 100 * np.array([epoch["expert_load"] for epoch in record.curves])
+    num_experts = loads.shape[1]
+    for expert in range(num_experts):
+        marker = MARKERS[expert % len(MARKERS)]
+        axes.plot(epochs, loads[:, expert], marker=marker, color=COLORS[expert % len(COLORS)], label=f"expert {expert}")
+    axes.axhline(100 / num_experts, color=MUTED, linestyle="--", label=f"even share, {100 / num_experts:.3g} %")
+    if num_experts <= 12:
+        axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
+    axes.set(xlabel="epoch", ylabel="share of training pairs (%)", ylim=(0, 1.1 * loads.max()))
+    axes.set_title(f"{record.model}: load over training", fontsize=10)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
