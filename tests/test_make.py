@@ -68,6 +68,15 @@ def test_same_seed_writes_the_same_bytes(lab: Lab) -> None:
         assert run.output.read_bytes() == first
 
 
+def test_figure_of_a_file_that_holds_no_model_is_blank_and_not_due_for_ever(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Run(replace(lab, columns=(*COLUMNS, ZEROS)), Row("Int8", source=SMALL, form=StaticInt8(Calibration(100))), 0)
+    assert make(run).figures == {"zeros": None}
+    monkeypatch.setattr(make_module, "measure_run", None)
+    assert load_or_make(run).figures == {"zeros": None}
+
+
 def test_source_and_teacher_are_loaded_once_and_proved_once(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
     run = Run(lab, Row("Int8", source=MOE, form=StaticInt8(Calibration(100))), 0)
     make(Run(lab, MOE, 0))

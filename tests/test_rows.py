@@ -24,7 +24,7 @@ from mnist_lab.studies.claims.rows import claim_rows, grid_rows
 
 
 def test_table_has_its_models_parents_first_and_no_name_twice() -> None:
-    assert [row.name for row in MODELS] == [
+    promised = [
         "FFN_baseline",
         "FFN_PTQ_INT8",
         "Sparse_MoE",
@@ -34,8 +34,12 @@ def test_table_has_its_models_parents_first_and_no_name_twice() -> None:
         "KD_FFN_Student_from_FFN",
         "FFN_Student_no_KD",
         "KD_FFN_Student_INT8",
+        "FFN_BF16",
+        "Sparse_MoE_BF16",
     ]
-    assert [row.name for row in BFLOAT16] == ["FFN_BF16", "Sparse_MoE_BF16"]
+    assert [row.name for row in TABLE if row.name in promised] == promised
+    assert {row.form.precision for row in BFLOAT16} == {"BF16"}
+    assert set(TABLE) == {*MODELS, *BFLOAT16}
     for rows in (TABLE, claim_rows(), grid_rows()):
         assert len({row.name for row in rows}) == len(rows)
         for place, row in enumerate(rows):

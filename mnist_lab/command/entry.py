@@ -1,5 +1,6 @@
 """How a script starts and ends: its options from a dataclass, its exit code from what happened. No torch here."""
 
+import gc
 import sys
 from collections.abc import Callable
 from typing import NoReturn, TypeVar
@@ -17,6 +18,7 @@ def run_script(main: Callable[[T], None], options_type: type[T], description: st
     The first paragraph of `description` heads the help. Exit codes: 0 done; 1 the run failed; 2 the user's input
     is wrong; 130 interrupted.
     """
+    gc.freeze()  # what was imported stays, and need not be searched for garbage time and again
     try:
         summary = description.partition("\n\n")[0]
         main(tyro.cli(options_type, description=summary, config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)))
@@ -26,10 +28,12 @@ def run_script(main: Callable[[T], None], options_type: type[T], description: st
         _leave(f"failed: {error}", 1)
     except KeyboardInterrupt:
         _leave("interrupted; finished models and rows are kept", 130)
-    sys.exit(0)
+    _leave("", 0)
 
 
 def _leave(message: str, code: int) -> NoReturn:
     sys.stdout.flush()
-    print(message, file=sys.stderr)
+    if message:
+        print(message, file=sys.stderr)
+    gc.freeze()  # or the interpreter's end would take a second longer
     sys.exit(code)

@@ -16,7 +16,7 @@ from mnist_lab.models import Model
 from mnist_lab.models.moe import SparseMoE
 from mnist_lab.runtimes import Session, bind
 
-NUM_ROUNDS = 3
+NUM_ROUNDS, BLOCK_S = 3, 0.015
 MARGIN = 0.95  # the dense layout must need less than this share of the sparse one's time: nearer, chance would choose
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
 NUM_IMAGES = max(TABLE_BATCHES)
@@ -69,6 +69,6 @@ def time_layouts(sessions: Mapping[str, Session], images: Array) -> dict[str, di
     for batch in TABLE_BATCHES:
         pixels = images[:batch]
         calls = {layout: bind(session, pixels) for layout, session in sessions.items()}
-        for layout, latency in measure_latency(calls, num_rounds=NUM_ROUNDS).items():
+        for layout, latency in measure_latency(calls, num_rounds=NUM_ROUNDS, block_s=BLOCK_S).items():
             median_ms[layout][str(len(pixels))] = latency.median_ms
     return median_ms

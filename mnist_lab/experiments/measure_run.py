@@ -78,7 +78,7 @@ def measure_run(
         scaled=_scale_temperature(validation_logits, validation_labels, test_logits, test_labels),
         acc_without_expert=_acc_without_expert(model, run.lab.test) if is_trained_moe else None,
         routes_changed=_routes_changed(run, model),
-        figures={column.name: column.measure(model) for column in run.lab.columns if column.measure is not None},
+        figures=_figures(run, model),
     )
     save_predictions(run.lab.results, record.run_name, test_logits, test_labels)
     save_record(run.lab.results, record)
@@ -107,6 +107,15 @@ def _identity(run: Run, metadata: Mapping[str, Any]) -> dict[str, Any]:
         "machine": describe_machine(),
         "versions": package_versions(),
     }
+
+
+def _figures(run: Run, model: Model) -> dict[str, float | None]:
+    """What columns with a measurement of their own say of the weights as stored; None of a file that holds no model."""
+    columns = [column for column in run.lab.columns if column.measure is not None]
+    if not columns:
+        return {}
+    stored = model if run.row.step is not None else run.load() if run.output.suffix == ".safetensors" else None
+    return {column.name: column.measure(stored) if stored and column.measure else None for column in columns}
 
 
 def find_known(run: Run) -> Record | None:

@@ -72,7 +72,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
     """
     metadata = read_metadata(path)
     try:
-        with torch.device("meta"):  # shapes alone: every tensor comes from the file, in its own precision
+        # Every tensor comes from the file, in its own precision. (On torch's meta device, which would draw no initial
+        # weights, drawing them imports the compiler.)
+        with torch.random.fork_rng(devices=[]):
             model = build_model(config_from_dict(metadata["architecture"]))
         with safetensors.safe_open(path, framework="pt") as file:
             # Cloned, since the file's own alignment may be too fine for fast products.

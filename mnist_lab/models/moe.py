@@ -246,7 +246,7 @@ def without_expert(model: SparseMoE, expert: int) -> SparseMoE:
         for name, weight in model.state_dict().items()
     }
     rest = replace(routing, num_experts=len(others), top_k=min(routing.top_k, len(others)))
-    with torch.device("meta"):
+    with torch.random.fork_rng(devices=[]):  # what it draws is overwritten
         smaller = SparseMoE(replace(model.config, routing=rest))
     smaller.load_state_dict(weights, assign=True)
     return smaller.eval()

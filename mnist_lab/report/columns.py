@@ -34,7 +34,7 @@ class Column:
     over_seeds: Callable[[Sequence[Any]], Any] = lambda values: values[0]  # of all that was read; lowest seed first
     format: str = ""  # of a cell in Markdown
     cost: Cost | None = None
-    measure: Callable[[Any], float] | None = None  # of the model (FFN | SparseMoE); kept in the record's `figures`
+    measure: Callable[[Any], float] | None = None  # of the model as stored; kept in the record's `figures`
 
     @property
     def is_mean(self) -> bool:
@@ -47,7 +47,13 @@ def mean(values: Sequence[float]) -> float:
 
 
 def figure(name: str, measure: Callable[[Any], float], *, format: str = ".4f", cost: Cost | None = None) -> Column:  # noqa: A002
-    """A metric of the model itself, that the suite does not know otherwise: its mean over seeds."""
+    """A metric of the model itself, that the suite does not know otherwise: its mean over seeds.
+
+    Blank for a row whose own file holds no PyTorch model, as INT8's.
+
+    Args:
+        measure: of the model (FFN | SparseMoE) with the weights that the row's own file stores.
+    """
     return Column(name, lambda record, _: record.figures.get(name), mean, format, cost, measure)
 
 

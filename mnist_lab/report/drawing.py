@@ -29,7 +29,7 @@ COLORS = (
 )  # fmt: skip
 MARKERS = "osD^vPX<>ph"
 MUTED = "#767676"
-DOTS_PER_INCH = 120
+DOTS_PER_INCH = 100
 PNG_COMPRESSION = 3  # files a tenth larger than at the default 6, in a third of the time
 
 Values = npt.NDArray[np.float64]

@@ -145,7 +145,7 @@ def expert_load(results: Results) -> Figure | None:
 
 
 def confusion_matrices(results: Results) -> Figure | None:
-    """Which digits a model's first seed takes for which: errors shaded and counted, the right ones left blank."""
+    """Which digits a model's first seed takes for which: errors shaded, and counted above one; right ones blank."""
     models = [model for model in results.models if model.num_images]
     if not models:
         return None
@@ -159,7 +159,7 @@ def confusion_matrices(results: Results) -> Figure | None:
     for place, (axes, model) in enumerate(zip(panels, models, strict=True)):
         matrix = errors[model.name]
         axes.imshow(matrix, cmap="Blues", vmin=0, vmax=highest)
-        for true, predicted in np.argwhere(matrix > 0):
+        for true, predicted in np.argwhere(matrix > 1):
             count = matrix[true, predicted]
             color = "white" if count > 0.6 * highest else "black"
             text = axes.text(predicted, true, str(count), ha="center", va="center", fontsize=6.5, color=color)
@@ -172,7 +172,10 @@ def confusion_matrices(results: Results) -> Figure | None:
         axes.tick_params(labelsize=8, length=0)
         axes.set_title(f"{model.label}\n{matrix.sum()} errors", fontsize=9)
     label_outer(panels, columns, "predicted", "true")
-    write_footnote(figure, f"{where(models)}; first seed of each model; grey: right predictions, not counted")
+    write_footnote(
+        figure,
+        f"{where(models)}; first seed of each model; grey: right predictions, not counted; shaded only: one image",
+    )
     return figure
 
 

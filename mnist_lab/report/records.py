@@ -88,7 +88,7 @@ class Record:
     acc_without_expert: list[list[float]] | None = None  # [expert][class], test accuracy with that expert closed
     routes_changed: float | None = None  # share of test images whose experts are not the original's
     time_by_job_us: dict[str, float] | None = None  # of an MoE's pass at batch 64, by ONNX Runtime's own profile
-    figures: dict[str, float] = field(default_factory=dict)  # of columns that bring their own measurement
+    figures: dict[str, float | None] = field(default_factory=dict)  # of columns that bring their own measurement
     schema: int = SCHEMA
 
     @property
