@@ -174,7 +174,7 @@ def confusion_matrices(results: Results) -> Figure | None:
     label_outer(panels, columns, "predicted", "true")
     write_footnote(
         figure,
-        f"{where(models)}; first seed of each model; grey: right predictions, not counted; shaded only: one image",
+        f"{where(models)}; first seed of each model; grey: right predictions, not counted; shaded without a number: one image",
     )
     return figure
 
