@@ -172,10 +172,8 @@ def confusion_matrices(results: Results) -> Figure | None:
         axes.tick_params(labelsize=8, length=0)
         axes.set_title(f"{model.label}\n{matrix.sum()} errors", fontsize=9)
     label_outer(panels, columns, "predicted", "true")
-    write_footnote(
-        figure,
-        f"{where(models)}; first seed of each model; grey: right predictions, not counted; shaded without a number: one image",
-    )
+    note = "first seed of each model; grey: right predictions, not counted; shaded without a number: one image"
+    write_footnote(figure, f"{where(models)}; {note}")
     return figure
 
 
