@@ -7,22 +7,27 @@ python visualize_results.py --dataset mnist --recipe quick            # those th
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from mnist_lab.command.entry import run_script
+from mnist_lab.command.entry import one_of, run_script
 from mnist_lab.errors import UserError
 from mnist_lab.report.records import CLAIMS_FOLDER, RECORD_PATTERN, Record, load_records
+
+# As in data.py, models/ and training.py, which import torch.
+DatasetName = Literal["mnist", "fashion-mnist", "kmnist", "qmnist", "digits"]
+PresetName = Literal["compact", "wide"]
+RecipeName = Literal["quick", "standard", "best"]
 
 
 @dataclass(frozen=True)
 class PlotOptions:
     results: Path = Path("results")
     """A results folder, or a folder that holds several."""
-    dataset: Literal["mnist", "fashion-mnist", "kmnist", "qmnist", "digits"] | None = None
+    dataset: Annotated[DatasetName | None, one_of(DatasetName)] = None
     """Draw only this data set."""
-    preset: Literal["compact", "wide"] | None = None
+    preset: Annotated[PresetName | None, one_of(PresetName)] = None
     """Draw only this set of architectures."""
-    recipe: Literal["quick", "standard", "best"] | None = None
+    recipe: Annotated[RecipeName | None, one_of(RecipeName)] = None
     """Draw only this training budget."""
 
     def admits(self, record: Record) -> bool:

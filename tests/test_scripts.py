@@ -77,6 +77,7 @@ class Bench:
         assert outcome.code == 2, outcome
         assert says in outcome.err
         assert "Traceback" not in outcome.err
+        assert "'None'," not in outcome.err  # among what is allowed
         assert self.files() == before
 
     def files(self) -> dict[str, bytes]:

@@ -3,13 +3,27 @@
 import gc
 import sys
 from collections.abc import Callable
-from typing import NoReturn, TypeVar
+from typing import Any, NoReturn, TypeVar, get_args
 
 import tyro
+from tyro.constructors import PrimitiveConstructorSpec
 
 from mnist_lab.errors import RunFailed, UserError
 
 T = TypeVar("T")
+
+
+def one_of(names: Any) -> PrimitiveConstructorSpec[Any]:
+    """An option of a Literal's names that may be left out: tyro alone would count `None` among the names."""
+    choices: tuple[str, ...] = get_args(names)
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(choices)}}}",
+        instance_from_str=lambda given: given[0],
+        is_instance=lambda value: value is None or value in choices,
+        str_from_instance=lambda value: [str(value)],
+        choices=choices,
+    )
 
 
 def run_script(main: Callable[[T], None], options_type: type[T], description: str) -> NoReturn:

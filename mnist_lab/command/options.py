@@ -3,10 +3,11 @@
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
+from mnist_lab.command.entry import one_of
 from mnist_lab.data import DatasetName
 from mnist_lab.errors import UserError
 from mnist_lab.models import PresetName
@@ -19,7 +20,7 @@ MAX_COUNT = 10**9
 class DataOptions:
     """Which data, which seed, and where files lie: what every script and benchmark that needs models takes."""
 
-    dataset: DatasetName | None = None
+    dataset: Annotated[DatasetName | None, one_of(DatasetName)] = None
     """Data set; when not given, MNIST, or the bundled digits where MNIST can be neither found nor downloaded."""
     data_dir: Path | None = None
     """Folder that holds MNIST/raw/ and the like; when not given, $MNIST_LAB_DATA, else ./data (downloaded into)."""
