@@ -10,6 +10,7 @@ from functools import partial
 from mnist_lab.command.console import open_lab
 from mnist_lab.command.entry import run_script
 from mnist_lab.command.options import Options, check_count
+from mnist_lab.errors import UserError
 from mnist_lab.studies.claims.run import run_claims
 
 
@@ -21,6 +22,8 @@ class ClaimOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count("--seeds", self.seeds)
+        if not {"onnxruntime", "best"} & set(self.runtime):
+            raise UserError(f"--runtime {' '.join(self.runtime)}: claims are about ONNX Runtime; add onnxruntime")
 
 
 def main(options: ClaimOptions) -> None:

@@ -40,7 +40,7 @@ class DarkKnowledgeOptions(DataOptions):
 
 def main(options: DarkKnowledgeOptions) -> None:
     dataset = load_dataset(options.dataset, options.data_dir)
-    name = f"{dataset.name}-dark-knowledge"
+    name = f"{dataset.name}-dark-knowledge" + ("" if options.epochs is None else f"-epochs{options.epochs}")
     results = options.results / name
     recipe = find_recipe("standard", "compact")  # its rows bring their own
     lab = Lab(dataset, "compact", "standard", recipe, options.checkpoints / name, results, options.device)

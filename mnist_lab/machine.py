@@ -2,11 +2,12 @@
 
 import functools
 import importlib.metadata
+import importlib.util
 import os
 import platform
 from pathlib import Path
 
-RECORDED_PACKAGES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime")
+RECORDED_PACKAGES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "openvino", "torchao")
 
 
 @functools.cache
@@ -45,4 +46,5 @@ def describe_machine() -> dict[str, str | int]:
 
 def package_versions() -> dict[str, str]:
     """Installed versions of the libraries that figures depend on."""
-    return {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES}
+    installed = [name for name in RECORDED_PACKAGES if importlib.util.find_spec(name) is not None]
+    return {name: importlib.metadata.version(name) for name in installed}

@@ -51,6 +51,7 @@ def test_record_that_lacks_figures_or_has_more_is_read(tmp_path: Path) -> None:
     assert records.is_lacking(read.measurements["onnxruntime"])
     assert not records.is_lacking(record)
     assert not records.is_lacking(record.measurements["onnxruntime"])
+    assert "lacks a figure" in records.usable_records([read], tmp_path, "here")[1][0]
     assert replace(read, validation_loss=record.validation_loss, measurements=record.measurements) == record
 
 

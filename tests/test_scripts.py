@@ -211,7 +211,7 @@ class TestClaims:
     def test_dark_knowledge_is_written_beside_the_paper(self, bench: Bench) -> None:
         outcome = bench("dark_knowledge_mnist", "--dataset", "digits", "--epochs", "1", "--seeds", "1", quick=False)
         assert outcome.code == 0
-        folder = bench.folder / "results" / "digits-dark-knowledge"
+        folder = bench.folder / "results" / "digits-dark-knowledge-epochs1"
         (found,) = json.loads((folder / "dark_knowledge.json").read_text())
         assert found["errors"].keys() == {"teacher", "labels", "distilled", "distilled-without-3", "bias corrected"}
         assert "paper" in (folder / "dark_knowledge.md").read_text()
@@ -397,6 +397,7 @@ class TestBadInput:
             ("ptq_mnist --runtime pytorch", "onnxruntime"),
             ("baseline_mnist --runtime torchao", "onnxruntime"),
             ("baseline_mnist --runtime tensorrt", "tensorrt"),
+            ("claims_mnist --runtime pytorch", "onnxruntime"),
             ("run_all_experiments --seeds 0", "--seeds"),
             ("run_all_experiments --mode guess", "guess"),
         ],

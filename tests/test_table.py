@@ -158,3 +158,13 @@ def test_binomial_interval_is_wilsons(right: int, num: int) -> None:
 
     expected = stats.binomtest(right, num).proportion_ci(method="wilson")
     assert binomial_interval(right / num, num) == pytest.approx((expected.low, expected.high), abs=1e-9)
+
+
+def test_figure_that_an_older_seed_lacks_is_blank_in_its_means_and_interval() -> None:
+    whole, older = make_record(seed=0), make_record(seed=1)
+    older.measurements["onnxruntime"].test_acc = None  # type: ignore[assignment]
+    (row,) = build_table([whole, older]).to_dict("records")
+    assert math.isnan(row["test_acc"])
+    assert math.isnan(row["test_acc_ci95"])
+    assert row["seeds"] == 2
+    assert row["size_mib"] == 1.0

@@ -19,7 +19,6 @@ from mnist_lab.runtimes import Session, bind
 NUM_ROUNDS, BLOCK_S = 3, 0.015
 MARGIN = 0.95  # the dense layout must need less than this share of the sparse one's time: nearer, chance would choose
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
-NUM_IMAGES = max(TABLE_BATCHES)
 
 
 def write_fastest(

@@ -65,6 +65,7 @@ class Lab:
                 dataset=load_dataset(name, None if name == "digits" else self.data_dir),
                 checkpoints=self.checkpoints.with_name(folder),
                 results=self.results.with_name(folder),
+                _computed={},
             )
         return self._other_labs[name]
 

@@ -33,7 +33,8 @@ def make(run: Run) -> Record:
 
     Raises:
         UserError: a file in its place is not its own, or broken; a folder cannot be written.
-        RunFailed: training diverged, or the technique took no effect. Files of before stay.
+        RunFailed: training diverged, or the technique took no effect; files of before stay. Or a runtime or file is
+            not of the precision that it should be.
     """
     made = produce(run)
     ensure_files(run, made.model)
@@ -121,6 +122,7 @@ def _same_weights(model: Model, source: Model) -> bool:
 
 def make_all(runs: Sequence[Run], make_one: Callable[[Run], Record]) -> list[Record]:
     """Every run by `make` or `load_or_make`, with a line for each."""
+    assert len({run.output for run in runs}) == len(runs), "two rows of one name would overwrite each other"
     records: list[Record] = []
     start, costs = time.perf_counter(), [_cost(run) for run in runs]
     for number, run in enumerate(runs, start=1):

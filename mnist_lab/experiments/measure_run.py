@@ -65,7 +65,7 @@ def measure_run(
     is_trained_moe = isinstance(model, SparseMoE) and run.row.step is not None
     record = Record(
         **_identity(run, metadata),
-        original=run.original.model,
+        original=run.original.model if run.original.lab == run.lab else run.original.output.parent.name,
         architecture=as_json(asdict(model.config)),
         params_total=params_total,
         params_active=params_active,

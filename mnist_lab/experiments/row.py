@@ -42,11 +42,6 @@ class Row:
         return {role: row for role, row in roles.items() if row is not None}
 
     @property
-    def original(self) -> "Row":
-        """The first row of the chain of sources, with which this one is compared."""
-        return self if self.source is None else self.source.original
-
-    @property
     def extension(self) -> str:
         """Of the file that is made first: what the first of the runtimes loads."""
         return EXTENSIONS[self.form.runtimes[0]]

@@ -34,7 +34,7 @@ class RoutingConfig:
     balance_weight: float = field(default=0.02, metadata={"tag": "w"})
     """Weight of the load-balancing loss."""
     capacity_factor: float | None = field(default=None, metadata={"tag": "c"})
-    """Rows an expert takes per training batch, as a multiple of an even share; none drops nothing."""
+    """Rows an expert takes per training batch, as a multiple of an even share; when not given, nothing is dropped."""
     noise: bool = True
     """Learned noise on the router's logits in training."""
 

@@ -16,6 +16,14 @@ from mnist_lab.report.statistics import confidence_interval
 Reading = Callable[[Record, Measurement], Any]
 
 
+def first(values: Sequence[Any]) -> Any:
+    return values[0]
+
+
+def mean(values: Sequence[float]) -> float:
+    return float(np.mean(values))
+
+
 @dataclass(frozen=True)
 class Cost:
     """How a column shows in the figures that compare models: as a cost, of which less is better."""
@@ -31,7 +39,7 @@ class Column:
 
     name: str
     read: Reading  # of one seed's record, and its measurement in the row's runtime
-    over_seeds: Callable[[Sequence[Any]], Any] = lambda values: values[0]  # of all that was read; lowest seed first
+    over_seeds: Callable[[Sequence[Any]], Any] = first  # of all that was read; lowest seed first
     format: str = ""  # of a cell in Markdown
     cost: Cost | None = None
     measure: Callable[[Any], float] | None = None  # of the model as stored; kept in the record's `figures`
@@ -40,10 +48,6 @@ class Column:
     def is_mean(self) -> bool:
         """Whether its value is a mean over seeds, and so has an interval."""
         return self.over_seeds is mean
-
-
-def mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))
 
 
 def figure(name: str, measure: Callable[[Any], float], *, format: str = ".4f", cost: Cost | None = None) -> Column:  # noqa: A002

@@ -25,7 +25,7 @@ CONTROL = "FFN_Student_no_KD"
 RECORD_PATTERN = "[!.]*.json"  # not what an interrupted write left
 CLAIMS_FOLDER = "claims"  # below a results folder: the runs that only claims compare
 # What a record must say to be one; it can lack any figure.
-IDENTITY = {"family", "row", "departures", "seed", "dataset", "checkpoint", "artifact", "machine", "parents"}
+IDENTITY = {"family", "row", "departures", "seed", "dataset", "config", "checkpoint", "artifact", "machine", "parents"}
 R = TypeVar("R")
 
 
@@ -198,8 +198,8 @@ def usable_records(
 ) -> tuple[list[Record], list[str]]:
     """The records that a table of this machine may take, and one line for each that it may not.
 
-    Those were made on another CPU, or their checkpoint is gone or has changed since, or one that they were made from
-    has, or their settings or library versions are not those of the model's other seeds.
+    Those lack a figure, or were made on another CPU, or their checkpoint is gone or has changed since, or one that
+    they were made from has, or their settings or library versions are not those of the model's other seeds.
 
     Args:
         current: the records just made, whose settings a model's other seeds must share; a model that is not
@@ -212,6 +212,8 @@ def usable_records(
     def why_not(run_name: str) -> str | None:
         record = by_name[run_name]
         path, reference = checkpoints / record.checkpoint["file"], references[record.model]
+        if is_lacking(record) or any(map(is_lacking, record.measurements.values())):
+            return "lacks a figure that this version measures; make it again"
         if record.machine["cpu"] != cpu:
             return f"made on another CPU ({record.machine['cpu']})"
         if _is_other(path, record.checkpoint["sha256"]):
@@ -220,7 +222,8 @@ def usable_records(
             return f"made with other settings or library versions than {reference.run_name}"
         for parent in record.parents.values():
             parent_name = f"{parent['model']}-seed{record.seed}"
-            is_left_out = parent_name in by_name and why_not(parent_name) is not None
+            own = by_name.get(parent_name)  # or it is of another data set's folder
+            is_left_out = own is not None and own.checkpoint["file"] == parent["file"] and why_not(parent_name)
             if is_left_out or _is_other(checkpoints / parent["file"], parent["sha256"]):
                 return f"{parent_name}, from which it was made, is left out, gone or changed since"
         return None

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from mnist_lab.measure import TABLE_BATCHES
-from mnist_lab.report.columns import COLUMNS, Column
+from mnist_lab.report.columns import COLUMNS, Column, first
 from mnist_lab.report.records import BASELINE, CONTROL, Record
 from mnist_lab.report.statistics import confidence_interval
 
@@ -55,17 +55,19 @@ def _table_row(records: list[Record], runtime: str, columns: Sequence[Column]) -
     read = {
         column.name: [column.read(record, record.measurements[runtime]) for record in records] for column in columns
     }
-    cells = {
-        column.name: np.nan if read[column.name][0] is None or (None in read[column.name] and column.is_mean)
-        else column.over_seeds(read[column.name])
-        for column in columns
-    }  # fmt: skip
-    first = records[0]
+    cells = {column.name: _cell(column, read[column.name]) for column in columns}
+    lowest = records[0]
     return cells | {
         "seed_numbers": " ".join(str(record.seed) for record in records),
-        "original": None if first.original == first.model else first.original,
-        "family": first.family,
+        "original": None if lowest.original == lowest.model else lowest.original,
+        "family": lowest.family,
     }
+
+
+def _cell(column: Column, read: list[Any]) -> Any:
+    """Blank where a seed that counts was not measured."""
+    counted = read[:1] if column.over_seeds is first else read
+    return np.nan if None in counted else column.over_seeds(read)
 
 
 def compare(table: pd.DataFrame) -> pd.DataFrame:
@@ -119,13 +121,13 @@ def judge_distillation(records: Iterable[Record]) -> str:
     """A line for each taught student: does it beat the same student on labels alone, of the same seeds and budget?"""
     records = list(records)
     controls = {
-        (control.seed, json.dumps(control.config.get("recipe"))): control
+        (control.seed, control.params_total, json.dumps(control.config.get("recipe"))): control
         for control in records
         if control.family == CONTROL
     }
     gains: dict[str, list[float]] = {}
     for taught in records:
-        control = controls.get((taught.seed, json.dumps(taught.config.get("recipe"))))
+        control = controls.get((taught.seed, taught.params_total, json.dumps(taught.config.get("recipe"))))
         if taught.technique == "kd" and control is not None:
             runtime = next((name for name in taught.measurements if name in control.measurements), None)
             if runtime is not None:
