@@ -59,7 +59,12 @@ def write_program(model: FFN | SparseMoE, path: Path, dataset: Dataset, mode: Mo
     from mnist_lab.compress import pt2e  # brings torch's compiler
 
     pt2e.quantize_program(
-        model, path, mode=mode, calibration=dataset.train.pixels, reduced_range=needs_reduced_range(), metadata=metadata
+        model,
+        path,
+        is_dynamic=mode == "dynamic",
+        calibration=dataset.train.pixels.split(100),
+        reduced_range=needs_reduced_range(),
+        metadata=metadata,
     )
 
 

@@ -171,7 +171,15 @@ def _write_int8(
     if file.suffix == ".pt2":
         from mnist_lab.compress.pt2e import quantize_program
 
-        quantize_program(model, file, mode=mode, calibration=pixels, reduced_range=reduced_range, metadata=metadata)
+        batches = pixels.split(CALIBRATION_BATCH)
+        quantize_program(
+            model,
+            file,
+            is_dynamic=mode == "dynamic",
+            calibration=batches,
+            reduced_range=reduced_range,
+            metadata=metadata,
+        )
         return
 
     def write_layout(path: Path, layout: Layout) -> None:

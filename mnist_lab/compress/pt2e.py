@@ -4,7 +4,7 @@ The result is a PyTorch program file (.pt2) with integer weights, which Inductor
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch.export import Dim
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
-from mnist_lab.compress.int8 import CALIBRATION_BATCH, Mode
 from mnist_lab.errors import WrongPrecision
 from mnist_lab.experiments.technique import Proof
 from mnist_lab.files import write_atomically
@@ -26,28 +25,33 @@ ANY_BATCH = ({0: Dim("batch")},)
 
 
 def quantize_program(
-    model: Model, path: Path, *, mode: Mode, calibration: Tensor, reduced_range: bool, metadata: Mapping[str, Any]
+    model: Model,
+    path: Path,
+    *,
+    is_dynamic: bool,
+    calibration: Sequence[Tensor],
+    reduced_range: bool,
+    metadata: Mapping[str, Any],
 ) -> None:
     """Quantize every linear layer of an FP32 model, per channel, and write the program.
 
     Args:
-        calibration: training pixels (N, 1, height, width); in dynamic mode they set nothing.
+        is_dynamic: activation ranges come from each batch as it runs; what is calibrated on then sets nothing.
+        calibration: batches of training pixels (B, 1, height, width).
         reduced_range: weights of 7 bits, for a CPU whose 8-bit products saturate.
 
     Raises:
         UserError: the folder cannot be written.
     """
-    settings = x86.get_default_x86_inductor_quantization_config(
-        is_dynamic=mode == "dynamic", reduce_range=reduced_range
-    )
+    settings = x86.get_default_x86_inductor_quantization_config(is_dynamic=is_dynamic, reduce_range=reduced_range)
     # One image would be taken for a constant batch size.
-    example = (torch.zeros(2, *calibration.shape[1:]),)
+    example = (torch.zeros(2, *calibration[0].shape[1:]),)
     prepared = prepare_pt2e(
         torch.export.export(_traceable(model), example, dynamic_shapes=ANY_BATCH).module(),
         x86.X86InductorQuantizer().set_global(settings),
     )
     with torch.no_grad():
-        for pixels in calibration.split(CALIBRATION_BATCH):
+        for pixels in calibration:
             prepared(pixels)
     converted = convert_pt2e(prepared)
     _drop_unused_parameters(converted)
