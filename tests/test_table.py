@@ -141,10 +141,10 @@ def test_narrow_terminal_gets_fewer_columns_and_a_pipe_all() -> None:
     table = build_table([make_record(), make_record("FFN_PTQ_INT8")], order=ORDER)
     whole = format_summary(table, style="simple")
     assert all(name in whole for name in ("technique", "precision", "runtime", "seeds", "acc", *DISPENSABLE))
-    for width in (120, 100, 80, 60):
+    for width, kept in ((120, "technique"), (80, "runtime"), (40, "acc")):
         lines = format_summary(table, style="simple", width=width).splitlines()
         assert max(map(len, lines)) <= width
-        assert all(name in lines[0] for name in ("model", "technique", "acc", "ms b64"))
+        assert all(name in lines[0] for name in ("model", kept, "acc", "ms b64"))
 
 
 def test_technique_tells_rows_of_one_precision_apart_first() -> None:

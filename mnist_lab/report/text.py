@@ -24,7 +24,7 @@ COMPARISON_LEGEND = (
     "runtime (torchao's rows: in torch-compile, whose engine they share)."
 )
 # What a narrow terminal can do without, first what it misses least.
-DISPENSABLE = ("x orig", "seeds", "ms b1024", "precision", "ms b1", "MiB", "runtime")
+DISPENSABLE = ("x orig", "seeds", "ms b1024", "precision", "ms b1", "MiB", "technique", "runtime")
 
 
 def write_table(
