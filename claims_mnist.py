@@ -7,11 +7,11 @@ python claims_mnist.py                      # the standard recipe, within an hou
 from dataclasses import dataclass, replace
 from functools import partial
 
-from mnist_lab.command.console import open_lab
+from mnist_lab.command.console import find_lab, open_lab
 from mnist_lab.command.entry import run_script
-from mnist_lab.command.options import Options, check_count
+from mnist_lab.command.options import Options, seeds_from
 from mnist_lab.errors import UserError
-from mnist_lab.studies.claims.run import run_claims
+from mnist_lab.studies.claims.run import Doors, run_claims
 
 
 @dataclass(frozen=True)
@@ -21,14 +21,18 @@ class ClaimOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("--seeds", self.seeds)
+        seeds_from(self.seed, self.seeds)
         if not {"onnxruntime", "best"} & set(self.runtime):
             raise UserError(f"--runtime {' '.join(self.runtime)}: claims are about ONNX Runtime; add onnxruntime")
 
 
 def main(options: ClaimOptions) -> None:
-    seeds = range(options.seed, options.seed + options.seeds)
-    run_claims(partial(open_lab, options), partial(open_lab, replace(options, recipe="quick")), seeds=seeds)
+    seeds = seeds_from(options.seed, options.seeds)
+    table, grid = (
+        Doors(partial(open_lab, chosen), partial(find_lab, chosen))
+        for chosen in (options, replace(options, recipe="quick"))
+    )
+    run_claims(table, grid, seeds=seeds)
 
 
 if __name__ == "__main__":

@@ -3,21 +3,21 @@
 python dark_knowledge_mnist.py              # two seeds: expect 93 % of the threes, 98 % with the bias corrected
 """
 
-import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from mnist_lab.command.console import print_notice
 from mnist_lab.command.entry import run_script
-from mnist_lab.command.options import DataOptions, check_count, check_device
+from mnist_lab.command.options import DataOptions, check_count, check_device, seeds_from
 from mnist_lab.data import load_dataset
 from mnist_lab.experiments.lab import Lab
-from mnist_lab.files import ensure_writable, write_atomically
+from mnist_lab.files import only_run_in, write_text
 from mnist_lab.studies.dark_knowledge import (
     STUDENT_RECIPE,
     TEACHER_RECIPE,
     format_dark_knowledge,
     paper_rows,
     run_seed,
+    save_dark_knowledge,
 )
 from mnist_lab.training import find_recipe
 
@@ -33,7 +33,7 @@ class DarkKnowledgeOptions(DataOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("--seeds", self.seeds)
+        seeds_from(self.seed, self.seeds)
         check_count("--epochs", self.epochs)
         check_device(self.device)
 
@@ -44,18 +44,22 @@ def main(options: DarkKnowledgeOptions) -> None:
     results = options.results / name
     recipe = find_recipe("standard", "compact")  # its rows bring their own
     lab = Lab(dataset, "compact", "standard", recipe, options.checkpoints / name, results, options.device)
-    ensure_writable(lab.checkpoints)
-    ensure_writable(results)
-    print_notice(dataset.notice)
+    with only_run_in(lab.checkpoints, wait=options.wait), only_run_in(results, wait=options.wait):
+        run_seeds(options, lab)
+
+
+def run_seeds(options: DarkKnowledgeOptions, lab: Lab) -> None:
+    """Every seed's outcome, in a table beside the paper's."""
+    results = lab.results
+    print_notice(lab.dataset.notice)
     rows = paper_rows(
         replace(TEACHER_RECIPE, epochs=options.epochs or TEACHER_RECIPE.epochs),
         replace(STUDENT_RECIPE, epochs=options.epochs or STUDENT_RECIPE.epochs),
     )
-    runs = [run_seed(lab, rows, seed) for seed in range(options.seed, options.seed + options.seeds)]
+    runs = [run_seed(lab, rows, seed) for seed in seeds_from(options.seed, options.seeds)]
     text = format_dark_knowledge(runs)
-    fields = [asdict(run) | {"errors": {role: e._asdict() for role, e in run.errors.items()}} for run in runs]
-    write_atomically(results / "dark_knowledge.json", lambda path: path.write_text(json.dumps(fields, indent=1) + "\n"))
-    write_atomically(results / "dark_knowledge.md", lambda path: path.write_text(f"# Dark knowledge\n\n{text}\n"))
+    save_dark_knowledge(results / "dark_knowledge.json", runs)
+    write_text(results / "dark_knowledge.md", f"# Dark knowledge\n\n{text}\n")
     print(f"\n{text}\n\nwritten: {results / 'dark_knowledge.md'} and .json")
 
 

@@ -38,10 +38,17 @@ class PTQOptions(Options):
         return (self.mode or ("dynamic" if self.model == "moe" else "static")) == "dynamic"
 
 
+def _check_calibration_size(size: int, num_images: int) -> None:
+    """Raise UserError where more images are asked for than there are; the default takes what there is."""
+    if size > num_images and size != Calibration().calibration_size:
+        raise UserError(f"--calibration-size {size} is more than the {num_images:,} training images")
+
+
 def main(options: PTQOptions) -> None:
     source = SOURCES[options.model]
     row = dynamic_int8(source) if options.is_dynamic else static_int8(source, StaticInt8(options.calibration))
     with open_lab(options) as lab:
+        _check_calibration_size(options.calibration.calibration_size, len(lab.dataset.train))
         print_proof(make_and_print(Run(lab, row, options.seed), beside=Run(lab, source, options.seed)))
 
 

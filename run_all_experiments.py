@@ -13,7 +13,7 @@ from typing import Annotated
 
 from mnist_lab.command.console import Mode, run_table
 from mnist_lab.command.entry import one_of, run_script
-from mnist_lab.command.options import Options, check_count
+from mnist_lab.command.options import Options, seeds_from
 from mnist_lab.compress.bfloat16 import has_bfloat16
 from mnist_lab.experiments.rows import MODELS, TABLE
 
@@ -27,12 +27,12 @@ class RunOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_count("--seeds", self.seeds)
+        seeds_from(self.seed, self.seeds)
 
 
 def main(options: RunOptions) -> None:
     rows = TABLE if has_bfloat16() else MODELS
-    run_table(options, rows, mode=options.mode, seeds=range(options.seed, options.seed + options.seeds))
+    run_table(options, rows, mode=options.mode, seeds=seeds_from(options.seed, options.seeds))
 
 
 if __name__ == "__main__":

@@ -5,13 +5,15 @@ python visualize_results.py --results results/mnist-compact-standard  # one fold
 python visualize_results.py --dataset mnist --recipe quick            # those that fit
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from mnist_lab.command.entry import one_of, run_script
-from mnist_lab.errors import UserError
-from mnist_lab.report.records import CLAIMS_FOLDER, RECORD_PATTERN, Record, load_records
+from mnist_lab.command.entry import Folder, one_of, run_script
+from mnist_lab.errors import RunFailed, UserError
+from mnist_lab.machine import cpu_model
+from mnist_lab.report.records import CLAIMS_FOLDER, RECORD_PATTERN, Record, load_records, usable_records
 
 # As in data.py, models/ and training.py, which import torch.
 DatasetName = Literal["mnist", "fashion-mnist", "kmnist", "qmnist", "digits"]
@@ -21,8 +23,10 @@ RecipeName = Literal["quick", "standard", "best"]
 
 @dataclass(frozen=True)
 class PlotOptions:
-    results: Path = Path("results")
+    results: Folder = Path("results")
     """A results folder, or a folder that holds several."""
+    checkpoints: Folder = Path("checkpoints")
+    """Folder for trained and converted models. Where it has none of a results folder's, they are not checked."""
     dataset: Annotated[DatasetName | None, one_of(DatasetName)] = None
     """Draw only this data set."""
     preset: Annotated[PresetName | None, one_of(PresetName)] = None
@@ -55,7 +59,25 @@ def find_folders(root: Path) -> list[Path]:
     return folders
 
 
-def draw(folder: Path, records: list[Record]) -> list[Path]:
+def choose_records(folder: Path, records: list[Record], checkpoints: Path) -> list[Record]:
+    """Those that a table may take too; says of each other why it may not.
+
+    Raises:
+        UserError: none is left.
+    """
+    *_, parent, name = folder.resolve().parts
+    own = checkpoints / parent / name if name == CLAIMS_FOLDER else checkpoints / name
+    cpus = [record.machine["cpu"] for record in records]
+    cpu = cpu_model() if cpu_model() in cpus else cpus[0]
+    usable, left_out = usable_records(records, own if own.is_dir() else None, cpu)
+    for line in left_out:
+        print(f"not drawn: {line}")
+    if not usable:
+        raise UserError(f"no record in {folder} can be drawn; make them again with run_all_experiments.py")
+    return usable
+
+
+def draw(folder: Path, records: list[Record]) -> Iterator[Path]:
     """The figures of a results folder; one of claims has its own."""
     # Imported once there is something to draw: the rows, which give the order, bring torch.
     from mnist_lab.experiments.rows import TABLE, families
@@ -64,24 +86,30 @@ def draw(folder: Path, records: list[Record]) -> list[Path]:
     from mnist_lab.studies.claims.evidence import Evidence
     from mnist_lab.studies.claims.figures import draw_claims
 
-    if folder.name == CLAIMS_FOLDER:
+    if folder.resolve().name == CLAIMS_FOLDER:
         return draw_claims(folder, Evidence.in_folder(folder, records))
     return draw_all(folder, Results(records, families(TABLE)))
 
 
 def main(options: PlotOptions) -> None:
-    records_by_folder = {folder: load_records(folder) for folder in find_folders(options.results)}
-    chosen = {
-        folder: admitted
-        for folder, records in records_by_folder.items()
-        if (admitted := [record for record in records if options.admits(record)])
-    }
-    if not chosen:
-        found = ", ".join(str(folder) for folder in records_by_folder)
+    folders = find_folders(options.results)
+    failures: list[UserError | RunFailed] = []
+    is_any_admitted = False
+    for folder in folders:
+        try:
+            records = [record for record in load_records(folder) if options.admits(record)]
+            if records:
+                is_any_admitted = True
+                for path in draw(folder, choose_records(folder, records, options.checkpoints)):
+                    print(f"plot: {path}", flush=True)
+        except (UserError, RunFailed) as error:  # the other folders do not hang on it
+            failures.append(error)
+    if failures:
+        kind = RunFailed if any(isinstance(failure, RunFailed) for failure in failures) else UserError
+        raise kind("; ".join(str(failure) for failure in failures))
+    if not is_any_admitted:
+        found = ", ".join(str(folder) for folder in folders)
         raise UserError(f"none of the records in {options.results} is of {options.filters}; there are: {found}")
-    for folder, records in chosen.items():
-        for path in draw(folder, records):
-            print(f"plot: {path}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from mnist_lab.experiments.lab import Lab
 from mnist_lab.experiments.make import ensure_files, ensure_weights
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.run import Run
-from mnist_lab.files import write_atomically
+from mnist_lab.files import write_atomically, write_text
 from mnist_lab.machine import cpu_flags, describe_machine, package_versions
 from mnist_lab.models import PresetName
 from mnist_lab.training import RecipeName, progress_bar
@@ -85,13 +85,10 @@ def write_outputs(
         **measured,
         "rows": table.astype(object).where(table.notna(), None).to_dict("records"),
     }
-    files: dict[str, Callable[[Path], object]] = {
-        "csv": partial(table.to_csv, index=False),
-        "md": lambda path: path.write_text(f"{text}\n"),
-    }
+    texts = {"csv": table.to_csv(index=False), "md": f"{text}\n"}
     if figure is not None:
-        files["json"] = lambda path: path.write_text(json.dumps(record, indent=1, allow_nan=False))
-        files["png"] = partial(figure.savefig, dpi=120)
-    for extension, write in files.items():
-        write_atomically(folder / f"{name}.{extension}", write)
-    print(f"\n{text}\n\nwritten: {folder / name}.{', .'.join(files)}")
+        texts["json"] = json.dumps(record, indent=1, allow_nan=False)
+        write_atomically(folder / f"{name}.png", partial(figure.savefig, dpi=120))
+    for extension, content in texts.items():
+        write_text(folder / f"{name}.{extension}", content)
+    print(f"\n{text}\n\nwritten: {folder / name}.{', .'.join([*texts, *(['png'] if figure else [])])}")

@@ -21,7 +21,7 @@ from mnist_lab.measure import Array
 from mnist_lab.models.ffn import FFN
 from mnist_lab.models.moe import EveryExpert, SparseMoE
 from mnist_lab.runtimes import ROUTER, Precision, RuntimeName, bind, open_session
-from mnist_lab.runtimes.onnxruntime import PROVIDERS
+from mnist_lab.runtimes.onnxruntime import PROVIDERS, bind_batch, session_options
 
 Call = Callable[[], object]
 Binder = Callable[[Array], Call]  # a forward pass of these pixels, prepared
@@ -54,7 +54,7 @@ def reference_contestants(ffn: FFN, moe: SparseMoE, folder: Path) -> list[Contes
     onnx.save(replace_experts(moe), vendor)
     contestants = [
         Contestant("MoE", "FP32", "mask loop", _open_torch(partial(mask_loop_forward, moe))),
-        suite_contestant("MoE", "FP32", "onnxruntime", vendor, name="ORT MoE operator"),
+        Contestant("MoE", "FP32", "ORT MoE operator", partial(_open_onnxruntime, vendor)),
     ]
     for name, model in (("FFN", ffn), ("MoE", EveryExpert(moe))):
         if quantized := _quantize_eagerly(model):
@@ -92,12 +92,28 @@ def _default_engines(name: str, plain: Path) -> list[Contestant]:
         Contestant(name, "INT8", "ORT default dynamic", partial(_open_default_onnxruntime, quantized)),
     ]
     if importlib.util.find_spec("openvino") is not None:
-        from mnist_lab.runtimes.openvino import compile_artifact, executed_products
+        from mnist_lab.runtimes.openvino import compile_onnx, executed_products
 
-        executed = set(executed_products(compile_artifact(plain, {})).values())
+        executed = set(executed_products(compile_onnx(plain.read_bytes(), {})).values())
         precision: Precision = "BF16" if executed == {"bf16"} else "FP32"
         contestants.append(Contestant(name, precision, "OpenVINO default", partial(_open_default_openvino, plain)))
     return contestants
+
+
+def _open_onnxruntime(path: Path, threads: int) -> Binder:
+    """As the suite runs its own files, a file of another's."""
+    session = onnxruntime.InferenceSession(path, session_options(threads), providers=PROVIDERS)
+
+    def bind_pixels(pixels: Array) -> Call:
+        batch = bind_batch(session, pixels)
+
+        def call() -> Array:
+            session.run_with_iobinding(batch.binding)
+            return batch.logits
+
+        return call
+
+    return bind_pixels
 
 
 def _open_default_onnxruntime(path: Path, threads: int) -> Binder:
@@ -110,9 +126,9 @@ def _open_default_onnxruntime(path: Path, threads: int) -> Binder:
 
 
 def _open_default_openvino(path: Path, threads: int) -> Binder:
-    from mnist_lab.runtimes.openvino import compile_artifact
+    from mnist_lab.runtimes.openvino import compile_onnx
 
-    model = compile_artifact(path, {"INFERENCE_NUM_THREADS": threads})
+    model = compile_onnx(path.read_bytes(), {"INFERENCE_NUM_THREADS": threads})
 
     def bind_pixels(pixels: Array) -> Call:
         model(pixels)  # the first call at a batch size compiles

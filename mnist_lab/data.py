@@ -5,26 +5,33 @@ Pixels are float32 in [0, 1], shape (N, 1, height, width); labels are int64, sha
 
 import contextlib
 import functools
+import hashlib
+import itertools
 import math
 import os
+import shlex
 import shutil
 import socket
-import struct
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+import filelock
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from mnist_lab.errors import UserError
+from mnist_lab.idx import INT32, MAX_ROWS, UINT8, IdxFile, find_idx
 
 DatasetName = Literal["mnist", "fashion-mnist", "kmnist", "qmnist", "digits"]
 DOWNLOAD_DIR = Path("data")
 DOWNLOAD_TIMEOUT_S = 20
+NUM_CLASSES = 10  # of every data set here
+IMAGE_SIZE = (28, 28)
 SPLIT_SEED = 20_240_501  # one split for every model and every seed
 VALIDATION_SHARE = {"digits": 180 / 1437}  # elsewhere 5,000 of 60,000
 # torchvision's classes, which are also the names of their folders.
@@ -39,8 +46,10 @@ QMNIST_FILES: dict[SplitName, tuple[str, str]] = {
     "train": ("qmnist-train-images-idx3-ubyte", "qmnist-train-labels-idx2-int"),
     "test": ("qmnist-test-images-idx3-ubyte", "qmnist-test-labels-idx2-int"),
 }
-NUM_TEST_IMAGES = 10_000  # QMNIST's file holds 60,000, the usual ones first
-IDX_TYPES: dict[int, np.dtype[Any]] = {8: np.dtype("u1"), 12: np.dtype(">i4")}
+QMNIST_LABEL_SIZE = (8,)  # numbers an image, the first of which is its class
+QMNIST_TEST_IMAGES = 60_000  # in its file, the usual 10,000 first
+MAX_TEST_IMAGES = 10_000
+MIN_IMAGES = 20  # of a split: of fewer, one is more than five points of accuracy
 HOW_TO_GET_DATA = (
     "To get {0}: connect to a network once (it is downloaded into ./data), "
     "or point --data-dir or MNIST_LAB_DATA at a folder that holds {0}/raw/."
@@ -90,11 +99,22 @@ class Dataset:
     notice: str = ""
     load_test: Callable[[], Split] = field(repr=False, kw_only=True)
 
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Hexadecimal SHA-256 of the pixels, as bytes, and the labels that models are trained and chosen on."""
+        digest = hashlib.sha256()
+        for pixels, labels in (self.train, self.validation):
+            for chunk in pixels.split(1000):  # stays in the cache
+                digest.update(chunk.mul(255).round_().byte().numpy().tobytes())
+            digest.update(labels.numpy().tobytes())
+        return digest.hexdigest()
+
 
 def load_dataset(name: DatasetName | None = None, data_dir: Path | None = None) -> Dataset:
     """Load `name` from `data_dir`, from $MNIST_LAB_DATA, or from ./data (downloaded when missing).
 
-    With `name=None`, MNIST; or the bundled digits where MNIST can be neither found nor downloaded.
+    With `name=None`, MNIST; or the bundled digits where MNIST can be neither found nor downloaded. Files, sizes and
+    labels of all splits are checked; the images of the test split are not read yet.
 
     Raises:
         UserError: a folder was given that lacks the files or holds broken ones; a data set was
@@ -104,23 +124,26 @@ def load_dataset(name: DatasetName | None = None, data_dir: Path | None = None) 
         if data_dir is not None:
             raise UserError(f"--data-dir {data_dir} has no use with --dataset digits, which comes with scikit-learn")
         return _load_digits()
-    given = data_dir or (Path(d) if (d := os.environ.get("MNIST_LAB_DATA")) else None)
+    wanted: DatasetName = name or "mnist"
+    if data_dir is not None:
+        return _load_given(wanted, data_dir, f"--data-dir {data_dir}")
+    if variable := os.environ.get("MNIST_LAB_DATA"):
+        return _load_given(wanted, Path(variable), f"MNIST_LAB_DATA={variable}")
     try:
-        root = given if given is not None else _download(name or "mnist")
+        _download(wanted)
     except OSError as error:
+        advice = _advise(wanted, DOWNLOAD_DIR)
         if name is not None:
             raise UserError(
-                f"--dataset {name} cannot be downloaded ({error}). {_how_to_get(name)} "
-                "Or take --dataset digits, which needs neither."
+                f"--dataset {name} cannot be downloaded ({error}). {advice} "
+                "Or take --dataset digits, which comes with scikit-learn."
             ) from error
         notice = (
-            "MNIST is not here and cannot be downloaded, so this run uses the small bundled data set "
-            f"'digits'; its figures say nothing about MNIST. {_how_to_get('mnist')}"
+            f"MNIST is not here and cannot be downloaded ({error}), so this run uses the small bundled data set "
+            f"'digits'; its figures say nothing about MNIST. {advice}"
         )
         return _load_digits(notice=notice)
-    found: DatasetName = name or "mnist"
-    train, test = _map_split(found, root, "train"), _map_split(found, root, "test")
-    return _split_off_validation(found, _read(train), lambda: _to_split(*_read(test)))
+    return _load(wanted, DOWNLOAD_DIR)
 
 
 def iterate_batches(num_rows: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
@@ -195,7 +218,11 @@ def calibration_pixels(train: Split, num_images: int, *, seed: int) -> Tensor:
 def _split_off_validation(
     name: DatasetName, images: tuple[Tensor, Tensor], load_test: Callable[[], Split], *, notice: str = ""
 ) -> Dataset:
-    """Shuffle once with a fixed seed and set the validation share aside."""
+    """Shuffle once with a fixed seed and set the validation share aside.
+
+    Raises:
+        UserError: all pixels of a split are the same.
+    """
     pixels_u8, labels = images
     num_validation = round(len(labels) * VALIDATION_SHARE.get(name, 1 / 12))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
@@ -205,7 +232,7 @@ def _split_off_validation(
     mean = (counts @ levels / counts.sum()).item()
     variance = (counts @ (levels - mean).square() / counts.sum()).item()
     spec = DataSpec(
-        num_classes=int(labels.max()) + 1,
+        num_classes=NUM_CLASSES,
         image_size=(pixels_u8.shape[1], pixels_u8.shape[2]),
         mean=mean,
         std=math.sqrt(variance),
@@ -213,112 +240,268 @@ def _split_off_validation(
     return Dataset(
         name=name,
         spec=spec,
-        train=_to_split(pixels_u8[train_rows], labels[train_rows]),
-        validation=_to_split(pixels_u8[validation_rows], labels[validation_rows]),
+        train=_to_split(f"{name}'s training", pixels_u8[train_rows], labels[train_rows]),
+        validation=_to_split(f"{name}'s validation", pixels_u8[validation_rows], labels[validation_rows]),
         notice=notice,
         load_test=load_test,
     )
 
 
-def _to_split(pixels_u8: Tensor, labels: Tensor) -> Split:
+def _to_split(which: str, pixels_u8: Tensor, labels: Tensor) -> Split:
+    lowest, highest = pixels_u8.aminmax()
+    if lowest == highest:
+        raise UserError(f"every pixel of {which} images is {lowest}: they show nothing. Fetch the files again.")
     return Split(pixels_u8.div(255).unsqueeze(1), labels)
 
 
-def _read(split: tuple[npt.NDArray[Any], npt.NDArray[Any]]) -> tuple[Tensor, Tensor]:
-    """Pixels (N, height, width) as bytes, and labels, off the disk."""
-    images, labels = split
-    return torch.from_numpy(np.array(images)), torch.from_numpy(labels.astype(np.int64))
+class FoundSplit(NamedTuple):
+    """A split on disk: its images, not read yet, and its labels, read and checked."""
+
+    images: IdxFile
+    labels: Tensor
+
+    def read(self) -> tuple[Tensor, Tensor]:
+        """Pixels (N, height, width) as bytes, and labels.
+
+        Raises:
+            UserError: the images cannot be read, or are no longer whole.
+        """
+        return torch.from_numpy(self.images.read(len(self.labels))), self.labels
 
 
-def _map_split(name: DatasetName, root: Path, split: SplitName) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    """Images and labels of a split, checked and mapped, not read. Importing torchvision for it would take a second.
-
-    Raises:
-        UserError: the folder or a file is missing or broken, or the two do not belong together.
-    """
-    raw = root / TORCHVISION_CLASSES[name] / "raw"
-    if not raw.is_dir():
-        raise UserError(f"no {name} in {root}: the folder {raw} does not exist. {_how_to_get(name)}")
-    images_file, labels_file = _files(name)[split]
-    for file in (images_file, labels_file):
-        if not (raw / file).is_file():
-            raise UserError(f"{name} in {root} is incomplete: {raw / file} is missing. {_how_to_get(name)}")
-    images, labels = _map_idx(raw / images_file), _map_idx(raw / labels_file)
-    if labels.ndim == 2:  # QMNIST has more to say of each image
-        labels = labels[:, 0]
-    if images.shape != (len(labels), 28, 28):
-        size = "x".join(map(str, images.shape[1:]))
-        raise UserError(f"{name} in {root} is broken: {len(images):,} {split} images of {size}, {len(labels):,} labels")
-    return (images, labels) if split == "train" else (images[:NUM_TEST_IMAGES], labels[:NUM_TEST_IMAGES])
-
-
-def _map_idx(path: Path) -> npt.NDArray[Any]:
-    """The array of an IDX file: two zeros, type, number of dimensions, the sizes, the data; all big-endian.
-
-    Raises:
-        UserError: the file cannot be read, or is not as long as its header says.
-    """
+def _load_given(name: DatasetName, folder: Path, given_by: str) -> Dataset:
+    """Load from a folder that the user names; errors tell how it was named."""
     try:
-        with path.open("rb") as file:
-            start = file.read(4).ljust(4, b"\0")
-            sizes = file.read(4 * start[3])
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}") from error
-    kind, num_dimensions = IDX_TYPES.get(start[2]), start[3]
-    if kind is None or not 1 <= num_dimensions <= 3 or len(sizes) < 4 * num_dimensions:
-        raise UserError(f"{path} is broken: it is not an IDX file. Delete it and fetch it again.")
-    shape = struct.unpack(f">{num_dimensions}I", sizes)
-    header_bytes = 4 + len(sizes)
-    found_bytes, expected_bytes = path.stat().st_size, header_bytes + kind.itemsize * math.prod(shape)
-    if found_bytes != expected_bytes or found_bytes == header_bytes:
+        return _load(name, _expand_home(folder))
+    except UserError as error:
+        raise UserError(f"{given_by}: {error}") from error
+
+
+def _expand_home(folder: Path) -> Path:
+    try:
+        return folder.expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{folder.parts[0]} is no user's home folder. Write the folder in full.") from error
+
+
+def _load(name: DatasetName, root: Path) -> Dataset:
+    train, test = _find_splits(name, root)
+    return _split_off_validation(name, train.read(), lambda: _to_split(f"{name}'s test", *test.read()))
+
+
+def _find_splits(name: DatasetName, root: Path) -> tuple[FoundSplit, FoundSplit]:
+    """The training and the test split.
+
+    Raises:
+        UserError: a file is missing or broken, or the files do not belong together.
+    """
+    train_files, test_files = _find_files(name, root, "train"), _find_files(name, root, "test")
+    num_train, num_test = train_files[0].num_rows, test_files[0].num_rows
+    if name == "qmnist" and num_test == QMNIST_TEST_IMAGES:
+        num_test = MAX_TEST_IMAGES
+    if num_test > num_train:
         raise UserError(
-            f"{path} is broken: it has {found_bytes:,} bytes, its header promises {expected_bytes:,}. "
-            "Delete it and fetch it again."
+            f"{name} in {root} has {num_train:,} training and {num_test:,} test images, which must not be more. "
+            "Are its files exchanged? Rename them."
         )
-    return np.memmap(path, kind, "r", offset=header_bytes, shape=shape)
+    for (images, _), num_images, most in ((train_files, num_train, MAX_ROWS), (test_files, num_test, MAX_TEST_IMAGES)):
+        if not MIN_IMAGES <= num_images <= most:
+            raise UserError(
+                f"{images.path} has {num_images:,} images, and must have {MIN_IMAGES} to {most:,}. Fetch it again."
+            )
+    return _read_labels(train_files, num_train), _read_labels(test_files, num_test)
 
 
-def _how_to_get(name: DatasetName) -> str:
-    return HOW_TO_GET_DATA.format(TORCHVISION_CLASSES[name])
+def _find_files(name: DatasetName, root: Path, split: SplitName) -> tuple[IdxFile, IdxFile]:
+    """Images and labels of a split. Importing torchvision for it would take a second.
+
+    Raises:
+        UserError: a file is missing or broken, or there are not as many labels as images.
+    """
+    images_path, labels_path = (_raw(name, root) / file for file in _files(name)[split])
+    for path in (images_path, labels_path):
+        if not _is_there(path):
+            raise UserError(f"there is no {name}: {path} does not exist. {_advise(name, root)}")
+    images = find_idx(images_path, dtype=UINT8, row_shape=IMAGE_SIZE)
+    if name == "qmnist":
+        labels = find_idx(labels_path, dtype=INT32, row_shape=QMNIST_LABEL_SIZE)
+    else:
+        labels = find_idx(labels_path, dtype=UINT8)
+    if images.num_rows != labels.num_rows:
+        raise UserError(
+            f"{images_path} has {images.num_rows:,} images, {labels_path.name} beside it {labels.num_rows:,} labels. "
+            "Delete both and fetch them again."
+        )
+    return images, labels
+
+
+def _read_labels(files: tuple[IdxFile, IdxFile], num_images: int) -> FoundSplit:
+    """The labels of the first images.
+
+    Raises:
+        UserError: one is no class, or all are the same.
+    """
+    images, file = files
+    labels: npt.NDArray[np.int64] = file.read(num_images).reshape(num_images, -1)[:, 0].astype(np.int64)
+    lowest, highest = labels.min(), labels.max()
+    if lowest < 0 or highest >= NUM_CLASSES:
+        wrong = lowest if lowest < 0 else highest
+        raise UserError(
+            f"{file.path} is broken or another set's: it has the label {wrong}, and the classes are 0 to "
+            f"{NUM_CLASSES - 1}. Delete it and fetch it again."
+        )
+    if lowest == highest:
+        raise UserError(f"{file.path} is broken: every label is {lowest}. Delete it and fetch it again.")
+    return FoundSplit(images, torch.from_numpy(labels))
+
+
+def _raw(name: DatasetName, root: Path) -> Path:
+    return root / TORCHVISION_CLASSES[name] / "raw"
 
 
 def _files(name: DatasetName) -> dict[SplitName, tuple[str, str]]:
     return QMNIST_FILES if name == "qmnist" else MNIST_FILES
 
 
-def _download(name: DatasetName) -> Path:
-    """Make sure that `name` lies in ./data, and return that folder; leave nothing behind on failure.
+def _all_files(name: DatasetName) -> list[str]:
+    return list(itertools.chain(*_files(name).values()))
+
+
+def _is_there(path: Path) -> bool:
+    """Whether there is something of that name.
 
     Raises:
-        OSError: the files are not there and cannot be fetched.
+        UserError: the folder may not be searched.
     """
-    folder = DOWNLOAD_DIR / TORCHVISION_CLASSES[name]
-    if all((folder / "raw" / file).exists() for files in _files(name).values() for file in files):
-        return DOWNLOAD_DIR
-    import torchvision
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    return True
 
-    is_new, is_new_root = not folder.exists(), not DOWNLOAD_DIR.exists()
+
+def _advise(name: DatasetName, root: Path) -> str:
+    """What to do where files are missing: by what lies there in another form or nearby, else by a network."""
+    raw = _raw(name, root)
+    for folder in (raw, raw.parent, root, root / "raw"):
+        there = _names_in(folder)
+        for file in _all_files(name):
+            dotted = file.replace("-idx", ".idx")
+            if file in there:
+                if folder != raw:
+                    return _advise_on_place(folder, raw)
+            elif packed := there & {f"{file}.gz", f"{dotted}.gz"}:
+                return f"{folder / min(packed)} is still packed. Unpack it: gunzip -k {shlex.quote(str(folder))}/*.gz"
+            elif dotted in there:
+                return f"{folder / dotted} has a dot for a dash: rename it to {file}, and the others likewise."
+    return HOW_TO_GET_DATA.format(TORCHVISION_CLASSES[name])
+
+
+def _advise_on_place(folder: Path, raw: Path) -> str:
+    found = folder.absolute()
+    if found.parts[-2:] == raw.parts[-2:]:
+        return f"Such files lie in {folder}: name the folder {found.parents[1]} instead."
+    return f"Such files lie in {folder}: move them to {raw}."
+
+
+def _names_in(folder: Path) -> set[str]:
+    try:
+        return {path.name for path in folder.iterdir()}
+    except OSError:
+        return set()
+
+
+def _download(name: DatasetName) -> None:
+    """Make sure that the files of `name` lie in ./data; leave nothing behind on failure.
+
+    Raises:
+        OSError: the files are not there and cannot be fetched; its text is the reason.
+        UserError: the folder may not be searched.
+    """
+    if not _is_downloaded(name):
+        with _only_download_of(name):
+            if not _is_downloaded(name):  # by the process that this one waited for
+                _fetch(name)
+
+
+def _is_downloaded(name: DatasetName) -> bool:
+    return all(_is_there(_raw(name, DOWNLOAD_DIR) / file) for file in _all_files(name))
+
+
+@contextlib.contextmanager
+def _only_download_of(name: DatasetName) -> Iterator[None]:
+    """Make ./data and wait until no other process downloads `name` into it; remove it if it is empty in the end."""
+    lock = filelock.FileLock(DOWNLOAD_DIR / f".{name}.lock")
+    is_new = False
+    try:
+        while not lock.is_locked:
+            is_new = not DOWNLOAD_DIR.exists()
+            DOWNLOAD_DIR.mkdir(exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # one that failed has just removed the folder
+                _acquire(lock, f"waiting for another process that downloads {name} into {DOWNLOAD_DIR}")
+        yield
+    finally:
+        if lock.is_locked:
+            with contextlib.suppress(OSError):
+                Path(lock.lock_file).unlink()  # those that wait for it notice, and make another
+            lock.release()
+        if is_new:
+            with contextlib.suppress(OSError):
+                DOWNLOAD_DIR.rmdir()
+
+
+def _acquire(lock: filelock.BaseFileLock, notice: str) -> None:
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        print(notice, flush=True)
+        lock.acquire()
+
+
+def _fetch(name: DatasetName) -> None:
+    """Download into a folder of this process's own; what is whole and was missing then moves to its place."""
+    raw = _raw(name, DOWNLOAD_DIR)
+    with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=DOWNLOAD_DIR, ignore_cleanup_errors=True) as temporary:
+        own = Path(temporary)
+        for packed in raw.glob("*.gz"):  # torchvision takes them where their checksums are right
+            _raw(name, own).mkdir(parents=True, exist_ok=True)
+            shutil.copy(packed, _raw(name, own))
+        _run_torchvision(name, own)
+        try:
+            _find_splits(name, own)
+        except UserError as error:
+            raise OSError(f"what was downloaded is not whole: {error}") from error
+        raw.mkdir(parents=True, exist_ok=True)
+        for file in _all_files(name):
+            if not _is_there(raw / file):
+                (_raw(name, own) / file).replace(raw / file)
+
+
+def _run_torchvision(name: DatasetName, root: Path) -> None:
+    """Download with torchvision.
+
+    Raises:
+        OSError: whatever went wrong, in one line.
+    """
     timeout_before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(DOWNLOAD_TIMEOUT_S)  # torchvision sets none, and a silent network would hang
     try:
+        import torchvision
+
         for train in (True, False):
-            getattr(torchvision.datasets, TORCHVISION_CLASSES[name])(DOWNLOAD_DIR, train=train, download=True)
-    except BaseException as error:
-        if is_new:
-            shutil.rmtree(folder, ignore_errors=True)
-        if is_new_root:
-            with contextlib.suppress(OSError):
-                DOWNLOAD_DIR.rmdir()
-        if isinstance(error, RuntimeError):
-            raise OSError("no mirror could be reached") from error
-        raise
+            getattr(torchvision.datasets, TORCHVISION_CLASSES[name])(root, train=train, download=True)
+    except Exception as error:  # of the import, network, disk, checksums, archives: no common class
+        raise OSError(" ".join(str(error).split()) or type(error).__name__) from error
     finally:
         socket.setdefaulttimeout(timeout_before)
-    return DOWNLOAD_DIR
 
 
 def _load_digits(*, notice: str = "") -> Dataset:
-    return _split_off_validation("digits", _digits("train"), lambda: _to_split(*_digits("test")), notice=notice)
+    return _split_off_validation(
+        "digits", _digits("train"), lambda: _to_split("digits' test", *_digits("test")), notice=notice
+    )
 
 
 def _digits(split: SplitName) -> tuple[Tensor, Tensor]:

@@ -1,18 +1,20 @@
 """fit(): the only training loop, and the recipes that say how long and with what it trains."""
 
 import math
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import torch
+from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.adamw import adamw
 
 from mnist_lab import measure
-from mnist_lab.data import Augmentation, Dataset, augment, iterate_batches
+from mnist_lab.data import Augmentation, Dataset, Split, augment, iterate_batches
 from mnist_lab.errors import TrainingDiverged
 from mnist_lab.models import PresetName
 from mnist_lab.models.moe import SparseMoE
@@ -118,6 +120,23 @@ def supervised_loss(model: nn.Module, batch: Batch) -> StepLoss:
     return forward.loss({"cross_entropy": Term(F.cross_entropy(forward.logits, batch.labels))})
 
 
+class Kept(NamedTuple):
+    """A training's state after an epoch: all that the next one depends on."""
+
+    tensors: dict[str, Tensor]  # weights, optimizer, generators
+    curves: list[EpochMetrics]
+
+
+class Keeper(Protocol):
+    """Keeps a training's state, so that after a kill it goes on from the last finished epoch."""
+
+    def restore(self, like: Mapping[str, Tensor]) -> Kept | None:
+        """What was kept of this very training, with tensors of the same names, shapes and types."""
+
+    def keep(self, kept: Kept) -> None:
+        """Keep a state in the place of that of the epoch before."""
+
+
 def fit(
     model: nn.Module,
     dataset: Dataset,
@@ -127,58 +146,105 @@ def fit(
     objective: Objective = supervised_loss,
     device: str = "cpu",
     name: str = "model",
+    keeper: Keeper | None = None,
 ) -> list[EpochMetrics]:
     """Train `model` in place and return its learning curves; the last epoch's weights stay in it.
 
-    The same seed and number of threads give the same bits. Torch's default generator is left as it was.
+    The same seed and number of threads give the same bits, whether or not the training was killed on the way and went
+    on from what `keeper` has. Torch's default generator is left as it was.
 
     Raises:
         TrainingDiverged: the loss is NaN or infinite.
     """
-    model.to(device)
-    train = dataset.train.to(device)
-    validation_pixels, validation_labels = dataset.validation.numpy()
-    steps_per_epoch = math.ceil(len(train) / recipe.batch_size)
-    num_steps = recipe.epochs * steps_per_epoch
-    optimizer = AdamW(model, recipe.weight_decay)
-    rate_at = _warm_up_then_decay(recipe.learning_rate, num_steps, recipe.warmup_share)
-    generator = torch.Generator().manual_seed(seed)
-    curves: list[EpochMetrics] = []
-    with torch.random.fork_rng(), progress_bar() as progress:
+    with torch.random.fork_rng(_cuda_devices(device)), progress_bar() as progress:
         torch.manual_seed(seed)  # the router's noise
-        task = progress.add_task(name, total=num_steps)
-        for epoch in range(1, recipe.epochs + 1):
-            model.train()
-            sums = _EpochSums()
-            for step, rows in enumerate(iterate_batches(len(train), recipe.batch_size, generator), start=1):
-                rows = rows.to(device)
-                pixels, labels = train.pixels.index_select(0, rows), train.labels.index_select(0, rows)
-                if recipe.augmentation is not None:
-                    pixels = augment(pixels, recipe.augmentation, generator)
-                loss = objective(model, Batch(pixels, labels, rows))
-                total = sum_terms(loss.terms)
-                if not math.isfinite(total.item()):
-                    raise TrainingDiverged(
-                        f"{name}: the loss is {total.item()} at step {step} of epoch {epoch}; nothing was saved"
-                    )
-                optimizer.zero_grad()
-                total.backward()
-                optimizer.step(rate_at((epoch - 1) * steps_per_epoch + step - 1))
-                sums.add(loss, len(rows))
-                progress.advance(task)
-            logits = measure.predict(torch_predictor(model, device), validation_pixels)
-            validation_acc = measure.accuracy(logits, validation_labels)
-            validation_loss = measure.cross_entropy(logits, validation_labels)
-            if not math.isfinite(validation_loss):  # the last step's update may be what broke the weights
-                raise TrainingDiverged(
-                    f"{name}: the validation loss is {validation_loss} after epoch {epoch}; nothing was saved"
-                )
-            learning_rate = rate_at(epoch * steps_per_epoch)
-            curves.append(sums.metrics(epoch, learning_rate, validation_loss, validation_acc))
-            progress.update(task, description=f"{name}  val {validation_acc:.2%}")
+        training = _Training(model.to(device), dataset.train.to(device), recipe, objective, device, name, seed)
+        curves: list[EpochMetrics] = []
+        if keeper is not None and (kept := keeper.restore(training.state())) is not None:
+            training.load(kept.tensors)
+            curves = kept.curves
+        task = progress.add_task(name, total=training.num_steps, completed=len(curves) * training.steps_per_epoch)
+        for epoch in range(len(curves) + 1, recipe.epochs + 1):
+            sums = training.run_epoch(epoch, lambda: progress.advance(task))
+            curves.append(_validate(training, sums, epoch, dataset.validation))
+            if keeper is not None:
+                keeper.keep(Kept(training.state(), curves))
+            progress.update(task, description=f"{name}  val {curves[-1].validation_acc:.2%}")
     model.to("cpu")
     model.eval()
     return curves
+
+
+def _cuda_devices(device: str) -> list[torch.device]:
+    """Those whose generators a training draws from: none on the CPU, where CUDA is not to be touched."""
+    return [torch.device(device)] if torch.device(device).type == "cuda" else []
+
+
+def _validate(training: "_Training", sums: "_EpochSums", epoch: int, validation: Split) -> EpochMetrics:
+    """The point of the learning curves after an epoch."""
+    pixels, labels = validation.numpy()
+    logits = measure.predict(torch_predictor(training.model, training.device), pixels)
+    loss = measure.cross_entropy(logits, labels)
+    if not math.isfinite(loss):  # the last step's update may be what broke the weights
+        raise TrainingDiverged(f"{training.name}: the validation loss is {loss} after epoch {epoch}; nothing was saved")
+    rate = training.rate_at(epoch * training.steps_per_epoch)
+    return sums.metrics(epoch, rate, loss, measure.accuracy(logits, labels))
+
+
+class _Training:
+    """A model in training, and all that its next step depends on."""
+
+    def __init__(
+        self, model: nn.Module, train: Split, recipe: Recipe, objective: Objective, device: str, name: str, seed: int
+    ) -> None:
+        self.model, self.train, self.recipe, self.objective = model, train, recipe, objective
+        self.device, self.name = device, name
+        self.steps_per_epoch = math.ceil(len(train) / recipe.batch_size)
+        self.num_steps = recipe.epochs * self.steps_per_epoch
+        self.rate_at = _warm_up_then_decay(recipe.learning_rate, self.num_steps, recipe.warmup_share)
+        self.optimizer = AdamW(model, recipe.weight_decay)
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def run_epoch(self, epoch: int, on_step: Callable[[], None]) -> "_EpochSums":
+        self.model.train()
+        sums = _EpochSums()
+        batches = iterate_batches(len(self.train), self.recipe.batch_size, self.generator)
+        for step, rows in enumerate(batches, start=1):
+            rows = rows.to(self.device)
+            pixels, labels = self.train.pixels.index_select(0, rows), self.train.labels.index_select(0, rows)
+            if self.recipe.augmentation is not None:
+                pixels = augment(pixels, self.recipe.augmentation, self.generator)
+            loss = self.objective(self.model, Batch(pixels, labels, rows))
+            total = sum_terms(loss.terms)
+            if not math.isfinite(total.item()):
+                raise TrainingDiverged(
+                    f"{self.name}: the loss is {total.item()} at step {step} of epoch {epoch}; nothing was saved"
+                )
+            self.optimizer.zero_grad()
+            total.backward()
+            self.optimizer.step(self.rate_at((epoch - 1) * self.steps_per_epoch + step - 1))
+            sums.add(loss, len(rows))
+            on_step()
+        return sums
+
+    def state(self) -> dict[str, Tensor]:
+        tensors = {f"model.{name}": tensor for name, tensor in self.model.state_dict().items()}
+        tensors |= {f"optimizer.{name}": tensor for name, tensor in self.optimizer.state().items()}
+        tensors |= {"generator.batches": self.generator.get_state(), "generator.default": torch.get_rng_state()}
+        for device in _cuda_devices(self.device):
+            tensors["generator.device"] = torch.cuda.get_rng_state(device)
+        return tensors
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Go on from a state."""
+        with torch.no_grad():
+            for name, tensor in self.state().items():
+                if not name.startswith("generator."):
+                    tensor.copy_(tensors[name])
+        self.generator.set_state(tensors["generator.batches"])
+        torch.set_rng_state(tensors["generator.default"])
+        for device in _cuda_devices(self.device):
+            torch.cuda.set_rng_state(tensors["generator.device"], device)
 
 
 class AdamW:
@@ -194,6 +260,15 @@ class AdamW:
         self._state = [
             (torch.zeros_like(p), torch.zeros_like(p), torch.zeros((), device=p.device)) for p in self._parameters
         ]
+
+    def state(self) -> dict[str, Tensor]:
+        """Means, mean squares and step counts of all parameters, by name; the tensors themselves."""
+        kinds = ("mean", "square", "steps")
+        return {
+            f"{place}.{kind}": tensor
+            for place, state in enumerate(self._state)
+            for kind, tensor in zip(kinds, state, strict=True)
+        }
 
     def zero_grad(self) -> None:
         for parameter in self._parameters:
@@ -279,6 +354,17 @@ def _warm_up_then_decay(peak: float, num_steps: int, warmup_share: float) -> Cal
     return rate_at
 
 
+class _Console(Console):
+    """Standard output, on which nothing moves but on a terminal, whatever FORCE_COLOR says."""
+
+    def __init__(self) -> None:
+        super().__init__(force_terminal=sys.stdout.isatty())
+
+    def on_broken_pipe(self) -> None:
+        """Let the script end as it does of any closed pipe: rich would exit with 1."""
+        raise BrokenPipeError
+
+
 def progress_bar(*, auto_refresh: bool = True) -> Progress:
     """A bar with the time left; one line at the end where the output is no terminal.
 
@@ -293,4 +379,5 @@ def progress_bar(*, auto_refresh: bool = True) -> Progress:
         TextColumn("left"),
         TimeRemainingColumn(),
         auto_refresh=auto_refresh,
+        console=_Console(),
     )

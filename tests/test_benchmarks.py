@@ -16,7 +16,7 @@ from benchmarks.common import BenchmarkOptions
 from benchmarks.contestants import reference_contestants
 from benchmarks.limits import shortest_ms
 from mnist_lab.compress.bfloat16 import has_bfloat16
-from mnist_lab.deploy import fastest, inside
+from mnist_lab.deploy import inside
 from mnist_lab.deploy.onnx import write_onnx
 from mnist_lab.measure import Latency, measure_latency
 from mnist_lab.models import PRESETS, count_parameters
@@ -94,7 +94,7 @@ def test_benchmark_runs_from_nothing(
 ) -> None:
     module = {"latency": latency, "breakdown": breakdown}[name]
     monkeypatch.setattr(module, "BATCHES", (1, 8))
-    for timing in (module, limits, fastest):
+    for timing in (module, limits):
         monkeypatch.setattr(timing, "NUM_ROUNDS", 1)
         monkeypatch.setattr(timing, "measure_latency", partial(measure_latency, block_s=1e-3))
     monkeypatch.setattr(inside, "NUM_CALLS", 2)

@@ -1,4 +1,7 @@
+import os
 import pickle
+import resource
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -7,9 +10,8 @@ from safetensors.torch import save_file
 from tiny import spec
 
 from mnist_lab.errors import UserError
-from mnist_lab.files import ensure_writable, write_atomically
 from mnist_lab.models import PRESETS, ModelConfig, build_model
-from mnist_lab.models.checkpoints import load_checkpoint, read_metadata, save_checkpoint
+from mnist_lab.models.checkpoints import load_checkpoint, read_metadata, save_checkpoint, save_tensors
 from mnist_lab.models.moe import RoutingConfig
 
 CONFIGS: list[ModelConfig] = [
@@ -71,32 +73,52 @@ def _strings(path: Path) -> dict[str, str]:
     return {key: json.dumps(value) for key, value in read_metadata(path).items()}
 
 
-def test_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
-    path = tmp_path / "file.txt"
-    path.write_text("old")
-
-    def write(temporary: Path) -> None:
-        temporary.write_text("half")
-        raise RuntimeError("power cut")
-
-    with pytest.raises(RuntimeError):
-        write_atomically(path, write)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
-def test_folder_that_may_not_be_looked_into_is_the_users_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_: Path) -> bool:
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(Path, "exists", refuse)
-    with pytest.raises(UserError, match="Permission denied"):
-        ensure_writable(tmp_path / "folder")
+def test_every_bit_counts(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    save_checkpoint(path, build_model(CONFIGS[0]), {"seed": 0})
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    for place in (0, 7, 8, header // 2, header - 1, header, len(whole) // 2, len(whole) - 1):
+        for bit in (1, 128):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+            with pytest.raises(UserError, match="is broken"):
+                load_checkpoint(path)
+            with pytest.raises(UserError, match="is broken"):
+                read_metadata(path)
 
 
-def test_folder_that_cannot_be_made_is_the_users_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write"):
-        ensure_writable(tmp_path / "file" / "folder")
-    with pytest.raises(UserError, match="cannot write"):
-        write_atomically(tmp_path / "file" / "folder" / "x.txt", lambda path: path.write_text(""))
+@pytest.mark.parametrize(
+    "value", [float("nan"), float("inf"), torch.complex64, torch.float8_e4m3fn, torch.float16, torch.float64], ids=str
+)
+def test_weights_that_are_no_weights_are_refused(tmp_path: Path, value: float | torch.dtype) -> None:
+    model = build_model(CONFIGS[0])
+    tensors = model.state_dict()
+    weight = tensors["layers.0.weight"]
+    if isinstance(value, torch.dtype):
+        tensors["layers.0.weight"] = weight.to(value)
+    else:
+        weight[0, 0] = value
+    path = tmp_path / "model.safetensors"
+    save_tensors(path, tensors, {"architecture": asdict(model.config)})
+    with pytest.raises(UserError, match=r"model.safetensors is broken: layers.0.weight"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("width", [1_500_000, 10**12, 0, -1, 1.5, None])
+def test_widths_are_compared_before_memory_is_taken(tmp_path: Path, width: float) -> None:
+    model = build_model(CONFIGS[0])
+    path = tmp_path / "model.safetensors"
+    architecture = asdict(model.config) | {"widths": (width, width)}
+    save_tensors(path, model.state_dict(), {"architecture": architecture})
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match="is broken"):
+        load_checkpoint(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # KiB
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_what_is_no_file_is_refused_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "model.safetensors"
+    path.mkdir() if kind == "folder" else os.mkfifo(path)
+    with pytest.raises(UserError, match="is not a file"):
+        read_metadata(path)

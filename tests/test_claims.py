@@ -1,6 +1,6 @@
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Literal
@@ -15,10 +15,9 @@ from tiny import SMALL, make_lab
 from mnist_lab.compress.distill import DistillationConfig
 from mnist_lab.compress.int8 import StaticInt8
 from mnist_lab.deploy.inside import JOBS
-from mnist_lab.experiments.lab import Lab
 from mnist_lab.experiments.row import Row, describe
 from mnist_lab.experiments.run import Run
-from mnist_lab.report.records import Record, load_record, save_predictions
+from mnist_lab.report.records import Epoch, Record, load_record, save_predictions
 from mnist_lab.studies.claims import run as claims_run
 from mnist_lab.studies.claims.evidence import (
     Evidence,
@@ -96,7 +95,19 @@ def test_claim_needs_all_of_its_comparisons() -> None:
     assert summarize([good, open_, bad]) == {1: "refuted"}
 
 
-LABELS = np.arange(50) % 10
+LABELS = np.arange(1000) % 10
+
+
+def make_epoch(epoch: int, expert_load: list[float]) -> Epoch:
+    return Epoch(
+        epoch=epoch,
+        learning_rate=1e-3,
+        train_terms={"cross_entropy": 0.1},
+        validation_loss=0.1,
+        validation_acc=0.98,
+        expert_load=expert_load,
+        dropped_share=0.0,
+    )
 
 
 def make_run(folder: Path, row: Row, seed: int, generator: np.random.Generator) -> Record:
@@ -108,15 +119,16 @@ def make_run(folder: Path, row: Row, seed: int, generator: np.random.Generator) 
     speed = 0.25 if row.form.precision == "INT8" else 1.0
     measurement.size_mib = speed * 1.02
     for batch in ("1", "64", "1024"):
-        measurement.latency_ms[batch] = {"median_ms": speed + 0.01 * generator.random()}
+        median_ms = speed + 0.01 * generator.random()
+        measurement.latency_ms[batch] = {"median_ms": median_ms, "q1_ms": median_ms, "q3_ms": median_ms, "num_calls": 9}
     measurement.confusion = (100 * np.eye(10, dtype=int)).tolist()
     record = make_record(row.name, seed, onnxruntime=measurement)
     load = [0.94, 0.02, 0.02, 0.02] if "wrong" in row.name else [0.4, 0.2, 0.2, 0.2]
     if row.name in {"Sparse_MoE", "Sparse_MoE-switch", "Sparse_MoE-cv"}:
         load = [0.25, 0.25, 0.26 - 0.01 * seed, 0.24 + 0.01 * seed]
-    record.curves = [{"epoch": epoch, "expert_load": shares} for epoch, shares in ((1, [1.0, 0, 0, 0]), (2, load))]
-    logits = generator.normal(size=(50, 10)).astype(np.float32) * 5
-    save_predictions(folder, record.run_name, logits, LABELS)
+    record.curves = [make_epoch(epoch, shares) for epoch, shares in ((1, [1.0, 0, 0, 0]), (2, load))]
+    logits = generator.normal(size=(len(LABELS), 10)).astype(np.float32) * 5
+    record.predictions = save_predictions(folder, record.run_name, logits, LABELS)
     record.scaled = {"temperature": 2.0, "test_loss": 0.03, "test_ece": 0.01, "test_brier": 0.01}
     # Experts 0 and 1 share the first five digits, 2 and 3 the others; without one, its digits lose a tenth.
     record.expert_by_class = [[0.5, 0.5, 0, 0]] * 5 + [[0, 0, 0.5, 0.5]] * 5
@@ -297,14 +309,19 @@ def test_evidence_is_of_one_recipe_and_knows_rows_without_the_recipes_departures
 
 
 @pytest.mark.slow
-def test_seeds_are_made_side_by_side_on_a_thread_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_seeds_are_made_side_by_side_on_threads_that_do_not_hang_on_how_many_are_due(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("torch.get_num_threads", lambda: 2)
-    claims_run._make_side_by_side(partial(open_tiny_lab, tmp_path), [SMALL], [0, 1])
-    lab = make_lab(tmp_path).for_claims()
+    find = partial(make_lab, tmp_path)
+    doors = claims_run.Doors(lambda: nullcontext(find()), find)
+    lab = claims_run._plan(find(), range(2))
+    assert (lab.checkpoints.name, lab.results.name) == ("claims", "claims")
+    claims_run._make(lab, doors, [SMALL], range(2))
+    before = [Run(lab, SMALL, seed).output.read_bytes() for seed in (0, 1)]
+    Run(lab, SMALL, 1).output.unlink()
+    claims_run._make(lab, doors, [SMALL], range(2))
+    assert [Run(lab, SMALL, seed).output.read_bytes() for seed in (0, 1)] == before
     records = [load_record(Run(lab, SMALL, seed).record) for seed in (0, 1)]
     assert {record.train_threads for record in records} == {1}
-
-
-@contextmanager
-def open_tiny_lab(folder: Path) -> Iterator[Lab]:
-    yield make_lab(folder)
+    assert Run(replace(lab, train_threads=2), SMALL, 0).why_stale() == "stale: trained on 1 threads, not 2"

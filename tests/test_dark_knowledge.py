@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import numpy as np
@@ -6,12 +5,15 @@ import pytest
 import torch
 from tiny import make_lab
 
+from mnist_lab.errors import UserError
 from mnist_lab.studies.dark_knowledge import (
     best_bias,
     format_dark_knowledge,
+    load_dark_knowledge,
     paper_rows,
     raise_bias,
     run_seed,
+    save_dark_knowledge,
 )
 from mnist_lab.training import Recipe, fit
 
@@ -57,4 +59,9 @@ def test_student_sees_no_three_and_finished_models_are_kept(tmp_path: Path, monk
     assert "206" in text
     assert str(run.errors["labels"].all_digits) in text
     assert torch.equal(lab.dataset.train.labels.unique(), torch.arange(10))
-    assert json.dumps(run.errors["teacher"]) == json.dumps(list(run.errors["teacher"]))
+    path = tmp_path / "dark_knowledge.json"
+    save_dark_knowledge(path, [run])
+    assert load_dark_knowledge(path) == [run]
+    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+    with pytest.raises(UserError, match=r"dark_knowledge.json is broken"):
+        load_dark_knowledge(path)

@@ -1,34 +1,43 @@
+import hashlib
 import math
+import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from itertools import combinations
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import matplotlib
 import numpy as np
 import pandas as pd
 import pytest
 from builders import make_measurement, make_record
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import same_color
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
+from test_claims import make_evidence
 
 import visualize_results
 from mnist_lab.data import DatasetName
-from mnist_lab.errors import UserError
+from mnist_lab.errors import RunFailed, UserError
+from mnist_lab.machine import cpu_model
 from mnist_lab.models import PresetName
 from mnist_lab.report import drawing, figures, model_figures
 from mnist_lab.report.columns import COLUMNS, Cost
 from mnist_lab.report.columns import figure as figure_column
-from mnist_lab.report.drawing import Look, choose_looks
+from mnist_lab.report.drawing import LONGEST_NAME, Look, choose_looks, shorten, spread, wrap, write_figures
 from mnist_lab.report.figures import FIGURES, draw_all, pareto_set, radar_radii, within_noise
-from mnist_lab.report.records import Measurement, Record, save_record
-from mnist_lab.report.results import Results
+from mnist_lab.report.records import CONTROL, Epoch, FileId, Measurement, Parent, Record, save_record
+from mnist_lab.report.results import Results, listed
 from mnist_lab.report.statistics import binomial_interval
+from mnist_lab.studies.claims.evidence import Evidence
+from mnist_lab.studies.claims.figures import CLAIM_FIGURES, draw_claims
 from mnist_lab.training import RecipeName
 from visualize_results import PlotOptions
 
@@ -80,18 +89,24 @@ def record_of(model: str, seed: int, test_acc: float, file_mb: float, b64: float
     measurements = {"onnxruntime": measurement}
     if model.endswith("BF16"):
         measurements = {"pytorch": measurement_of(test_acc, file_mb, b64 and 2 * b64), "openvino": measurement}
-    epoch = {
-        "learning_rate": 0.1,
-        "train_terms": {"cross_entropy": 0.2} | ({"balance": 0.01} if is_moe else {}),
-        "validation_loss": 0.1,
-        "expert_load": [0.4, 0.6] if is_moe else [],
-    }
-    teacher = {"model": "Sparse_MoE", "file": f"Sparse_MoE-seed{seed}.safetensors", "sha256": ""}
+    curves: list[Epoch] = [
+        {
+            "epoch": k,
+            "learning_rate": 0.1,
+            "train_terms": {"cross_entropy": 0.2} | ({"balance": 0.01} if is_moe else {}),
+            "validation_loss": 0.1,
+            "validation_acc": 0.9 + 0.02 * k,
+            "expert_load": [0.4, 0.6] if is_moe else [],
+            "dropped_share": None,
+        }
+        for k in (1, 2, 3)
+    ]
+    teacher: Parent = {"model": "Sparse_MoE", "file": f"Sparse_MoE-seed{seed}.safetensors", "sha256": ""}
     record = make_record(model, seed, **measurements)
     return replace(
         record,
         parents={"teacher": teacher} if model == "KD_FFN_Student" else record.parents,
-        curves=[epoch | {"epoch": k, "validation_acc": 0.9 + 0.02 * k} for k in (1, 2, 3)] if is_trained else [],
+        curves=curves if is_trained else [],
         expert_by_class=[[0.3, 0.7]] * 10 if is_moe and is_trained else None,
     )
 
@@ -126,9 +141,9 @@ def footnote(figure: Figure | None) -> str:
     return figure.get_supxlabel().replace("\n", " ")
 
 
-def visualize(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+def visualize(*arguments: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, ROOT / "visualize_results.py", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
+    return subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False)
 
 
 def test_pareto_set_is_the_brute_force_one() -> None:
@@ -174,7 +189,7 @@ def test_pareto_figure_says_which_accuracies_are_noise() -> None:
 @pytest.mark.slow
 def test_full_set_gives_a_file_for_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "DOTS_PER_INCH", 40)
-    paths = draw_all(tmp_path, make_results(seeds=2))
+    paths = list(draw_all(tmp_path, make_results(seeds=2)))
     assert [path.name for path in paths] == [f"{name}.png" for name in FIGURES]
     assert sorted((tmp_path / "plots").iterdir()) == sorted(paths)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
@@ -195,13 +210,148 @@ def test_figure_without_data_is_left_out_and_its_file_removed(
     stale.parent.mkdir()
     stale.write_bytes(b"old")
     monkeypatch.setattr(figures, "FIGURES", {figure: FIGURES[figure]})
-    assert draw_all(tmp_path, make_results(without=without)) == []
+    assert list(draw_all(tmp_path, make_results(without=without))) == []
     assert not stale.exists()
-    assert draw_all(tmp_path, make_results()) == [stale]
+    assert list(draw_all(tmp_path, make_results())) == [stale]
 
 
 def test_nothing_is_drawn_of_no_records(tmp_path: Path) -> None:
-    assert draw_all(tmp_path, Results([], NAMES)) == []
+    assert list(draw_all(tmp_path, Results([], NAMES))) == []
+
+
+def small_figure(text: str = "") -> Figure:
+    figure = Figure(figsize=(1, 1))
+    figure.text(0.5, 0.5, text)
+    return figure
+
+
+def fail() -> Figure:
+    raise ValueError("no luck\nat all")
+
+
+def test_figure_that_fails_costs_no_other_and_is_named_in_the_end(tmp_path: Path) -> None:
+    (tmp_path / "plots").mkdir()
+    (tmp_path / "plots" / "first.png").write_bytes(b"of an earlier run")
+    drawn = []
+
+    def last() -> Figure:
+        drawn.append("last")
+        return small_figure()
+
+    # The third fails only once it is rendered.
+    draws = {"first": fail, "second": small_figure, "third": lambda: small_figure(r"$\nothing$"), "last": last}
+    paths = write_figures(tmp_path, draws)
+    assert next(paths) == tmp_path / "plots" / "second.png"
+    assert (tmp_path / "plots" / "second.png").exists()
+    assert drawn == []
+    assert next(paths) == tmp_path / "plots" / "last.png"
+    with pytest.raises(RunFailed, match=r"first \(ValueError: no luck\); third \(ValueError: ") as failed:
+        next(paths)
+    assert "\n" not in str(failed.value)
+    assert sorted(path.name for path in (tmp_path / "plots").iterdir()) == ["last.png", "second.png"]
+
+
+def test_folder_that_cannot_be_written_ends_it_at_once(tmp_path: Path) -> None:
+    (tmp_path / "plots").write_text("a file")
+    drawn = []
+
+    def draw() -> Figure:
+        drawn.append(1)
+        return small_figure()
+
+    with pytest.raises(RunFailed, match="cannot write"):
+        list(write_figures(tmp_path, {"one": draw, "two": draw}))
+    assert drawn == [1]
+
+
+def test_one_figure_of_the_records_or_claims_that_fails_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_on(_: object) -> Figure:
+        return fail()
+
+    for found in (FIGURES, CLAIM_FIGURES):
+        kept = next(iter(found))
+        monkeypatch.setitem(found, kept, lambda _: small_figure())
+        for name in list(found)[1:]:
+            monkeypatch.setitem(found, name, fail_on)
+    for paths in (draw_all(tmp_path, make_results()), draw_claims(tmp_path, Evidence(tmp_path, [], []))):
+        assert next(paths).exists()
+        with pytest.raises(RunFailed, match="no luck"):
+            next(paths)
+
+
+USER_SETTINGS = {
+    "figure.facecolor": "black",
+    "savefig.facecolor": "black",
+    "text.usetex": True,
+    "font.size": 20,
+    "lines.linewidth": 5,
+    "axes.grid": False,
+    "figure.dpi": 50,
+    "savefig.dpi": 300,
+    "savefig.bbox": "tight",
+    "path.sketch": (1, 100, 2),
+}
+
+
+@pytest.mark.slow
+def test_files_do_not_hang_on_the_users_settings_which_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(drawing, "DOTS_PER_INCH", 40)
+    results = make_results(seeds=2)
+    expected = {path.name: path.read_bytes() for path in draw_all(tmp_path / "own", results)}
+    with matplotlib.rc_context(USER_SETTINGS):  # type: ignore[arg-type]
+        before = dict(matplotlib.rcParams)
+        drawn = {}
+        for path in draw_all(tmp_path / "users", results):
+            assert dict(matplotlib.rcParams) == before
+            drawn[path.name] = path.read_bytes()
+        assert dict(matplotlib.rcParams) == before
+    assert [name for name in FIGURES if drawn[f"{name}.png"] != expected[f"{name}.png"]] == []
+
+
+DRAWING_MODULES = (
+    "report.drawing",
+    "report.results",
+    "report.model_figures",
+    "report.figures",
+    "studies.claims.figures",
+)
+
+
+@pytest.mark.parametrize("module", DRAWING_MODULES)
+def test_backend_that_is_not_there_keeps_nothing_from_being_imported(module: str) -> None:
+    backend = "module://matplotlib_inline.backend_inline"  # as Jupyter exports it to all that it starts
+    code = f"import os, mnist_lab.{module}; assert os.environ['MPLBACKEND'] == '{backend}'"
+    environment = os.environ | {"MPLBACKEND": backend}
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("first", ["matplotlib", "mnist_lab.report.drawing"])
+def test_backend_that_is_there_stays_chosen(first: str) -> None:
+    code = f"import {first}, mnist_lab.report.drawing, matplotlib; assert matplotlib.get_backend() == 'svg'"
+    environment = os.environ | {"MPLBACKEND": "svg"}
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=False).returncode == 0
+
+
+def test_import_does_not_undo_the_users_choice_of_a_backend() -> None:
+    code = "import matplotlib; matplotlib.use('pdf'); import mnist_lab.report.drawing; "
+    code += "assert matplotlib.get_backend() == 'pdf'"
+    environment = os.environ | {"MPLBACKEND": "svg"}
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=False).returncode == 0
+
+
+@pytest.mark.slow
+def test_script_draws_the_same_with_a_notebooks_backend_and_a_matplotlibrc(tmp_path: Path) -> None:
+    save_record(tmp_path / "results" / "one", make_record())
+    plots = tmp_path / "results" / "one" / "plots"
+    assert visualize(cwd=tmp_path).returncode == 0
+    expected = {path.name: path.read_bytes() for path in plots.iterdir()}
+    assert expected
+    (tmp_path / "matplotlibrc").write_text("figure.facecolor: black\ntext.usetex: True\n")
+    done = visualize(cwd=tmp_path, MPLBACKEND="module://matplotlib_inline.backend_inline")
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_bytes() for path in plots.iterdir()} == expected
 
 
 def test_untimed_models_are_left_out_of_time_figures() -> None:
@@ -225,10 +375,78 @@ def test_figures_of_untimed_models_have_no_frontier_and_no_latencies() -> None:
 
 def test_latencies_of_another_cpu_are_left_out() -> None:
     records = make_records()
-    records[2] = replace(records[2], machine={"cpu": "elsewhere"})
+    records[2] = elsewhere(records[2])
     results = Results(records, NAMES)
     assert "Sparse_MoE" not in legend_names(figures.accuracy_vs_time(results))
     assert [model.name for model in results.models] == NAMES
+    for draw in (figures.accuracy_vs_time, figures.pareto_frontier, figures.comparison_bars):
+        text = footnote(draw(results))
+        assert "1 thread, here; left out, as it does not compare: latency of Sparse_MoE (1 thread, elsewhere)" in text
+    assert "left out" not in footnote(figures.accuracy_vs_size(results))
+    bars = figures.comparison_bars(results)
+    assert bars is not None
+    texts = {axes.get_xlabel(): [text.get_text() for text in axes.texts] for axes in bars.axes}
+    assert texts["latency of a batch of 64 (ms)"][2] == "left out"
+    assert "left out" not in texts["test error (%)"]
+
+
+def elsewhere(record: Record) -> Record:
+    return replace(record, machine={**record.machine, "cpu": "elsewhere"})
+
+
+def drawn_times(figure: Figure | None) -> dict[tuple[str, str], float]:
+    """By model and runtime, at batch 64."""
+    assert figure is not None
+    names = [label.get_text() for label in figure.axes[0].get_yticklabels()]
+    return {
+        (names[round(float(y))], str(line.get_label())): float(x)
+        for line in figure.axes[1].lines
+        for x, y in zip(np.asarray(line.get_xdata()), np.asarray(line.get_ydata()), strict=True)
+    }
+
+
+def test_latencies_by_runtime_are_of_one_cpu_and_thread_count() -> None:
+    records = make_records()
+    assert len(drawn_times(figures.latency_by_runtime(Results(records, NAMES)))) == len(NAMES) + 1
+    records[1] = elsewhere(records[1])
+    records[4] = elsewhere(records[4])
+    records[9].measurements["openvino"].threads = 4
+    records[9].measurements["openvino"].latency_session = "another"
+    figure = figures.latency_by_runtime(Results(records, NAMES))
+    times = drawn_times(figure)
+    assert {model for model, _ in times} == set(NAMES) - {"FFN_PTQ_INT8", "Sparse_MoE_PTQ"}
+    assert [runtime for model, runtime in times if model == "FFN_BF16"] == ["pytorch"]
+    assert footnote(figure) == (
+        "median, 1 thread, here; left out, as it does not compare: latency of FFN_PTQ_INT8 in onnxruntime and "
+        "Sparse_MoE_PTQ in onnxruntime (1 thread, elsewhere); left out, as it does not compare: latency of FFN_BF16 "
+        "in openvino (4 threads, here)"
+    )
+
+
+def test_first_timed_model_says_on_which_cpu_and_threads_latencies_count() -> None:
+    records = [elsewhere(make_records()[0]), *make_records(untimed=("FFN_PTQ_INT8",))[1:]]
+    times = drawn_times(figures.latency_by_runtime(Results(records, NAMES)))
+    assert {model for model, _ in times} == {"FFN_baseline"}
+    records[0].measurements["onnxruntime"].latency_ms = {}
+    times = drawn_times(figures.latency_by_runtime(Results(records, NAMES)))
+    assert {model for model, _ in times} == set(NAMES) - {"FFN_baseline", "FFN_PTQ_INT8"}
+
+
+def test_runtime_of_a_model_is_its_fastest_under_the_conditions_that_count() -> None:
+    records = make_records()
+    records[9].measurements["openvino"].threads = 4  # faster, but not on the others' terms
+    model = Results(records, NAMES).models[9]
+    assert (model.runtime, model.row["latency_ms_b64"]) == ("pytorch", 1.22)
+
+
+def test_confidences_and_loads_say_which_seeds_they_are_of() -> None:
+    records = [record for record in make_records(seeds=3) if record.model != "Sparse_MoE" or record.seed > 0]
+    results = Results(records, NAMES)
+    assert "mean of 2–3 seeds" in footnote(model_figures.confidence_histogram(results))
+    assert footnote(model_figures.expert_load(results)).startswith("first seed (1)")
+    moe = next(record for record in records if record.model == "Sparse_MoE")
+    other = replace(moe, row="Sparse_MoE-E8", seed=4)
+    assert footnote(model_figures.expert_load(Results([moe, other]))).startswith("first seed of each model")
 
 
 def test_model_that_onnx_runtime_lacks_is_drawn_in_its_fastest_runtime_which_its_name_and_the_footnote_say() -> None:
@@ -352,10 +570,55 @@ def test_reliability_has_no_lines_and_faint_points_for_few_images() -> None:
         assert segments[0][:, 1] == pytest.approx([100 * low, 100 * high])
 
 
+def test_error_bars_are_never_negative() -> None:
+    assert spread(1.0, 1 + 1e-16, 1 - 1e-16).tolist() == [[0.0], [0.0]]
+    assert spread([1, 5], [0.75, 3], [1.5, 4.9]).tolist() == [[0.25, 2], [0.5, 0]]
+
+
+def is_unstable(value: float) -> bool:
+    """Whether the mean of three of it lies off it, by rounding."""
+    return float(np.mean([value] * 3)) != value
+
+
+def test_seeds_that_agree_are_drawn() -> None:
+    counts = [count for count in range(1, 120) if is_unstable(100 * count / 1000)][:14]
+    means = [np.mean([100 * count / 1000] * 3) - 100 * count / 1000 for count in counts]
+    assert min(means) < 0 < max(means)
+    records = make_records(seeds=3)
+    for record in records:
+        for measurement in record.measurements.values():
+            bins = [*map(float, counts), 1000.0 - sum(counts)]
+            measurement.bins = {"count": bins, "confidence_sum": bins, "correct": bins}
+            measurement.test_acc = 0.983
+    results = Results(records, NAMES)
+    for draw in FIGURES.values():
+        assert draw(results) is not None
+
+
+@pytest.mark.parametrize("accuracy", [0.0, 1.0])
+def test_models_that_are_always_right_or_wrong_are_drawn(accuracy: float) -> None:
+    records = [record_of(name, 0, 0.98, size, b64) for name, _, size, b64 in MODELS]
+    for record in records:
+        for measurement in record.measurements.values():
+            measurement.test_acc = accuracy
+    for draw in FIGURES.values():
+        assert draw(Results(records, NAMES)) is not None
+
+
+def test_loads_of_seeds_that_agree_are_drawn(tmp_path: Path) -> None:
+    evidence, _ = make_evidence(tmp_path)
+    share = next(count / 1000 for count in range(1, 100) if is_unstable(100 * (count / 1000)))
+    for seed in evidence.seeds:
+        for model in evidence.find("Sparse_MoE"):
+            evidence.run(model, seed).curves[-1]["expert_load"] = [1 - 3 * share, share, share, share]
+    assert CLAIM_FIGURES["load_by_balance"](evidence) is not None
+
+
 def drawn_labels(figure: Figure) -> list[Text]:
     """Every text that shows, so without the ticks beyond the ends of an axis."""
-    figure.canvas.draw()
-    texts = [text for legend in figure.legends for text in legend.get_texts()] + list(figure.texts)
+    figure.draw_without_rendering()
+    legends = [*figure.legends, *[axes.get_legend() for axes in figure.axes]]
+    texts = [text for legend in legends if legend is not None for text in legend.get_texts()] + list(figure.texts)
     for axes in figure.axes:
         texts += [axes.title, axes.xaxis.label, axes.yaxis.label, *axes.texts]
         for axis in (axes.xaxis, axes.yaxis):
@@ -364,16 +627,119 @@ def drawn_labels(figure: Figure) -> list[Text]:
     return [text for text in texts if text.get_text() and text.get_visible()]
 
 
+def assert_readable(figure: Figure | None) -> None:
+    """No two texts overlap, none leaves the figure, and the panels are large enough to see something."""
+    assert figure is not None
+    boxes = [(text.get_text(), text.get_window_extent()) for text in drawn_labels(figure)]
+    assert [(a, b) for (a, box), (b, other) in combinations(boxes, 2) if box.overlaps(other)] == []
+    (right, top), dpi = figure.bbox.size, figure.dpi
+    assert [a for a, box in boxes if box.x0 < 0 or box.y0 < 0 or box.x1 > right or box.y1 > top] == []
+    panels = [axes.bbox for axes in figure.axes if axes.get_label() != "<colorbar>"]
+    assert [panel for panel in panels if panel.width < 1.5 * dpi or panel.height < 0.9 * dpi] == []
+    assert max(right, top) < 2**16  # more dots than Agg draws
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [1, 2])
 @pytest.mark.parametrize("name", FIGURES)
 def test_no_two_labels_overlap_or_leave_the_figure(name: str, seeds: int) -> None:
-    figure = FIGURES[name](make_results(seeds=seeds))
-    assert figure is not None
-    boxes = [(text.get_text(), text.get_window_extent()) for text in drawn_labels(figure)]
-    assert [(a, b) for (a, box), (b, other) in combinations(boxes, 2) if box.overlaps(other)] == []
-    width, height = figure.bbox.size
-    assert [a for a, box in boxes if box.x0 < 0 or box.y0 < 0 or box.x1 > width or box.y1 > height] == []
+    assert_readable(FIGURES[name](make_results(seeds=seeds)))
+
+
+def many_records(num: int, name_of: Callable[[str, int], str]) -> list[Record]:
+    """So many models: the usual ones again and again, each round by names of its own."""
+    rounds = [
+        replace(
+            record,
+            row=name_of(record.row, number),
+            parents={
+                role: {**parent, "model": name_of(parent["model"], number)} for role, parent in record.parents.items()
+            },
+        )
+        for number in range(math.ceil(num / len(NAMES)))
+        for record in sorted(make_records(), key=lambda record: not record.model.startswith("Sparse_MoE"))
+    ]
+    return rounds[:num]
+
+
+NAMINGS: Mapping[str, Callable[[str, int], str]] = {
+    "usual": lambda name, number: f"{name}-E{number + 4}-K2-epochs10" if number else name,
+    "long": lambda name, number: f"{name}-{'long' * 20}-{number}-".ljust(200, "x"),
+    "wide": lambda name, number: f"{name}{'W' * 80}{number}".ljust(200, "M"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize("num", [1, 12, 60])
+@pytest.mark.parametrize("name", FIGURES)
+def test_figures_hold_few_and_many_models_of_any_name(name: str, num: int, naming: str) -> None:
+    records = many_records(num, NAMINGS[naming])
+    assert len({record.model for record in records}) == num
+    if naming != "usual":
+        assert {len(record.model) for record in records} == {200}
+    figure = FIGURES[name](Results(records, NAMES))
+    if (name, num) == ("confidence_histogram", 1):
+        assert figure is None  # a student and its teacher are two
+    else:
+        assert_readable(figure)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CLAIM_FIGURES)
+def test_labels_of_claims_do_not_overlap_or_leave_the_figure(name: str, tmp_path: Path) -> None:
+    evidence, settings = make_evidence(tmp_path)
+    assert_readable(CLAIM_FIGURES[name](settings.grid if name == "temperature_and_alpha" else evidence))
+
+
+def test_small_grid_of_temperatures_has_a_title_that_fits(tmp_path: Path) -> None:
+    _, settings = make_evidence(tmp_path)
+    shown = [f"KD_FFN_Student{tags}" for tags in ("", "-T5", "-a0.9", "-T5-a0.9")]
+    records = [settings.grid.run(row, seed) for row in (*shown, CONTROL) for seed in settings.grid.seeds]
+    assert_readable(CLAIM_FIGURES["temperature_and_alpha"](Evidence(tmp_path, records, settings.grid.seeds)))
+
+
+def test_long_names_are_short_and_tell_models_apart() -> None:
+    names = [*NAMES, "x" * LONGEST_NAME, *[f"{'a' * 80}{number}{'z' * 80}" for number in range(12)]]
+    shown = shorten(names)
+    assert [*shown] == names
+    assert len(set(shown.values())) == len(names)
+    assert [shown[name] for name in names[: len(NAMES) + 1]] == names[: len(NAMES) + 1]
+    assert all(len(label) <= LONGEST_NAME for label in shown.values())
+    assert all(shown[name].startswith("aaa") and shown[name].endswith("zzz") for name in names[-12:])
+
+
+def test_lines_are_no_wider_than_they_may_be_and_break_before_hyphens() -> None:
+    lines = wrap("KD_FFN_Student_from_FFN-T10-a0.9-epochs10", 2, 9).split("\n")
+    assert lines == ["KD_FFN_Student_from_FFN-T10", "-a0.9-epochs10"]
+    renderer = FigureCanvasAgg(Figure(dpi=100)).get_renderer()
+    for text in ("W" * 100, "usual words in a line " * 10):
+        lines = wrap(text, 2, 9).split("\n")
+        assert "".join(lines).replace(" ", "") == text.replace(" ", "")
+        widths = [
+            Text(text=line, fontsize=9, figure=Figure(dpi=100)).get_window_extent(renderer).width for line in lines
+        ]
+        assert 150 < max(widths) < 203
+    assert wrap("W", 0.01, 9) == "W"
+
+
+def test_panels_beyond_a_limit_are_said_to_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_figures, "MAX_PANELS", 3)
+    for draw in (model_figures.reliability_diagram, model_figures.confusion_matrices):
+        figure = draw(make_results())
+        assert figure is not None
+        assert len(figure.axes) == 3
+        assert footnote(figure).endswith(f"{len(NAMES) - 3} more models not shown")
+    monkeypatch.setattr(model_figures, "MAX_PANELS", len(NAMES))
+    assert "not shown" not in footnote(model_figures.confusion_matrices(make_results()))
+
+
+def test_footnote_lists_some_of_many_names() -> None:
+    names = [f"m{number}" for number in range(10)]
+    assert listed(names[:1]) == "m0"
+    assert listed(names[:2]) == "m0 and m1"
+    assert listed(names[:8]) == "m0, m1, m2, m3, m4, m5, m6 and m7"
+    assert listed(names) == "m0, m1, m2, m3, m4, m5, m6, m7 and 2 more"
 
 
 def test_every_model_has_its_own_look_however_many_there_are() -> None:
@@ -439,6 +805,105 @@ def test_script_draws_what_it_finds_or_is_told(tmp_path: Path) -> None:
     done = visualize("--results", one, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(done.stdout.split()[1::2]) == sorted(str(path) for path in (one / "plots").iterdir())
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
+    """By folder: the runs that the script draws, with a file that stands for their figures."""
+    found: dict[str, list[str]] = {}
+
+    def draw(folder: Path, records: Sequence[Record]) -> list[Path]:
+        found[folder.name] = [record.run_name for record in records]
+        return [folder / "plots" / "figure.png"]
+
+    monkeypatch.setattr(figures, "draw_all", lambda folder, results: draw(folder, results.records))
+    monkeypatch.setattr("mnist_lab.studies.claims.evidence.Evidence.in_folder", lambda folder, records: records)
+    monkeypatch.setattr("mnist_lab.studies.claims.figures.draw_claims", draw)
+    return found
+
+
+def save_runs(results: Path, checkpoints: Path | None, *records: Record) -> None:
+    """Records, and the one file that each says it is of."""
+    for record in records:
+        name, content = record.checkpoint["file"], record.run_name.encode()
+        file: FileId = {"file": name, "sha256": hashlib.sha256(content).hexdigest()}
+        measurements = {name: replace(measurement, file=file) for name, measurement in record.measurements.items()}
+        save_record(results, replace(record, checkpoint=file, artifact=file, measurements=measurements))
+        if checkpoints is not None:
+            checkpoints.mkdir(parents=True, exist_ok=True)
+            (checkpoints / name).write_bytes(content)
+
+
+def test_script_draws_what_a_table_takes(
+    tmp_path: Path, drawn: dict[str, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    results, checkpoints = tmp_path / "r", tmp_path / "c"
+    options = PlotOptions(results, checkpoints)
+    for folder in ("one", "one/claims"):
+        save_runs(results / folder, checkpoints / folder, *[make_record(seed=seed) for seed in range(3)])
+        (checkpoints / folder / "FFN_baseline-seed1.safetensors").write_bytes(b"trained anew")
+    (checkpoints / "one" / "FFN_baseline-seed2.safetensors").unlink()
+    visualize_results.main(options)
+    assert drawn == {"one": ["FFN_baseline-seed0"], "claims": ["FFN_baseline-seed0", "FFN_baseline-seed2"]}
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(": ")[:2] for line in lines if "not drawn" in line] == [
+        ["not drawn", "FFN_baseline-seed1"],
+        ["not drawn", "FFN_baseline-seed2"],
+        ["not drawn", "FFN_baseline-seed1"],
+    ]
+    assert [line for line in lines if "figure.png" in line] == [
+        f"plot: {results / 'one' / 'plots' / 'figure.png'}",
+        f"plot: {results / 'one' / 'claims' / 'plots' / 'figure.png'}",
+    ]
+
+
+def test_script_told_the_very_folder_finds_its_checkpoints(
+    tmp_path: Path, drawn: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("one", "one/claims"):
+        save_runs(tmp_path / "r" / folder, tmp_path / "c" / folder, make_record(), make_record(seed=1))
+        (tmp_path / "c" / folder / "FFN_baseline-seed1.safetensors").unlink()
+        drawn.clear()
+        monkeypatch.chdir(tmp_path / "r" / folder)
+        visualize_results.main(PlotOptions(Path(), tmp_path / "c"))
+        assert list(drawn.values()) == [["FFN_baseline-seed0"]]
+
+
+def test_script_draws_results_whose_checkpoints_are_not_here_of_one_cpu_and_like_settings(
+    tmp_path: Path, drawn: dict[str, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    baseline = make_record()
+    other = replace(make_record("Sparse_MoE"), machine={**baseline.machine, "cpu": cpu_model()})
+    save_runs(tmp_path / "r" / "one", None, baseline, replace(make_record(seed=1), versions={"torch": "0"}), other)
+    options = PlotOptions(tmp_path / "r", tmp_path / "c")
+    visualize_results.main(options)
+    assert drawn == {"one": ["Sparse_MoE-seed0"]}  # the only one of this machine
+    save_runs(tmp_path / "r" / "one", None, elsewhere(make_record("Sparse_MoE")))
+    visualize_results.main(options)
+    assert drawn == {"one": ["FFN_baseline-seed0"]}  # which comes first
+    assert "not drawn: FFN_baseline-seed1: made with other settings" in capsys.readouterr().out
+
+
+def test_script_goes_on_after_a_folder_that_fails(tmp_path: Path, drawn: dict[str, list[str]]) -> None:
+    for folder in ("a", "b", "c", "d"):
+        save_runs(tmp_path / "r" / folder, None, make_record())
+    (tmp_path / "r" / "a" / "runs" / "FFN_baseline-seed0.json").write_text("{")
+    (tmp_path / "c" / "c").mkdir(parents=True)  # so that it must hold the file
+    options = PlotOptions(tmp_path / "r", tmp_path / "c")
+    with pytest.raises(UserError, match=r"a/runs/FFN_baseline-seed0.json.*; no record in .*/c can be drawn"):
+        visualize_results.main(options)
+    assert [*drawn] == ["b", "d"]
+
+
+def test_script_names_the_figures_that_fail_in_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "FIGURES", {"good": lambda _: small_figure(), "bad": lambda _: fail()})
+    for folder in ("a", "b"):
+        save_runs(tmp_path / "r" / folder, None, make_record())
+    (tmp_path / "r" / "c" / "runs").mkdir(parents=True)
+    (tmp_path / "r" / "c" / "runs" / "x.json").write_text("{")
+    with pytest.raises(RunFailed, match=r"a/plots: bad \(ValueError: no luck\); .*b/plots: bad .*c/runs/x.json"):
+        visualize_results.main(PlotOptions(tmp_path / "r", tmp_path / "c"))
+    assert sorted(path.parts[-3] for path in tmp_path.rglob("good.png")) == ["a", "b"]
 
 
 def test_script_tells_a_user_error_in_one_line(tmp_path: Path) -> None:

@@ -1,12 +1,19 @@
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from tiny import spec
 
+import moe_mnist
 from benchmarks.mask_loop import mask_loop_forward
 from mnist_lab.errors import UserError
+from mnist_lab.experiments.rows import sparse_moe
 from mnist_lab.models import PRESETS, PresetName, build_model, count_parameters
-from mnist_lab.models.ffn import FFN
+from mnist_lab.models.ffn import FFN, relu_chain
 from mnist_lab.models.moe import (
+    EveryExpert,
+    Gate,
     RoutingConfig,
     SparseMoE,
     entropy_loss,
@@ -63,10 +70,28 @@ def test_ffn_normalises_inside() -> None:
 @pytest.mark.parametrize("batch", [1, 7, 64])
 @pytest.mark.parametrize(("num_experts", "top_k"), [(4, 2), (1, 1), (8, 1), (3, 3)])
 def test_sorted_dispatch_agrees_with_the_mask_loop(num_experts: int, top_k: int, batch: int) -> None:
-    model = make_moe(RoutingConfig(num_experts=num_experts, top_k=top_k))
+    model = make_moe(RoutingConfig(num_experts=num_experts, top_k=top_k, gate="chosen"))
     pixels = torch.rand(batch, 1, 28, 28)
     with torch.inference_mode():
         torch.testing.assert_close(model(pixels), mask_loop_forward(model, pixels), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("top_k", [1, 2, 5])
+def test_gate_over_all_weighs_by_the_probability_among_all(top_k: int) -> None:
+    model = make_moe(RoutingConfig(num_experts=5, top_k=top_k, gate="all"))
+    pixels = torch.rand(40, 1, 28, 28)
+    with torch.inference_mode():
+        hidden, routed = model.embed(pixels), model.routed(pixels)
+        probs = (hidden @ model.router.gate).softmax(dim=1)
+        assert torch.equal(routed.experts, probs.topk(top_k).indices)
+        torch.testing.assert_close(routed.weights, probs.topk(top_k).values)
+        experts = model.experts
+        inner = torch.einsum("bd,edh->ebh", hidden, experts.weight_in) + experts.bias_in.unsqueeze(1)
+        outputs = torch.einsum("ebh,eho->ebo", inner.relu(), experts.weight_out) + experts.bias_out.unsqueeze(1)
+        gates = probs * (probs >= routed.weights[:, -1:])
+        logits = relu_chain(model.head, torch.einsum("be,ebo->bo", gates, outputs).relu())
+        torch.testing.assert_close(routed.logits, logits, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(EveryExpert(model)(pixels), logits, atol=1e-4, rtol=1e-4)
 
 
 def test_training_and_evaluation_agree_without_noise() -> None:
@@ -115,6 +140,75 @@ def test_weights_are_the_softmax_of_the_kept_logits() -> None:
     kept = routed.router_probs.gather(1, routed.experts)
     torch.testing.assert_close(routed.weights, kept / kept.sum(dim=1, keepdim=True))
     assert (kept.min(dim=1).values >= routed.router_probs.topk(3).values[:, 2]).all()
+
+
+def gate_gradient(routing: RoutingConfig) -> float:
+    """Largest of the task's gradients of the router."""
+    model = make_moe(routing).train()
+    labels = torch.arange(64) % 10
+    torch.nn.functional.cross_entropy(model(torch.rand(64, 1, 28, 28)), labels).backward()
+    gradient = model.router.gate.grad
+    return 0.0 if gradient is None else gradient.abs().max().item()
+
+
+@pytest.mark.parametrize("noise", [True, False])
+def test_task_teaches_the_router_unless_one_expert_weighs_1(noise: bool) -> None:
+    assert gate_gradient(RoutingConfig(top_k=1, noise=noise)) > 1e-6
+    assert gate_gradient(RoutingConfig(top_k=2, noise=noise)) > 1e-6
+    assert gate_gradient(RoutingConfig(top_k=1, noise=noise, gate="chosen")) == 0
+
+
+@pytest.mark.parametrize(("top_k", "gate", "expected"), [(1, None, "all"), (2, None, "chosen"), (2, "all", "all")])
+def test_gate_fits_the_number_of_experts_chosen(top_k: int, gate: Gate | None, expected: Gate) -> None:
+    assert RoutingConfig(top_k=top_k, gate=gate).weighed_over == expected
+
+
+def test_gate_names_the_model_where_it_was_given() -> None:
+    assert sparse_moe(RoutingConfig(top_k=1)).name == "Sparse_MoE-K1"
+    assert sparse_moe(RoutingConfig(top_k=1, gate="chosen")).name == "Sparse_MoE-K1-chosen"
+
+
+AT_ALL, BALANCE_ALONE, NOTHING = "it does not learn at all", "it learns from the balance loss alone", "nothing to route"
+
+
+@pytest.mark.parametrize(
+    ("routing", "says"),
+    [
+        (RoutingConfig(), ""),
+        (RoutingConfig(top_k=4), ""),
+        (RoutingConfig(top_k=1), ""),
+        (RoutingConfig(balance="none", noise=False), ""),
+        (RoutingConfig(top_k=1, gate="chosen"), BALANCE_ALONE),
+        (RoutingConfig(top_k=1, gate="chosen", balance="cv"), BALANCE_ALONE),
+        (RoutingConfig(top_k=1, gate="chosen", balance="cv", noise=False), AT_ALL),
+        (RoutingConfig(top_k=1, gate="chosen", balance="none"), AT_ALL),
+        (RoutingConfig(top_k=1, gate="chosen", balance_weight=0), AT_ALL),
+        (RoutingConfig(num_experts=1, top_k=1), NOTHING),
+        (RoutingConfig(num_experts=1, top_k=1, gate="chosen"), NOTHING),
+    ],
+)
+def test_router_that_the_task_does_not_teach_is_said_and_has_that_gradient(routing: RoutingConfig, says: str) -> None:
+    assert says in routing.warning
+    assert bool(routing.warning) == bool(says)
+    model = make_moe(routing).train()
+    routed = model.routed(torch.rand(64, 1, 28, 28))
+    task = torch.nn.functional.cross_entropy(routed.logits, torch.arange(64) % 10)
+    (task + routed.auxiliary_loss).backward()
+    gradient = model.router.gate.grad
+    learns = gradient is not None and gradient.abs().max() > 1e-8
+    assert learns == (says in {"", BALANCE_ALONE})
+
+
+def test_warning_is_printed_before_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(moe_mnist, "make_and_print", lambda _: print("now it trains"))
+    monkeypatch.setattr(moe_mnist, "print_expert_load", lambda _: None)
+    folders: Any = {"checkpoints": tmp_path / "c", "results": tmp_path / "r"}
+    for routing in (RoutingConfig(top_k=1, gate="chosen"), RoutingConfig()):
+        moe_mnist.main(moe_mnist.MoEOptions(dataset="digits", routing=routing, **folders))
+        said = capsys.readouterr().out.partition("now it trains")[0]
+        assert (f"NOTE: {routing.warning}" in said) == bool(routing.warning)
 
 
 def test_routed_gives_the_logits_of_forward_and_counts_every_pair() -> None:
@@ -225,6 +319,15 @@ def test_closed_expert_sends_its_images_to_the_best_of_the_others() -> None:
     torch.testing.assert_close(after.logits[unaffected], before.logits[unaffected])
     assert torch.equal(after.experts, scores.topk(2).indices)
     assert after.expert_load.tolist() == [int((after.experts == expert).sum()) for expert in range(3)]
+
+
+def test_closed_expert_leaves_a_gate_over_all_the_others() -> None:
+    model = make_moe(RoutingConfig(top_k=1))
+    pixels = torch.rand(64, 1, 28, 28)
+    with torch.inference_mode():
+        after = without_expert(model, 1).routed(pixels)
+        probs = (model.embed(pixels) @ model.router.gate)[:, [0, 2, 3]].softmax(dim=1)
+    torch.testing.assert_close(after.weights, probs.max(dim=1, keepdim=True).values)
 
 
 def test_last_expert_cannot_be_closed() -> None:

@@ -1,15 +1,16 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from builders import make_measurement, make_record
+from builders import HERE, edit_json, make_measurement, make_record
 
 from mnist_lab.errors import UserError
 from mnist_lab.files import sha256
 from mnist_lab.report import records
-from mnist_lab.report.records import first_in
+from mnist_lab.report.records import Record, first_in
 
 
 def test_record_survives_the_disk(tmp_path: Path) -> None:
@@ -20,7 +21,7 @@ def test_record_survives_the_disk(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", "\x00\x81", '{"measurements": []}', '{"schema": 3}', '{"schema": 3, "measurements": {}}'],
+    ["", "{", "[]", "\x00\x81", '{"measurements": []}', '{"schema": 4}', '{"schema": 4, "measurements": {}}'],
 )
 def test_broken_record_is_the_users_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "runs").mkdir()
@@ -33,7 +34,7 @@ def test_record_of_another_schema_is_the_users_error(tmp_path: Path) -> None:
     record = make_record()
     record.schema = 99
     records.save_record(tmp_path, record)
-    with pytest.raises(UserError, match="schema 99"):
+    with pytest.raises(UserError, match="schema is 99"):
         records.load_records(tmp_path)
 
 
@@ -44,7 +45,7 @@ def test_record_that_lacks_figures_or_has_more_is_read(tmp_path: Path) -> None:
     fields = json.loads(path.read_text())
     del fields["validation_loss"], fields["measurements"]["onnxruntime"]["test_ece"]
     fields["of_a_later_version"] = fields["measurements"]["onnxruntime"]["of_a_later_version"] = 1
-    path.write_text(json.dumps(fields))
+    edit_json(path, fields)
     (read,) = records.load_records(tmp_path)
     assert read.validation_loss is None
     assert records.is_lacking(read)
@@ -63,45 +64,61 @@ def test_record_that_does_not_say_whose_it_is_is_the_users_error(tmp_path: Path)
         fields = json.loads(path.read_text())
         del fields[name]
         other = tmp_path / f"{name}.json"
-        other.write_text(json.dumps(fields))
-        with pytest.raises(UserError, match=f"no {name}"):
+        edit_json(other, fields)
+        with pytest.raises(UserError, match=f"does not say {name}"):
             records.load_record(other)
 
 
 def test_what_an_interrupted_write_left_is_no_record(tmp_path: Path) -> None:
     records.save_record(tmp_path, make_record())
-    (tmp_path / "runs" / ".abc.json").write_text("{")
+    (tmp_path / "runs" / ".tmp-abc.json").write_text("{")
     assert records.load_records(tmp_path) == [make_record()]
 
 
-def test_table_takes_only_this_cpus_records_with_their_checkpoints(tmp_path: Path) -> None:
-    path = tmp_path / "FFN_baseline-seed0.safetensors"
-    path.write_bytes(b"weights")
-    good = make_record()
-    good.checkpoint["sha256"] = sha256(path)
-    elsewhere = replace(good, machine={"cpu": "there"})
-    changed = replace(good, checkpoint={**good.checkpoint, "sha256": "other"})
-    gone = make_record("Sparse_MoE")
+def write_files(folder: Path, record: Record) -> None:
+    """The files that a record is of, with what they hold as it says."""
+    for file in (record.checkpoint, record.artifact, *(m.file for m in record.measurements.values())):
+        (folder / file["file"]).write_bytes(f"weights of {record.run_name}".encode())
+        file["sha256"] = sha256(folder / file["file"])
+
+
+def test_table_takes_only_this_cpus_records_with_their_files(tmp_path: Path) -> None:
+    good, gone = make_record(), make_record("Sparse_MoE")
+    write_files(tmp_path, good)
+    elsewhere = replace(good, machine=HERE | {"cpu": "there"})
     assert records.usable_records([good], tmp_path, "here") == ([good], [])
-    for record, reason in ((elsewhere, "another CPU"), (changed, "changed"), (gone, "gone")):
+    for record, reason in ((elsewhere, "another CPU"), (gone, "gone")):
         usable, left_out = records.usable_records([record], tmp_path, "here")
         assert usable == []
         assert reason in left_out[0]
 
 
-def test_table_pools_seeds_of_the_same_settings_only(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["checkpoint", "artifact", "measured"])
+def test_record_whose_file_has_changed_since_is_left_out_where_files_are_at_hand(tmp_path: Path, kind: str) -> None:
+    record = make_record()
+    record.measurements["onnxruntime"].file = {"file": "measured", "sha256": ""}
+    record.checkpoint["file"], record.artifact["file"] = "checkpoint", "artifact"
+    write_files(tmp_path, record)
+    (tmp_path / kind).write_bytes(b"another's")
+    assert records.usable_records([record], tmp_path, "here")[1] == [
+        f"{record.run_name}: {kind} is gone or has changed"
+    ]
+    assert records.usable_records([record], None, "here") == ([record], [])
+
+
+def test_table_pools_seeds_of_the_same_settings_and_threads_only(tmp_path: Path) -> None:
     runs = [make_record(seed=seed) for seed in (0, 1, 2)]
     for record in runs:
-        path = tmp_path / record.checkpoint["file"]
-        path.write_bytes(b"weights")
-        record.checkpoint["sha256"] = sha256(path)
+        record.measurements["onnxruntime"].file = {"file": record.artifact["file"], "sha256": ""}
+        write_files(tmp_path, record)
         record.config = {"epochs": 5}
     assert records.usable_records(runs, tmp_path, "here")[0] == runs
-    runs[1].config["epochs"] = 6
-    usable, left_out = records.usable_records(runs, tmp_path, "here")
-    assert usable == [runs[0], runs[2]]
-    assert "FFN_baseline-seed1" in left_out[0]
-    assert records.usable_records(runs, tmp_path, "here", current=[runs[1]])[0] == [runs[1]]
+    for other in (replace(runs[1], config={"epochs": 6}), replace(runs[1], train_threads=1)):
+        mixed = [runs[0], other, runs[2]]
+        usable, left_out = records.usable_records(mixed, tmp_path, "here")
+        assert usable == [runs[0], runs[2]]
+        assert "FFN_baseline-seed1" in left_out[0]
+        assert records.usable_records(mixed, tmp_path, "here", current=[other])[0] == [other]
 
 
 @pytest.mark.parametrize("role", ["source", "teacher"])
@@ -111,11 +128,10 @@ def test_table_leaves_out_what_was_made_from_an_older_parent(tmp_path: Path, rol
     child = make_record("KD_FFN_Student")
     runs = [parent, child, grandchild]
     for record in runs:
-        path = tmp_path / record.checkpoint["file"]
-        path.write_bytes(record.model.encode())
-        record.checkpoint["sha256"] = sha256(path)
+        record.measurements["onnxruntime"].file = {"file": record.artifact["file"], "sha256": ""}
+        write_files(tmp_path, record)
     for record, its_parent in ((child, parent), (grandchild, child)):
-        record.parents = {role: its_parent.checkpoint | {"model": its_parent.model}}
+        record.parents = {role: {**its_parent.checkpoint, "model": its_parent.model}}
     assert records.usable_records(runs, tmp_path, "here") == (runs, [])
     path = tmp_path / parent.checkpoint["file"]
     path.write_bytes(b"new weights") if change == "other weights" else path.unlink()
@@ -124,23 +140,101 @@ def test_table_leaves_out_what_was_made_from_an_older_parent(tmp_path: Path, rol
     assert [line.partition(":")[0] for line in left_out] == ["KD_FFN_Student-seed0", "KD_FFN_Student_INT8-seed0"]
 
 
-def test_predictions_keep_the_exact_class(tmp_path: Path) -> None:
+def test_edited_copied_or_renamed_record_is_refused(tmp_path: Path) -> None:
+    record = make_record()
+    records.save_record(tmp_path, record)
+    path = records.record_path(tmp_path, record.run_name)
+    content = path.read_text()
+    path.with_name("FFN_baseline-seed1.json").write_text(content)
+    with pytest.raises(UserError, match="seed1.json is broken: it is the record of FFN_baseline-seed0"):
+        records.load_records(tmp_path)
+    path.write_text(content.replace('"test_acc": 0.98', '"test_acc": 0.99'))
+    with pytest.raises(UserError, match="not what was written"):
+        records.load_record(path)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("test_acc", "0.98"),
+        ("test_acc", 1.5),
+        ("test_loss", -0.1),
+        ("bins", {"count": [1.0]}),
+        ("latency_ms", {"64": {"median_ms": 1.0}}),
+        ("machine", None),
+        ("machine", {"cpu": "here"}),
+        ("seed", -1),
+        ("seed", 0.5),
+        ("row", "../../../escaped"),
+        ("checkpoint", {"file": "x"}),
+        ("curves", [{"epoch": 1}]),
+        ("versions", {"torch": 2}),
+        ("measurements", {"tensorrt": {}}),
+        ("measurements", []),
+    ],
+)
+def test_record_of_wrong_types_or_ranges_is_the_users_error(tmp_path: Path, name: str, value: Any) -> None:
+    record = make_record()
+    records.save_record(tmp_path, record)
+    path = records.record_path(tmp_path, record.run_name)
+    fields = json.loads(path.read_text())
+    measurement = fields["measurements"]["onnxruntime"]
+    (measurement if name in measurement else fields)[name] = value
+    edit_json(path, fields)
+    with pytest.raises(UserError, match="FFN_baseline-seed0.json is broken"):
+        records.load_record(path)
+
+
+def test_not_a_number_is_no_figure(tmp_path: Path) -> None:
+    record = make_record()
+    records.save_record(tmp_path, record)
+    path = records.record_path(tmp_path, record.run_name)
+    edit_json(path, json.loads(path.read_text()) | {"validation_loss": float("nan")})
+    with pytest.raises(UserError, match="is broken"):
+        records.load_record(path)
+
+
+def save(folder: Path) -> Record:
+    """A record of two images and three classes, and their predictions."""
+    record = make_record()
+    record.measurements["onnxruntime"].confusion = [[0, 1, 0], [0, 0, 0], [0, 0, 1]]
     logits = np.array([[5.0, 5.0001, 0.0], [-3.0, 0.0, 3.0]], np.float32)
-    records.save_predictions(tmp_path, "x-seed0", logits, np.array([0, 2]))
-    predictions = records.load_predictions(tmp_path, "x-seed0")
+    record.predictions = records.save_predictions(folder, record.run_name, logits, np.array([0, 2]))
+    return record
+
+
+def test_predictions_keep_the_exact_class(tmp_path: Path) -> None:
+    predictions = records.load_predictions(tmp_path, save(tmp_path))
     assert predictions.predicted.tolist() == [1, 2]
     assert predictions.labels.tolist() == [0, 2]
     assert np.allclose(predictions.probabilities.sum(axis=1), 1, atol=1e-2)
 
 
-def test_broken_predictions_are_named(tmp_path: Path) -> None:
-    (tmp_path / "runs").mkdir()
-    path = tmp_path / "runs" / "x-seed0.npz"
-    for content in (None, b"", b"PK\x03\x04 truncated"):
+def test_predictions_that_are_damaged_or_another_runs_are_named(tmp_path: Path) -> None:
+    record = save(tmp_path)
+    path = records.predictions_path(tmp_path, record.run_name)
+    whole = path.read_bytes()
+    for content in (None, b"", whole[:-1], whole[:60] + bytes([whole[60] ^ 1]) + whole[61:]):
+        path.unlink(missing_ok=True)
         if content is not None:
             path.write_bytes(content)
-        with pytest.raises(UserError, match="x-seed0.npz"):
-            records.load_predictions(tmp_path, "x-seed0")
+        with pytest.raises(UserError, match="FFN_baseline-seed0.npz"):
+            records.load_predictions(tmp_path, record)
+
+
+@pytest.mark.parametrize("bomb", ["size", "shape", "object"])
+def test_predictions_of_other_shapes_are_refused_before_they_take_memory(tmp_path: Path, bomb: str) -> None:
+    record = save(tmp_path)
+    path = records.predictions_path(tmp_path, record.run_name)
+    arrays = {name: np.zeros(2, np.uint8) for name in records.Predictions._fields}
+    if bomb == "size":
+        arrays["labels"] = np.zeros(10**8, np.uint8)
+    elif bomb == "object":
+        arrays["labels"] = np.array([{}, {}])
+    np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
+    record.predictions["sha256"] = sha256(path)
+    with pytest.raises(UserError, match="FFN_baseline-seed0.npz is broken"):
+        records.load_predictions(tmp_path, record)
 
 
 def test_latency_is_of_the_first_seed_in_each_runtime() -> None:

@@ -1,5 +1,6 @@
 """What a script does around its row: open the lab, say what happens, print the figures."""
 
+import itertools
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,27 +20,44 @@ from mnist_lab.experiments.make import load_or_make, load_or_measure, make, make
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import TABLE, families
 from mnist_lab.experiments.run import Run
-from mnist_lab.files import ensure_writable
-from mnist_lab.machine import cpu_model
+from mnist_lab.files import only_run_in
+from mnist_lab.machine import cpu_model, usable_cpus
 from mnist_lab.report.records import Record, first_in, load_records, usable_records
 from mnist_lab.report.table import build_table, judge_distillation
 from mnist_lab.report.text import SUMMARY_LEGEND, format_fastest, format_summary, write_table
 from mnist_lab.runtimes import RUNTIMES, RuntimeName, why_missing
 
 Mode = Literal["train", "load"]
+MAX_ANSWERS = 3  # that are wrong, where nobody sits at a terminal
 SCRIPTS = {"FFN_baseline": "baseline_mnist.py", "Sparse_MoE": "moe_mnist.py", "KD_FFN_Student": "kd_mnist.py"}
 
 
 @contextmanager
 def open_lab(options: Options) -> Iterator[Lab]:
-    """The data and folders that the options name; says at start and end where the data is not MNIST.
+    """The data and folders that the options name, for this run alone; says at start and end where it is not MNIST.
 
     Raises:
-        UserError: the data cannot be had, or a folder cannot be written.
+        UserError: the data cannot be had, or a folder cannot be written or is in use.
     """
+    lab = find_lab(options)
+    notice, training = lab.dataset.notice, f"{torch.get_num_threads()} training threads"
+    with only_run_in(lab.checkpoints, wait=options.wait), only_run_in(lab.results, wait=options.wait):
+        print_notice(notice)
+        print(f"{lab.results.name}: {len(lab.dataset.train):,} training images, {training}", flush=True)
+        yield lab
+        print_notice(notice)
+
+
+def find_lab(options: Options) -> Lab:
+    """The same for a process of a run that has the folders already. Torch gets no more threads than CPUs may be used.
+
+    Raises:
+        UserError: the data cannot be had.
+    """
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
     dataset = load_dataset(options.dataset, options.data_dir)
     folder = f"{dataset.name}-{options.preset}-{options.recipe}"
-    lab = Lab(
+    return Lab(
         dataset=dataset,
         preset_name=options.preset,
         recipe_name=options.recipe,
@@ -51,12 +69,6 @@ def open_lab(options: Options) -> Iterator[Lab]:
         runtimes=_find_runtimes(options),
         data_dir=options.data_dir,
     )
-    ensure_writable(lab.checkpoints)
-    ensure_writable(lab.results)
-    print_notice(dataset.notice)
-    print(f"{folder}: {len(dataset.train):,} training images, {torch.get_num_threads()} training threads", flush=True)
-    yield lab
-    print_notice(dataset.notice)
 
 
 def make_and_print(run: Run, *, beside: Run | None = None) -> Record:
@@ -177,9 +189,9 @@ def ask_mode() -> Mode:
     """Ask on the terminal, or read a pipe's answer.
 
     Raises:
-        UserError: the input ends without an answer.
+        UserError: the input ends without an answer, or is no terminal and has three wrong ones.
     """
-    while True:
+    for attempt in itertools.count(1):
         try:
             answer = input("train all anew, or load what is up to date? [train/load] ").strip().lower()
         except (EOFError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: standard input is closed
@@ -189,7 +201,10 @@ def ask_mode() -> Mode:
         for mode in modes:
             if answer and mode.startswith(answer):
                 return mode
-        print(f"'{answer}' is neither train nor load")
+        print(f"'{answer[:80]}' is neither train nor load")
+        if attempt == MAX_ANSWERS and not sys.stdin.isatty():
+            break
+    raise UserError(f"{MAX_ANSWERS} answers were neither train nor load; pass --mode train or --mode load")
 
 
 def write_results(lab: Lab, records: Sequence[Record], *, order: Sequence[str]) -> None:

@@ -1,16 +1,23 @@
 """How a script starts and ends: its options from a dataclass, its exit code from what happened. No torch here."""
 
 import gc
+import io
+import os
+import signal
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn, TypeVar, get_args
+from pathlib import Path
+from typing import Annotated, Any, NoReturn, TypeVar, get_args
 
 import tyro
 from tyro.constructors import PrimitiveConstructorSpec
 
+from mnist_lab.command.ending import Stopped, why_exhausted
 from mnist_lab.errors import RunFailed, UserError
+from mnist_lab.files import own_temporary_folder
 
 T = TypeVar("T")
+PIPE_CLOSED = 141  # as a shell gives it for a program that SIGPIPE ends
 
 
 def one_of(names: Any) -> PrimitiveConstructorSpec[Any]:
@@ -26,27 +33,66 @@ def one_of(names: Any) -> PrimitiveConstructorSpec[Any]:
     )
 
 
+def _expand(given: list[str]) -> Path:
+    try:
+        return Path(given[0]).expanduser()
+    except RuntimeError as error:  # no such user
+        raise ValueError(str(error)) from error
+
+
+# A path whose ~ is the user's home, also where no shell expands it.
+Folder = Annotated[
+    Path,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="PATH",
+        instance_from_str=_expand,
+        is_instance=lambda value: isinstance(value, Path),
+        str_from_instance=lambda value: [str(value)],
+    ),
+]
+
+
 def run_script(main: Callable[[T], None], options_type: type[T], description: str) -> NoReturn:
     """Parse the command line into `options_type`, call `main`, and leave with the suite's exit codes.
 
     The first paragraph of `description` heads the help. Exit codes: 0 done; 1 the run failed; 2 the user's input
-    is wrong; 130 interrupted.
+    is wrong; 130 interrupted; 141 nobody reads the output any more; 143 terminated.
     """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal without ± gets a question mark
     gc.freeze()  # what was imported stays, and need not be searched for garbage time and again
     try:
         summary = description.partition("\n\n")[0]
-        main(tyro.cli(options_type, description=summary, config=(tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)))
+        config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
+        options = tyro.cli(options_type, description=summary, config=config)
+        with own_temporary_folder():
+            main(options)
+        sys.stdout.flush()
     except UserError as error:
         _leave(f"error: {error}", 2)
     except RunFailed as error:
         _leave(f"failed: {error}", 1)
-    except KeyboardInterrupt:
-        _leave("interrupted; finished models and rows are kept", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _leave("", PIPE_CLOSED)
+    except KeyboardInterrupt as error:
+        stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
+        _leave(stopped.message, stopped.code)
+    except Exception as error:
+        reason = why_exhausted(error)
+        if reason is None:
+            raise
+        _leave(f"failed: {reason}", 1)
     _leave("", 0)
 
 
 def _leave(message: str, code: int) -> NoReturn:
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except OSError:  # said already, or the reason of it all
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     if message:
         print(message, file=sys.stderr)
     gc.freeze()  # or the interpreter's end would take a second longer

@@ -1,19 +1,21 @@
 """The options that every training and converting script takes."""
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 
-from mnist_lab.command.entry import one_of
+from mnist_lab.command.entry import Folder, one_of
 from mnist_lab.data import DatasetName
 from mnist_lab.errors import UserError
+from mnist_lab.machine import usable_cpus
 from mnist_lab.models import PresetName
 from mnist_lab.training import Recipe, RecipeName, find_recipe
 
 MAX_COUNT = 10**9
+MAX_RUN_SEEDS = 1000
+NUM_SEEDS = 2**32  # as many as torch's and numpy's generators tell apart
 
 
 @dataclass(frozen=True)
@@ -22,18 +24,20 @@ class DataOptions:
 
     dataset: Annotated[DatasetName | None, one_of(DatasetName)] = None
     """Data set; when not given, MNIST, or the bundled digits where MNIST can be neither found nor downloaded."""
-    data_dir: Path | None = None
+    data_dir: Folder | None = None
     """Folder that holds MNIST/raw/ and the like; when not given, $MNIST_LAB_DATA, else ./data (downloaded into)."""
     seed: int = 0
     """Seed of initial weights, batches, augmentation and router noise."""
-    checkpoints: Path = Path("checkpoints")
+    checkpoints: Folder = Path("checkpoints")
     """Folder for trained and converted models."""
-    results: Path = Path("results")
+    results: Folder = Path("results")
     """Folder for records, tables and plots."""
+    wait: bool = False
+    """Wait for another run that uses the same folders to end, instead of giving up."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.seed < 2**32:
-            raise UserError(f"--seed {self.seed} must lie between 0 and {2**32 - 1}")
+        if not 0 <= self.seed < NUM_SEEDS:
+            raise UserError(f"--seed {self.seed} must lie between 0 and {NUM_SEEDS - 1}")
 
 
 @dataclass(frozen=True)
@@ -65,15 +69,27 @@ class Options(DataOptions):
         check_count("--threads", self.threads)
         if not self.runtime:
             raise UserError("--runtime needs at least one name")
-        cores = os.cpu_count() or 1
-        if self.threads > cores:
-            raise UserError(f"--threads {self.threads} is more than this machine's {cores} cores")
+        if self.threads > usable_cpus():
+            raise UserError(f"--threads {self.threads} is more than the {usable_cpus()} CPUs that this process may use")
         check_device(self.device)
 
     def make_recipe(self) -> Recipe:
         """The named recipe with this run's departures."""
         recipe = find_recipe(self.recipe, self.preset)
         return replace(recipe, epochs=self.epochs or recipe.epochs, batch_size=self.batch_size or recipe.batch_size)
+
+
+def seeds_from(first: int, num: int) -> range:
+    """The seeds of a run, from --seed upward.
+
+    Raises:
+        UserError: there are none, too many, or none of that number.
+    """
+    if not 1 <= num <= MAX_RUN_SEEDS:
+        raise UserError(f"--seeds {num} must lie between 1 and {MAX_RUN_SEEDS:,}")
+    if first + num > NUM_SEEDS:
+        raise UserError(f"--seed {first} and --seeds {num} go beyond {NUM_SEEDS - 1}, the largest seed")
+    return range(first, first + num)
 
 
 def check_count(name: str, value: int | None) -> None:

@@ -12,7 +12,7 @@ from mnist_lab.compress.float32 import prove_float, write_float
 from mnist_lab.experiments.technique import Proof, Work
 from mnist_lab.machine import cpu_flags
 from mnist_lab.models import Model
-from mnist_lab.runtimes import Precision, RuntimeName, why_missing
+from mnist_lab.runtimes import Precision, RuntimeName
 
 BF16_FLAGS = {"amx_bf16", "avx512_bf16"}
 
@@ -27,9 +27,7 @@ class BFloat16:
     runtimes: ClassVar[tuple[RuntimeName, ...]] = ("pytorch", "torch-compile", "openvino")
 
     def write(self, model: Model, file: Path, work: Work, metadata: Mapping[str, Any]) -> None:
-        # Without the runtime that has such products, FP32 must do as a guide to the fastest layout.
-        guide: RuntimeName = "onnxruntime" if why_missing("openvino") else "openvino"
-        write_float(round_weights(model), file, work, metadata, precision=self.precision, guide=guide)
+        write_float(round_weights(model), file, metadata)
 
     def prove(self, model: Model, file: Path) -> Proof:
         return prove_float(file, self.precision)

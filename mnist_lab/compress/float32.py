@@ -2,20 +2,18 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import onnx
 import torch
 
-from mnist_lab.deploy.fastest import write_fastest
-from mnist_lab.deploy.onnx import Layout, write_onnx
+from mnist_lab.deploy.onnx import write_onnx
 from mnist_lab.errors import WrongPrecision
 from mnist_lab.experiments.technique import Proof, Work
 from mnist_lab.models import Model
 from mnist_lab.models.checkpoints import load_checkpoint, save_checkpoint
-from mnist_lab.runtimes import Precision, RuntimeName, open_session
+from mnist_lab.runtimes import Precision, RuntimeName
 
 
 @dataclass(frozen=True)
@@ -27,25 +25,18 @@ class Float32:
     runtimes: ClassVar[tuple[RuntimeName, ...]] = ("pytorch", "torch-compile", "onnxruntime", "openvino")
 
     def write(self, model: Model, file: Path, work: Work, metadata: Mapping[str, Any]) -> None:
-        write_float(model, file, work, metadata, precision=self.precision, guide="onnxruntime")
+        write_float(model, file, metadata)
 
     def prove(self, model: Model, file: Path) -> Proof:
         return prove_float(file, self.precision)
 
 
-def write_float(
-    model: Model, file: Path, work: Work, metadata: Mapping[str, Any], *, precision: Precision, guide: RuntimeName
-) -> None:
-    """Write a checkpoint, or an artifact in the layout that is the fastest in the runtime `guide`."""
+def write_float(model: Model, file: Path, metadata: Mapping[str, Any]) -> None:
+    """Write a checkpoint or an artifact, in the precision of the weights."""
     if file.suffix == ".safetensors":
         save_checkpoint(file, model, metadata)
-        return
-
-    def write_layout(path: Path, layout: Layout) -> None:
-        write_onnx(model, path, metadata, layout=layout)
-
-    open_file = partial(open_session, guide, precision=precision, threads=1)
-    write_fastest(model, file, write_layout, open_file, work.images_to_time)
+    else:
+        write_onnx(model, file, metadata)
 
 
 def prove_float(file: Path, precision: Precision) -> Proof:

@@ -9,7 +9,7 @@ import logging
 import platform
 import tempfile
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,30 +22,33 @@ import onnxruntime
 from onnxruntime import quantization as ort_quantization
 from onnxruntime.quantization import calibrate
 
-from mnist_lab.deploy.artifacts import read_onnx_metadata, set_onnx_metadata
-from mnist_lab.deploy.fastest import write_fastest
-from mnist_lab.deploy.onnx import Layout, build_onnx, write_onnx
+from mnist_lab.deploy.artifacts import read_onnx_metadata, save_onnx
+from mnist_lab.deploy.inside import count_rows, isolate_experts
+from mnist_lab.deploy.onnx import build_onnx, write_onnx
 from mnist_lab.errors import UserError, WrongPrecision
 from mnist_lab.experiments.technique import Proof, Work
 from mnist_lab.files import write_atomically
 from mnist_lab.machine import cpu_flags
 from mnist_lab.measure import Array
 from mnist_lab.models import Model
-from mnist_lab.runtimes import FLOAT_PRODUCTS, Precision, RuntimeName, open_session
+from mnist_lab.runtimes import FLOAT_PRODUCTS, Precision, RuntimeName
+from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options
 
 Mode = Literal["static", "dynamic"]
 CalibrationMethod = Literal["minmax", "entropy", "percentile"]
 MAX_CALIBRATION_SIZE = 10**9
 Int8 = npt.NDArray[np.int8]
 CALIBRATION_BATCH = 100
+# A new row passes the range of n others with chance 1/(n + 1): from this many on an expert's own rows will do.
+MIN_ROWS = 32
 # Besides the products: Relu, which joins its Gemm only when both are quantized, and what moves an MoE's rows,
 # which then are bytes instead of floats.
 STATIC_OPERATORS = ["MatMul", "Gemm", "Relu", "Gather", "Split", "Concat"]
-CALIBRATORS: dict[CalibrationMethod, tuple[ort_quantization.CalibrationMethod, dict[str, int]]] = {
-    "minmax": (ort_quantization.CalibrationMethod.MinMax, {}),
+CALIBRATORS: dict[CalibrationMethod, Callable[..., calibrate.CalibraterBase]] = {
+    "minmax": calibrate.MinMaxCalibrater,
     # As many bins as levels, the default, would leave it no choice but the whole range.
-    "entropy": (ort_quantization.CalibrationMethod.Entropy, {"num_bins": 512}),
-    "percentile": (ort_quantization.CalibrationMethod.Percentile, {}),
+    "entropy": partial(calibrate.EntropyCalibrater, num_bins=512),
+    "percentile": partial(calibrate.PercentileCalibrater, num_bins=2048, symmetric=True),
 }
 INTEGER_OPERATORS = {"QGemm", "QLinearMatMul", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger"}
 FLOAT_OPERATORS = {"Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
@@ -153,7 +156,7 @@ class StaticInt8:
         _write_int8(model, file, work, metadata, self.calibration, mode=self.mode, reduced_range=self.reduced_range)
 
     def prove(self, model: Model, file: Path) -> Proof:
-        return _prove_int8(model, file, reduced_range=self.reduced_range)
+        return _prove_int8(model, file, reduced_range=self.reduced_range, calibration=self.calibration)
 
 
 def _write_int8(
@@ -166,13 +169,13 @@ def _write_int8(
     mode: Mode,
     reduced_range: bool,
 ) -> None:
-    """The artifact in its fastest layout, or the program for PyTorch."""
+    """The artifact, or integers and scales for PyTorch."""
     pixels = work.calibration(calibration.calibration_size)
-    if file.suffix == ".pt2":
-        from mnist_lab.compress.pt2e import quantize_program
+    if file.suffix == ".safetensors":
+        from mnist_lab.compress.pt2e import write_quantized
 
         batches = pixels.split(CALIBRATION_BATCH)
-        quantize_program(
+        write_quantized(
             model,
             file,
             is_dynamic=mode == "dynamic",
@@ -182,37 +185,45 @@ def _write_int8(
         )
         return
 
-    def write_layout(path: Path, layout: Layout) -> None:
-        with tempfile.TemporaryDirectory() as folder:
-            fp32 = Path(folder) / "fp32.onnx"
-            write_onnx(model, fp32, {}, layout=layout)
-            quantize(
-                fp32,
-                path,
-                mode=mode,
-                calibration=pixels.numpy(),
-                method=calibration.calibration_method,
-                keep_float=FLOAT_PRODUCTS,
-                reduced_range=reduced_range,
-                metadata=metadata,
-            )
-
-    open_file = partial(open_session, "onnxruntime", precision="INT8", threads=1)
-    write_fastest(model, file, write_layout, open_file, work.images_to_time)
+    with tempfile.TemporaryDirectory() as folder:
+        fp32 = Path(folder) / "fp32.onnx"
+        write_onnx(model, fp32, metadata)
+        quantize(
+            fp32,
+            file,
+            mode=mode,
+            calibration=pixels.numpy(),
+            method=calibration.calibration_method,
+            keep_float=FLOAT_PRODUCTS,
+            reduced_range=reduced_range,
+            metadata=read_onnx_metadata(fp32),
+        )
 
 
-def _prove_int8(model: Model, file: Path, *, reduced_range: bool) -> Proof:
-    if file.suffix == ".pt2":
-        from mnist_lab.compress.pt2e import prove_program
+def _prove_int8(model: Model, file: Path, *, reduced_range: bool, calibration: Calibration | None = None) -> Proof:
+    if file.suffix == ".safetensors":
+        from mnist_lab.compress.pt2e import prove_quantized
 
-        return prove_program(model, file)
-    layout: Layout = read_onnx_metadata(file).get("layout", {}).get("name", "sparse")
-    counted = prove_integer(file, build_onnx(model, layout=layout), keep_float=FLOAT_PRODUCTS)
+        return prove_quantized(model, file)
+    says = read_onnx_metadata(file)
+    fp32 = build_onnx(model, layout=says.get("layout", {}).get("name"))
+    counted = prove_integer(file, fp32, keep_float=FLOAT_PRODUCTS)
     products = ", ".join(f"{count} {name}" for name, count in counted.integer_products.items())
     floats = ", ".join(counted.float_products) or "none"
     weights = "7-bit weights, as this CPU has no VNNI" if reduced_range else "8-bit weights"
-    text = f"integer products: {products}; in float: {floats}; {weights}"
+    notes = _describe_calibration(says["calibration"], calibration) if calibration else []
+    text = "; ".join([f"integer products: {products}", f"in float: {floats}", weights, *notes])
     return asdict(counted) | {"reduced_range": reduced_range, "text": text}
+
+
+def _describe_calibration(found: Mapping[str, Any], asked: Calibration) -> Iterator[str]:
+    """What a reader would not expect of an artifact's calibration."""
+    num_images, rows = found["num_images"], found["rows_of_rare_experts"]
+    if num_images < asked.calibration_size:
+        yield f"calibrated on {num_images:,} images, all that there are"
+    if rows:
+        seen = ", ".join(f"expert {expert} saw {count:,}" for expert, count in rows.items())
+        yield f"{seen} of {num_images:,} calibration images: calibrated on all of them"
 
 
 @dataclass(frozen=True)
@@ -236,6 +247,8 @@ def quantize(
 ) -> None:
     """Convert an FP32 artifact to INT8 with per-channel weights.
 
+    What static mode calibrated on stands in the output's metadata, as `calibration`.
+
     Args:
         calibration: training pixels (N, 1, height, width) from which static mode takes activation ranges;
             dynamic mode takes them from each batch as it runs and needs none.
@@ -245,7 +258,7 @@ def quantize(
         reduced_range: weights of 7 bits, for a CPU whose 8-bit products saturate.
 
     Raises:
-        UserError: the folder cannot be written.
+        RunFailed: the folder cannot be written.
     """
     common: dict[str, Any] = {
         "per_channel": True,
@@ -255,49 +268,73 @@ def quantize(
     }
 
     def convert(temporary: Path) -> None:
+        notes: dict[str, Any] = {}
         if mode == "static":
             assert calibration is not None
-            with _ranges(artifact, calibration, method) as ranges:
-                ort_quantization.quantize_static(
-                    artifact,
-                    temporary,
-                    calibration_cache_path=ranges,
-                    quant_format=ort_quantization.QuantFormat.QDQ,
-                    activation_type=ort_quantization.QuantType.QUInt8,
-                    calibrate_method=CALIBRATORS[method][0],
-                    op_types_to_quantize=STATIC_OPERATORS,
-                    **common,
-                )
+            rare = rare_experts(artifact, calibration)
+            notes["calibration"] = {"num_images": len(calibration), "rows_of_rare_experts": rare}
+            ranges = _find_ranges(artifact, calibration, method, rare)
+            _quantize_static(artifact, temporary, ranges, **common)
         else:
             ort_quantization.quantize_dynamic(artifact, temporary, op_types_to_quantize=["MatMul", "Gemm"], **common)
         model = onnx.load(temporary)
         if mode == "static":
             _leave_logits_in_float(model.graph)
-        set_onnx_metadata(model, metadata)
-        onnx.save(model, temporary)
+        save_onnx(model, temporary, {**metadata, **notes})
 
     with _quiet():
         write_atomically(output, convert)
 
 
-@contextlib.contextmanager
-def _ranges(artifact: Path, calibration: Array, method: CalibrationMethod) -> Iterator[Path]:
-    """A passing file with the range of every activation over the calibration images."""
-    kind, options = CALIBRATORS[method]
+def rare_experts(artifact: Path, calibration: Array) -> dict[int, int]:
+    """Experts of the sparse layout that get too few of the calibration images, by number, and how many those are."""
+    enough = min(MIN_ROWS, len(calibration))
+    return {expert: rows for expert, rows in enumerate(count_rows(artifact, calibration)) if rows < enough}
+
+
+def _find_ranges(
+    artifact: Path, calibration: Array, method: CalibrationMethod, rare: Collection[int]
+) -> calibrate.TensorsData:
+    """The range of every activation over the calibration images; inside rare experts, as if each image came there."""
+    with tempfile.TemporaryDirectory() as folder:
+        ranges = _calibrate(artifact, calibration, method, Path(folder))
+        if rare:
+            probe = Path(folder) / "probe.onnx"
+            onnx.save(isolate_experts(artifact, rare), probe)
+            for name, found in _calibrate(probe, calibration, method, Path(folder)).items():
+                ranges[name] = found
+    return ranges
+
+
+def _calibrate(model: Path, calibration: Array, method: CalibrationMethod, folder: Path) -> calibrate.TensorsData:
+    """The range of every activation of a model over the calibration images."""
+    augmented = str(folder / "augmented.onnx")
+    calibrator = CALIBRATORS[method](model, STATIC_OPERATORS, augmented)
+    calibrator.augment_graph()
+    options = session_options(1)
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    calibrator.infer_session = onnxruntime.InferenceSession(augmented, options, providers=PROVIDERS)
     # Histograms cannot merge batches in which an expert gets different numbers of rows.
     batch_size = CALIBRATION_BATCH if method == "minmax" else len(calibration)
+    calibrator.collect_data(_CalibrationReader(calibration, batch_size))
+    with np.errstate(invalid="ignore"):  # an expert without rows has an empty histogram
+        return calibrator.compute_data()
+
+
+def _quantize_static(artifact: Path, output: Path, ranges: calibrate.TensorsData, **common: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "ranges.json"
-        calibrator = calibrate.create_calibrator(
+        cache = Path(folder) / "ranges.json"
+        ort_quantization.save_tensors_data(ranges, cache)
+        ort_quantization.quantize_static(
             artifact,
-            STATIC_OPERATORS,
-            augmented_model_path=str(Path(folder) / "augmented.onnx"),
-            calibrate_method=kind,
-            extra_options=options,
+            output,
+            calibration_cache_path=cache,
+            quant_format=ort_quantization.QuantFormat.QDQ,
+            activation_type=ort_quantization.QuantType.QUInt8,
+            calibrate_method=ranges.calibration_method,
+            op_types_to_quantize=STATIC_OPERATORS,
+            **common,
         )
-        calibrator.collect_data(_CalibrationReader(calibration, batch_size))
-        ort_quantization.save_tensors_data(calibrator.compute_data(), path)
-        yield path
 
 
 def _leave_logits_in_float(graph: onnx.GraphProto) -> None:
@@ -310,6 +347,9 @@ def _leave_logits_in_float(graph: onnx.GraphProto) -> None:
     producers[quantize.input[0]].output[0] = graph.output[0].name
     graph.node.remove(dequantize)
     graph.node.remove(quantize)
+    used = {name for node in graph.node for name in node.input}
+    for constant in [constant for constant in graph.initializer if constant.name not in used]:
+        graph.initializer.remove(constant)
 
 
 def prove_integer(artifact: Path, fp32: onnx.ModelProto, *, keep_float: Collection[str]) -> Products:
@@ -338,10 +378,9 @@ def prove_integer(artifact: Path, fp32: onnx.ModelProto, *, keep_float: Collecti
 def optimized_graph(artifact: Path) -> onnx.GraphProto:
     """The graph as ONNX Runtime executes it on this CPU."""
     with tempfile.TemporaryDirectory() as folder:
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors only: it warns that such a file fits this CPU alone
+        options = session_options(1)
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        onnxruntime.InferenceSession(artifact, options, providers=["CPUExecutionProvider"])
+        onnxruntime.InferenceSession(artifact, options, providers=PROVIDERS)
         return onnx.load(options.optimized_model_filepath).graph
 
 

@@ -1,8 +1,9 @@
-"""Inside an MoE's artifact: which experts it chooses, and where ONNX Runtime spends the time."""
+"""Inside an MoE's artifact: which experts it chooses, what they see, and where ONNX Runtime spends the time."""
 
 import json
 import tempfile
 from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,15 @@ import numpy.typing as npt
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper
+from onnx.utils import Extractor
 
+from mnist_lab.deploy.artifacts import read_onnx
 from mnist_lab.measure import EVALUATION_BATCH, Array
 from mnist_lab.runtimes import COMBINE
 from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options
 
 NUM_CALLS = 200
-ROUTING = {"router", "top_logits", "expert_weights"}
+ROUTING = {"router", "top_logits", "router_probs", "expert_weights"}
 SORTING = {"expert_of_pair", "num_pairs", "ones", "load", "sorted_experts", "image"}
 SORTING |= {"end", "pairs", "place", "place_by_image"}
 MOVING = {"sorted_rows", "expert0.rows", "sorted_outputs", "by_image"}
@@ -26,14 +29,39 @@ JOBS = ["stem and head", "experts", "router", "sort", "move rows", "combine", "g
 
 def choose_experts(artifact: Path, images: Array) -> npt.NDArray[np.int64]:
     """The set of experts (N, K) that an artifact chooses for each image, in the order of their numbers."""
-    model = onnx.load(artifact)
-    model.graph.output.append(helper.make_tensor_value_info("top_experts", TensorProto.INT64, None))
+    return np.sort(np.concatenate(_read_out(read_onnx(artifact), "top_experts", images)), axis=1)
+
+
+def count_rows(artifact: Path, images: Array) -> list[int]:
+    """How many of the images each expert of the sparse layout gets; an artifact without such experts has none."""
+    model = read_onnx(artifact)
+    if not any(node.name == "load" for node in model.graph.node):
+        return []
+    rows: list[int] = np.sum(_read_out(model, "load", images), axis=0).tolist()
+    return rows
+
+
+def _read_out(model: onnx.ModelProto, name: str, images: Array) -> list[npt.NDArray[np.int64]]:
+    """A tensor of whole numbers inside a model, per batch."""
+    model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.INT64, None))
     session = onnxruntime.InferenceSession(model.SerializeToString(), session_options(1), providers=PROVIDERS)
-    chosen = [
-        session.run(["top_experts"], {"pixels": images[start : start + EVALUATION_BATCH]})[0]
+    return [
+        session.run([name], {"pixels": images[start : start + EVALUATION_BATCH]})[0]
         for start in range(0, len(images), EVALUATION_BATCH)
     ]
-    return np.sort(np.concatenate(chosen), axis=1)
+
+
+def isolate_experts(artifact: Path, experts: Iterable[int]) -> onnx.ModelProto:
+    """The part of an artifact in the sparse layout from the pixels to these experts, each on every image."""
+    model = read_onnx(artifact)
+    nodes = model.graph.node
+    place = next(place for place, node in enumerate(nodes) if node.op_type == "Split")
+    for expert in experts:
+        rows = nodes[place].output[expert]
+        nodes[place].output[expert] = f"{rows}.own"
+        nodes.insert(place + 1, helper.make_node("Identity", ["hidden"], [rows], name=rows))
+    extractor = Extractor(onnx.shape_inference.infer_shapes(model))
+    return extractor.extract_model(["pixels"], [f"expert{expert}.out" for expert in experts])
 
 
 def time_by_job(artifact: Path, pixels: Array) -> dict[str, float]:

@@ -3,7 +3,8 @@
 The normalisation is folded into the first layer. The MoE has two layouts with the same logits:
 "sparse" sorts the (image, expert) pairs by expert, as `models/moe.py` does, so that cost grows
 with K; "dense" runs every expert on every image as two large products, and a gate of zeros and
-weights between them keeps the chosen ones. The first computes less, the second moves less.
+weights between them keeps the chosen ones. The first computes less, the second moves less. Which one a file
+gets does not depend on the machine: the same model gives the same bytes.
 
 Shapes: B images, P pixels, D model width, H expert width, O expert output width, E experts, K experts per image,
 N = B·K (image, expert) pairs, n of one expert, C classes. In the graph weights are (inputs, outputs).
@@ -20,12 +21,11 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from mnist_lab.data import DataSpec
-from mnist_lab.deploy.artifacts import set_onnx_metadata
-from mnist_lab.files import write_atomically
+from mnist_lab.deploy.artifacts import save_onnx
 from mnist_lab.measure import Array
 from mnist_lab.models import Model
 from mnist_lab.models.ffn import Normalize
-from mnist_lab.models.moe import SparseMoE
+from mnist_lab.models.moe import SparseMoE, SparseMoEConfig
 from mnist_lab.runtimes import COMBINE, ROUTER
 
 OPSET = 17
@@ -33,30 +33,36 @@ IR_VERSION = 8  # the oldest that has this opset: older runtimes can read the fi
 Layout = Literal["sparse", "dense"]
 
 
-def write_onnx(model: Model, path: Path, metadata: Mapping[str, Any], *, layout: Layout = "sparse") -> None:
-    """Write the graph of `build_onnx` with `metadata` (anything JSON can hold) to `path`.
+def choose_layout(config: SparseMoEConfig) -> Layout:
+    """The faster one as a rule: sorting the pairs saves nothing where every image visits every expert."""
+    return "dense" if config.routing.top_k == config.routing.num_experts else "sparse"
+
+
+def write_onnx(model: Model, path: Path, metadata: Mapping[str, Any], *, layout: Layout | None = None) -> None:
+    """Write the graph of `build_onnx` with `metadata` (anything JSON can hold), and of an MoE its layout, to `path`.
 
     Raises:
-        UserError: the folder cannot be written.
+        RunFailed: the folder cannot be written.
     """
-    proto = build_onnx(model, layout=layout)
-    set_onnx_metadata(proto, metadata)
-    write_atomically(path, lambda temporary: onnx.save(proto, temporary))
+    if isinstance(model, SparseMoE):
+        layout = layout or choose_layout(model.config)
+        metadata = {**metadata, "layout": {"name": layout}}
+    save_onnx(build_onnx(model, layout=layout), path, metadata)
 
 
-def build_onnx(model: Model, *, layout: Layout = "sparse") -> onnx.ModelProto:
+def build_onnx(model: Model, *, layout: Layout | None = None) -> onnx.ModelProto:
     """`model` as an ONNX model: float32 `pixels` (batch, 1, height, width) -> `logits` (batch, C).
 
     BF16 weights are stored in BF16 and cast where they are used; an engine that is told to compute in BF16 drops the
     casts.
 
     Args:
-        layout: of the MoE; a dense model has only one.
+        layout: of the MoE, that of `choose_layout` when not given; a dense model has only one.
     """
     graph = _Graph(model.config.data)
     graph.add("Flatten", ["pixels"], "flat_pixels")  # (B, P)
     if isinstance(model, SparseMoE):
-        _add_moe(graph, model, "flat_pixels", layout)
+        _add_moe(graph, model, "flat_pixels", layout or choose_layout(model.config))
     else:
         layers = _layers(model.layers)
         layers[0] = _fold_normalization(model.normalize, layers[0])
@@ -131,7 +137,12 @@ def _add_moe(graph: _Graph, model: SparseMoE, rows: str, layout: Layout) -> str:
     router_logits = graph.add("MatMul", [hidden, gate], ROUTER)  # (B, E)
     top_k = graph.constant("top_k", [model.config.routing.top_k])
     graph.add("TopK", [router_logits, top_k], "top_logits", "top_experts", axis=-1)  # (B, K) each
-    graph.add("Softmax", ["top_logits"], "expert_weights", axis=-1)  # (B, K)
+    if model.config.routing.weighed_over == "all":
+        graph.add("Softmax", [router_logits], "router_probs", axis=-1)  # (B, E)
+        # Not TopK of these: where rounding makes two equal, it might choose others than of the logits.
+        graph.add("GatherElements", ["router_probs", "top_experts"], "expert_weights", axis=-1)  # (B, K)
+    else:
+        graph.add("Softmax", ["top_logits"], "expert_weights", axis=-1)  # (B, K)
     mixed = (_add_sparse_experts if layout == "sparse" else _add_dense_experts)(graph, model, hidden)  # (B, O)
     return _add_layers(graph, "head", _layers(model.head), graph.add("Relu", [mixed], "mixed.relu"))  # (B, C)
 

@@ -29,6 +29,7 @@ class Lab:
     checkpoints: Path  # …/<dataset>-<preset>-<recipe>
     results: Path
     device: str = "cpu"
+    train_threads: int | None = None  # that every model must have been trained on; None: as it comes
     threads: int = 1  # of latency measurements
     runtimes: tuple[RuntimeName, ...] = ("pytorch", "onnxruntime")  # to measure in, where a row can run there
     columns: tuple[Column, ...] = COLUMNS
@@ -78,8 +79,13 @@ class Lab:
         return found
 
     def for_claims(self) -> "Lab":
-        """The same models, with records in a folder below, so that those which only claims compare stay apart."""
-        return replace(self, results=self.results / CLAIMS_FOLDER)
+        """The same rows, with files in folders below, so that what only claims compare stays apart.
+
+        That goes for the models too: claims train several seeds side by side, on fewer threads, which gives other bits.
+        """
+        return replace(
+            self, checkpoints=self.checkpoints / CLAIMS_FOLDER, results=self.results / CLAIMS_FOLDER, _computed={}
+        )
 
     def file(self, run_name: str, extension: str) -> Path:
         """A model's file of one kind, by `<model>-seed<k>`."""

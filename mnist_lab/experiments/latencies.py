@@ -4,6 +4,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from typing import cast
 
 import torch
 
@@ -11,7 +12,7 @@ from mnist_lab import measure
 from mnist_lab.deploy.inside import time_by_job
 from mnist_lab.experiments.lab import Lab
 from mnist_lab.files import sha256
-from mnist_lab.report.records import Record, save_record
+from mnist_lab.report.records import Record, Timing, save_record
 from mnist_lab.runtimes import EXTENSIONS, RuntimeName, Session, bind, open_session
 from mnist_lab.training import progress_bar
 
@@ -31,7 +32,7 @@ def measure_latencies(lab: Lab, timed: Sequence[tuple[Record, RuntimeName]]) -> 
             session = open_session(runtime, file, precision=record.precision, threads=lab.threads)
             sessions[record.run_name, runtime] = session
     session_id = uuid.uuid4().hex
-    measured: dict[tuple[str, RuntimeName], dict[str, dict[str, float]]] = {key: {} for key in sessions}
+    measured: dict[tuple[str, RuntimeName], dict[str, Timing]] = {key: {} for key in sessions}
     # The bar is redrawn between blocks only, not from a thread that would run beside what is timed.
     with torch_threads(lab.threads), progress_bar(auto_refresh=False) as progress:
         task = progress.add_task("latency", total=len(sessions) * len(measure.TABLE_BATCHES) * NUM_ROUNDS)
@@ -45,7 +46,7 @@ def measure_latencies(lab: Lab, timed: Sequence[tuple[Record, RuntimeName]]) -> 
             calls = {key: bind(session, images) for key, session in sessions.items()}
             latencies = measure.measure_latency(calls, num_rounds=NUM_ROUNDS, on_block=on_block)
             for key, latency in latencies.items():
-                measured[key][str(batch)] = asdict(latency)
+                measured[key][str(batch)] = cast("Timing", asdict(latency))
     for record, runtime in timed:
         if (record.run_name, runtime) in sessions:
             measurement = record.measurements[runtime]

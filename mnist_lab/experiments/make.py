@@ -1,15 +1,17 @@
 """The whole story of a row: its parents, its weights, its files, its figures."""
 
+import copy
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
-from mnist_lab.errors import RunFailed
+from mnist_lab.errors import RunFailed, TrainingDiverged
 from mnist_lab.experiments.measure_run import find_known, measure_run
+from mnist_lab.experiments.resume import forget, keepers
 from mnist_lab.experiments.run import Run
 from mnist_lab.experiments.technique import Proof, Work
 from mnist_lab.files import write_atomically
@@ -67,21 +69,27 @@ def produce(run: Run) -> Produced:
     run.why_stale()  # refuses to overwrite what is not this run's
     for parent in run.parents.values():
         ensure_weights(parent)
-    work, start = run.work(**run.load_parents()), time.perf_counter()
+    work, start = run.work(run.load_parents()), time.perf_counter()
     if run.row.step is None:
         assert work.source is not None
         return Produced(work.source, write_form(run, run.output, work.source, work), time.perf_counter() - start)
-    made = run.row.step.make(work)
-    if run.row.source is not None and _same_weights(made.model, run.parents["source"].load()):
-        raise RunFailed(f"{run.name}: the technique changed none of {run.parents['source'].model}'s weights")
-    outcome = {
+    # All that can be known before the work: after it nothing may fail that has nothing to do with the weights.
+    known = run.metadata(run.output) | {
         "train_threads": torch.get_num_threads(),
         "device": run.lab.device,
-        "curves": [asdict(epoch) for epoch in made.curves],
-        "proof": made.proof,
         "versions": package_versions(),
     }
-    save_checkpoint(run.output, made.model, run.metadata(run.output) | outcome)
+    before = copy.deepcopy(work.source)
+    try:
+        made = run.row.step.make(replace(work, keepers=keepers(run)))
+        if before is not None and _same_weights(made.model, before):
+            raise RunFailed(f"{run.name}: the technique changed none of {run.parents['source'].model}'s weights")
+    except TrainingDiverged:  # going on would end the same way
+        forget(run)
+        raise
+    outcome = {"curves": [asdict(epoch) for epoch in made.curves], "proof": made.proof}
+    save_checkpoint(run.output, made.model, known | outcome)
+    forget(run)
     return Produced(made.model, made.proof, time.perf_counter() - start)
 
 

@@ -1,7 +1,5 @@
 """Every figure of a finished run but its latency: quality and size in each runtime, kept as a record."""
 
-import os
-from collections.abc import Mapping
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -12,16 +10,25 @@ import torch
 
 from mnist_lab import measure
 from mnist_lab.data import Split
-from mnist_lab.deploy.artifacts import artifact_bytes, read_onnx_metadata
+from mnist_lab.deploy.artifacts import artifact_bytes
 from mnist_lab.deploy.inside import choose_experts
-from mnist_lab.experiments.run import Run, read_file_metadata
+from mnist_lab.experiments.run import Provenance, Run, read_provenance
 from mnist_lab.experiments.technique import Proof
 from mnist_lab.files import as_json, sha256
-from mnist_lab.machine import describe_machine, package_versions
+from mnist_lab.machine import describe_machine, package_versions, usable_cpus
 from mnist_lab.models import Model, count_parameters, parameter_bytes
 from mnist_lab.models.checkpoints import load_checkpoint
 from mnist_lab.models.moe import SparseMoE, without_expert
-from mnist_lab.report.records import Measurement, Record, is_lacking, load_record, save_predictions, save_record
+from mnist_lab.report.records import (
+    FileId,
+    Measurement,
+    Record,
+    is_lacking,
+    load_record,
+    predictions_path,
+    save_predictions,
+    save_record,
+)
 from mnist_lab.runtimes import EXTENSIONS, RUNTIMES, RuntimeName, Session, open_session
 from mnist_lab.runtimes.pytorch import PyTorchSession
 from mnist_lab.training import torch_predictor
@@ -46,9 +53,9 @@ def measure_run(
         WrongPrecision: a runtime does not run the model in its precision.
     """
     model = model or run.weights.load()
-    metadata = read_file_metadata(run.output)
+    found = read_provenance(run.output)
     if proof is None:
-        proof = run.row.form.prove(model, run.output) if run.row.step is None else metadata["proof"]
+        proof = run.row.form.prove(model, run.output) if run.row.step is None else found.proof
     own = run.row.form.runtimes[0]
     asked = [runtime for runtime in run.runtimes if known is None or runtime not in known.measurements]
     sessions = {runtime: _open(run, runtime) for runtime in dict.fromkeys([own, *asked])}
@@ -64,7 +71,8 @@ def measure_run(
     params_total, params_active = count_parameters(model)
     is_trained_moe = isinstance(model, SparseMoE) and run.row.step is not None
     record = Record(
-        **_identity(run, metadata),
+        **_identity(run, found),
+        predictions=save_predictions(run.lab.results, run.name, test_logits, test_labels),
         original=run.original.model if run.original.lab == run.lab else run.original.output.parent.name,
         architecture=as_json(asdict(model.config)),
         params_total=params_total,
@@ -80,12 +88,11 @@ def measure_run(
         routes_changed=_routes_changed(run, model),
         figures=_figures(run, model),
     )
-    save_predictions(run.lab.results, record.run_name, test_logits, test_labels)
     save_record(run.lab.results, record)
     return record
 
 
-def _identity(run: Run, metadata: Mapping[str, Any]) -> dict[str, Any]:
+def _identity(run: Run, found: Provenance) -> dict[str, Any]:
     """The fields of a record that say what it is of, from the run and what its own file says."""
     return {
         "family": run.row.family,
@@ -97,13 +104,13 @@ def _identity(run: Run, metadata: Mapping[str, Any]) -> dict[str, Any]:
         "preset": run.lab.preset_name,
         "recipe": run.lab.recipe_name,
         "seed": run.seed,
-        "config": metadata["config"],
-        "parents": metadata["parents"],
+        "config": found.config,
+        "parents": found.parents,
         "checkpoint": {"file": run.output.name, "sha256": sha256(run.output)},
         "artifact": {"file": run.artifact.name, "sha256": sha256(run.artifact)},
-        "layout": read_onnx_metadata(run.artifact).get("layout"),
-        "train_threads": metadata.get("train_threads"),
-        "curves": metadata.get("curves", []),
+        "layout": read_provenance(run.artifact).layout,
+        "train_threads": found.train_threads,
+        "curves": found.curves,
         "machine": describe_machine(),
         "versions": package_versions(),
     }
@@ -130,12 +137,13 @@ def find_known(run: Run) -> Record | None:
         not is_lacking(record)
         and all(column.measure is None or column.name in record.figures for column in run.lab.columns)
         and record.artifact["sha256"] == sha256(run.artifact)
+        and _is_there(predictions_path(run.lab.results, run.name), record.predictions)
         and record.versions == package_versions()
     )
 
     def holds(runtime: RuntimeName) -> bool:
         file, measurement = run.file(EXTENSIONS[runtime]), record.measurements[runtime]
-        return not is_lacking(measurement) and file.is_file() and measurement.file["sha256"] == sha256(file)
+        return not is_lacking(measurement) and _is_there(file, measurement.file)
 
     measured = [runtime for runtime in RUNTIMES if runtime in record.measurements]
     return replace(
@@ -143,9 +151,13 @@ def find_known(run: Run) -> Record | None:
     )
 
 
+def _is_there(file: Path, known: FileId) -> bool:
+    return file.is_file() and sha256(file) == known["sha256"]
+
+
 def _open(run: Run, runtime: RuntimeName) -> Session:
     file = run.file(EXTENSIONS[runtime])
-    return open_session(runtime, file, precision=run.row.form.precision, threads=os.cpu_count() or 1)
+    return open_session(runtime, file, precision=run.row.form.precision, threads=usable_cpus())
 
 
 def _reference_logits(run: Run, own_logits: measure.Array) -> measure.Array:
@@ -160,14 +172,14 @@ def _reference_logits(run: Run, own_logits: measure.Array) -> measure.Array:
     return run.lab.once("test logits", original.output, predict)
 
 
-def _stored_bytes(file: Path) -> int:
-    """Bytes of the parameters in a file, as inference needs them."""
+def _stored_bytes(runtime: RuntimeName, file: Path) -> int:
+    """Bytes of the parameters in the file that a runtime loads, as inference needs them."""
     if file.suffix == ".onnx":
         return artifact_bytes(file)
-    if file.suffix == ".pt2":
-        from mnist_lab.runtimes.torchao import program_bytes
+    if runtime == "torchao":
+        from mnist_lab.runtimes.torchao import quantized_bytes
 
-        return program_bytes(file)
+        return quantized_bytes(file)
     return parameter_bytes(load_checkpoint(file).model)
 
 
@@ -187,7 +199,7 @@ def _measure_quality(
         test_brier=test.brier,
         train_acc=measure.accuracy(train_logits, train_labels),
         train_loss=measure.cross_entropy(train_logits, train_labels),
-        size_mib=_stored_bytes(file) / measure.MIB,
+        size_mib=_stored_bytes(runtime, file) / measure.MIB,
         file_mb=file.stat().st_size / 1e6,
         same_class=float((test_logits.argmax(axis=1) == reference.argmax(axis=1)).mean()),
         largest_gap=float(np.abs(test_logits - reference).max()),
@@ -219,11 +231,17 @@ def _acc_without_expert(model: Model, split: Split) -> list[list[float]] | None:
         return None
     pixels, labels = split.numpy()
     images = np.maximum(np.bincount(labels, minlength=num_classes), 1)
+    with torch.inference_mode():
+        routed = [model.routed(batch) for batch in split.pixels.split(measure.EVALUATION_BATCH)]
+    is_right = torch.cat([batch.logits for batch in routed]).argmax(dim=1).numpy() == labels
+    experts_NK = torch.cat([batch.experts for batch in routed]).numpy()
     table = []
     for expert in range(num_experts):
-        logits = measure.predict(torch_predictor(without_expert(model, expert)), pixels)
-        right = labels[logits.argmax(axis=1) == labels]
-        table.append((np.bincount(right, minlength=num_classes) / images).tolist())
+        still_right, moved = is_right.copy(), (experts_NK == expert).any(axis=1)  # all others stay as they are
+        if moved.any():
+            logits = measure.predict(torch_predictor(without_expert(model, expert)), pixels[moved])
+            still_right[moved] = logits.argmax(axis=1) == labels[moved]
+        table.append((np.bincount(labels[still_right], minlength=num_classes) / images).tolist())
     return table
 
 

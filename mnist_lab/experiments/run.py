@@ -1,20 +1,42 @@
 """A row for one seed: its files, whose they are, what they depend on, and whether they are up to date."""
 
 import os
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
+
+import msgspec
 
 from mnist_lab.deploy.artifacts import read_onnx_metadata
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.lab import Lab
 from mnist_lab.experiments.row import Row, describe
 from mnist_lab.experiments.technique import Work
-from mnist_lab.files import as_json, sha256
+from mnist_lab.files import as_json, reading, sha256
 from mnist_lab.models import Model
 from mnist_lab.models.checkpoints import load_checkpoint, read_metadata
-from mnist_lab.report.records import record_path
+from mnist_lab.report.records import Count, Epoch, Parent, record_path
 from mnist_lab.runtimes import RuntimeName
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What a file says of how it came to be: whose it is, by which settings, of which files."""
+
+    model: str
+    dataset: str
+    preset: str
+    recipe: str
+    seed: Count
+    config: dict[str, Any]
+    parents: dict[str, Parent] = field(default_factory=dict)  # of a run's own file, by role
+    made_from: str | None = None  # of a file that derives from the run's weights: their SHA-256
+    layout: dict[str, Any] | None = None  # of an MoE's artifact
+    curves: list[Epoch] = field(default_factory=list)
+    proof: dict[str, Any] = field(default_factory=dict)  # what a step did
+    train_threads: Count | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +122,7 @@ class Run:
             "seed": self.seed,
         }
 
-    def lineage(self) -> dict[str, dict[str, str]]:
+    def lineage(self) -> dict[str, Parent]:
         """What was made of which files, by role: model, file as seen from the lab's checkpoints, SHA-256."""
         return {
             role: {
@@ -129,13 +151,18 @@ class Run:
                 self.check_owner(file)
         if not self.output.exists():
             return "missing"
-        found = read_file_metadata(self.output)
+        found = read_provenance(self.output)
         for role, parent in self.parents.items():
             if reason := parent.why_stale():
                 return f"stale: {parent.model} is {reason}"
-            if found.get("parents", {}).get(role, {}).get("sha256") != sha256(parent.output):
+            if role not in found.parents or found.parents[role]["sha256"] != sha256(parent.output):
                 return f"stale: {parent.model} has changed since"
-        return None if found.get("config") == self.settings else "stale: made with other settings"
+        if found.config != self.settings:
+            return "stale: made with other settings"
+        threads = self.lab.train_threads
+        if self.row.step is not None and threads is not None and found.train_threads != threads:
+            return f"stale: trained on {found.train_threads} threads, not {threads}"
+        return None
 
     def is_due(self, file: Path) -> bool:
         """Whether one of the files that derive from the run's weights is missing or not of these.
@@ -146,15 +173,15 @@ class Run:
         if not file.exists():
             return True
         self.check_owner(file)
-        return not read_file_metadata(file).items() >= self.metadata(file).items()
+        return not asdict(read_provenance(file)).items() >= self.metadata(file).items()
 
     def check_owner(self, file: Path) -> None:
         """Raise UserError where a file lies in the place of another model, preset, recipe, data set or seed."""
-        found = read_file_metadata(file)
+        found = asdict(read_provenance(file))
         for key, expected in self.owner.items():
-            if found.get(key) != expected:
+            if found[key] != expected:
                 raise UserError(
-                    f"{file} belongs to {key} {found.get(key)}, not {expected}. "
+                    f"{file} belongs to {key} {found[key]}, not {expected}. "
                     "Move it away, or name another folder with --checkpoints."
                 )
 
@@ -166,22 +193,18 @@ class Run:
         """The models that its technique starts from, by role."""
         return {role: parent.load() for role, parent in self.parents.items()}
 
-    def work(self, **parents: Model) -> Work:
+    def work(self, parents: Mapping[str, Model] = MappingProxyType({})) -> Work:
         """What its technique may see."""
-        lab = self.lab
-        return Work(lab.dataset, lab.preset, lab.recipe, self.seed, lab.device, self.model, **parents)
+        lab, source, teacher = self.lab, parents.get("source"), parents.get("teacher")
+        return Work(lab.dataset, lab.preset, lab.recipe, self.seed, lab.device, self.model, source, teacher)
 
 
-def read_file_metadata(file: Path) -> dict[str, Any]:
-    """What a file of any kind says of itself.
+def read_provenance(file: Path) -> Provenance:
+    """What a checkpoint or an artifact says of itself.
 
     Raises:
-        UserError: it is broken, or not this suite's.
+        UserError: it is missing, damaged, or not this suite's.
     """
-    if file.suffix == ".safetensors":
-        return read_metadata(file)
-    if file.suffix == ".onnx":
-        return read_onnx_metadata(file)
-    from mnist_lab.runtimes.torchao import read_program_metadata
-
-    return read_program_metadata(file)
+    metadata = read_onnx_metadata(file) if file.suffix == ".onnx" else read_metadata(file)
+    with reading(file):
+        return msgspec.convert(metadata, Provenance)

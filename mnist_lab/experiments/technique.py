@@ -5,7 +5,7 @@ are all the settings that there are: a file is stale when they change, and a row
 their defaults, by the field's name or the `tag` in its metadata (`None` names nothing).
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, Protocol
@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from mnist_lab.data import Dataset, calibration_pixels
-from mnist_lab.measure import TABLE_BATCHES, Array
 from mnist_lab.models import Model, ModelConfig, Preset, build_model
 from mnist_lab.runtimes import Precision, RuntimeName
-from mnist_lab.training import EpochMetrics, Objective, Recipe, fit, supervised_loss
+from mnist_lab.training import EpochMetrics, Keeper, Objective, Recipe, fit, supervised_loss
 
 # What a technique did or an engine executes, as JSON can hold it; "text" says it in a line.
 Proof = dict[str, Any]
@@ -35,10 +34,11 @@ class Work:
     name: str
     source: Model | None = None  # whose weights it starts from; its own copy
     teacher: Model | None = None  # whom it learns from
+    keepers: Iterator[Keeper] | None = None  # of each training in turn, so that a killed one goes on
 
     def build(self, config: ModelConfig) -> Model:
         """A freshly initialised model, of this seed."""
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             return build_model(config)
 
@@ -47,21 +47,21 @@ class Work:
     ) -> list[EpochMetrics]:
         """Train `model` in place for that share of the recipe's epochs, at least one; the learning curves."""
         recipe = replace(self.recipe, epochs=max(1, round(budget * self.recipe.epochs)))
-        name = f"{self.name} seed {self.seed}"
-        return fit(model, self.dataset, recipe, seed=self.seed, objective=objective, device=self.device, name=name)
+        return fit(
+            model,
+            self.dataset,
+            recipe,
+            seed=self.seed,
+            objective=objective,
+            device=self.device,
+            name=f"{self.name} seed {self.seed}",
+            keeper=next(self.keepers) if self.keepers is not None else None,
+        )
 
     def calibration(self, num_images: int) -> Tensor:
-        """Training pixels (N, 1, height, width) of this seed.
-
-        Raises:
-            UserError: there are fewer.
-        """
-        return calibration_pixels(self.dataset.train, num_images, seed=self.seed)
-
-    @property
-    def images_to_time(self) -> Array:
-        """Training pixels, as many as the table's largest batch."""
-        return self.dataset.train.numpy()[0][: max(TABLE_BATCHES)]
+        """Training pixels (N, 1, height, width) of this seed, as many as asked for or as there are."""
+        train = self.dataset.train
+        return calibration_pixels(train, min(num_images, len(train)), seed=self.seed)
 
 
 class Made(NamedTuple):
@@ -97,7 +97,7 @@ class Form(Protocol):
         """That can run it. What the first of them loads is the row's own file; the others' files derive from it."""
 
     def write(self, model: Model, file: Path, work: Work, metadata: Mapping[str, Any]) -> None:
-        """Write what runtimes load of files with this ending (.safetensors, .onnx, .pt2).
+        """Write what runtimes load of files with this ending (.safetensors, .onnx).
 
         Args:
             model: in FP32; not to be changed.

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import msgspec
 from torch import nn
 
 from mnist_lab.data import DataSpec
@@ -59,16 +60,14 @@ def build_model(config: ModelConfig) -> Model:
 
 
 def config_from_dict(fields: dict[str, Any]) -> ModelConfig:
-    """Undo `dataclasses.asdict` on a model's configuration.
+    """Undo `dataclasses.asdict` on a model's configuration, as JSON holds it.
 
     Raises:
-        TypeError, KeyError: the fields are not those of a known architecture.
+        ValueError: the fields are not those of a known architecture.
     """
-    data = DataSpec(**fields["data"] | {"image_size": tuple(fields["data"]["image_size"])})
-    if fields["kind"] == "moe":
-        lists = {"head_widths": tuple(fields["head_widths"]), "routing": RoutingConfig(**fields["routing"])}
-        return SparseMoEConfig(**{**fields, **lists, "data": data})
-    return FFNConfig(**{**fields, "widths": tuple(fields["widths"]), "data": data})
+    if fields.get("kind") == "moe":
+        return msgspec.convert(fields, SparseMoEConfig)
+    return msgspec.convert(fields, FFNConfig)
 
 
 def inference_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

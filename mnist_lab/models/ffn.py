@@ -2,9 +2,10 @@
 
 import itertools
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 
 from mnist_lab.data import DataSpec
@@ -14,7 +15,7 @@ from mnist_lab.data import DataSpec
 class FFNConfig:
     """`widths` of the hidden layers."""
 
-    widths: tuple[int, ...]
+    widths: tuple[Annotated[int, Meta(ge=1)], ...]
     data: DataSpec
     kind: Literal["ffn"] = "ffn"
 
@@ -51,9 +52,16 @@ def linear_chain(*widths: int) -> list[nn.Linear]:
     """Linear layers from each width to the next, He-initialised for ReLU (arXiv:1502.01852), zero biases."""
     layers = [nn.Linear(fan_in, fan_out) for fan_in, fan_out in itertools.pairwise(widths)]
     for layer in layers:
-        nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+        if not layer.weight.is_meta:  # as in draw_normal
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
         nn.init.zeros_(layer.bias)
     return layers
+
+
+def draw_normal(*shape: int, times: float = 1.0, over: float = 1.0) -> Tensor:
+    """Normal values, scaled; on the meta device none, as to draw or scale there would import torch's compiler."""
+    values = torch.empty(shape)
+    return values if values.is_meta else values.normal_().mul_(times).div_(over)
 
 
 def relu_chain(layers: nn.ModuleList, hidden: Tensor) -> Tensor:

@@ -16,9 +16,10 @@ from torch.nn import functional as F
 
 from mnist_lab.data import DataSpec
 from mnist_lab.errors import UserError
-from mnist_lab.models.ffn import Normalize, apply_linear, cast_like, linear_chain, relu_chain
+from mnist_lab.models.ffn import Normalize, apply_linear, cast_like, draw_normal, linear_chain, relu_chain
 
 Balance = Literal["entropy", "switch", "cv", "none", "wrong-sign"]
+Gate = Literal["chosen", "all"]
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,9 @@ class RoutingConfig:
     """Rows an expert takes per training batch, as a multiple of an even share; when not given, nothing is dropped."""
     noise: bool = True
     """Learned noise on the router's logits in training."""
+    gate: Gate | None = field(default=None, metadata={"tag": ""})
+    """Softmax that weighs the chosen experts: over these alone, or over all; when not given, all with --top-k 1,
+    where one alone would always weigh 1 and the task would not teach the router, else chosen."""
 
     def __post_init__(self) -> None:
         if self.num_experts < 1:
@@ -47,6 +51,27 @@ class RoutingConfig:
             raise UserError(f"--balance-weight {self.balance_weight} must be a finite number, 0 or more")
         if self.capacity_factor is not None and not (math.isfinite(self.capacity_factor) and self.capacity_factor > 0):
             raise UserError(f"--capacity-factor {self.capacity_factor} must be a finite number above 0")
+
+    @property
+    def weighed_over(self) -> Gate:
+        """The gate given, or the one that fits `top_k`."""
+        return self.gate or ("all" if self.top_k == 1 else "chosen")
+
+    @property
+    def warning(self) -> str:
+        """A sentence for the user where the task teaches the router nothing; empty where it does."""
+        if self.num_experts == 1:
+            return "with one expert there is nothing to route, and the router learns nothing"
+        if self.top_k > 1 or self.weighed_over == "all":
+            return ""
+        learns = "it learns from the balance loss alone" if self._balance_teaches else "it does not learn at all"
+        return f"with --top-k 1 and --gate chosen every weight is 1, and the task cannot teach the router: {learns}"
+
+    @property
+    def _balance_teaches(self) -> bool:
+        """Whether the balance loss has a gradient for a router whose weights are constant."""
+        # Without noise the load is a plain count.
+        return self.balance_weight > 0 and self.balance != "none" and (self.balance != "cv" or self.noise)
 
 
 @dataclass(frozen=True)
@@ -65,7 +90,7 @@ class SparseMoEConfig:
 class Decision(NamedTuple):
     """What the router decided for a batch."""
 
-    weights_BK: Tensor  # of the chosen experts, summing to 1
+    weights_BK: Tensor  # of the chosen experts; summing to 1 where the gate is over these alone
     experts_BK: Tensor  # the chosen experts, best first
     logits_BE: Tensor  # with noise in training
     clean_logits_BE: Tensor
@@ -78,7 +103,7 @@ class Routed(NamedTuple):
     logits: Tensor  # (B, C)
     router_probs: Tensor  # (B, E), softmax over all experts
     experts: Tensor  # (B, K), the chosen ones
-    weights: Tensor  # (B, K), softmax over the chosen ones
+    weights: Tensor  # (B, K), of the chosen ones
     auxiliary: dict[str, Tensor]  # the raw parts of the load-balancing loss
     weighted: dict[str, Tensor]  # the same times the balance weight
     expert_load: Tensor  # (E,), pairs that chose each expert, before any was dropped
@@ -91,12 +116,16 @@ class Routed(NamedTuple):
 
 
 class Router(nn.Module):
-    """Keep the K largest logits, then softmax over those K; in training the logits carry learned noise."""
+    """Keep the K largest logits, and weigh them; in training the logits carry learned noise.
 
-    def __init__(self, width: int, num_experts: int, top_k: int, *, noisy: bool = True) -> None:
+    The weights are the softmax over those K ("chosen", arXiv:1701.06538, eq. 3), or what the softmax over all experts
+    gives those K ("all", arXiv:2101.03961, eq. 2).
+    """
+
+    def __init__(self, width: int, num_experts: int, top_k: int, *, weighed_over: Gate, noisy: bool = True) -> None:
         super().__init__()
-        self.top_k, self.noisy = top_k, noisy
-        self.gate = nn.Parameter(torch.randn(width, num_experts) / math.sqrt(width))  # (D, E)
+        self.top_k, self.weighed_over, self.noisy = top_k, weighed_over, noisy
+        self.gate = nn.Parameter(draw_normal(width, num_experts, over=math.sqrt(width)))  # (D, E)
         self.noise = nn.Parameter(torch.zeros(width, num_experts))  # (D, E)
 
     def forward(self, hidden_BD: Tensor) -> Decision:
@@ -107,7 +136,11 @@ class Router(nn.Module):
             std_BE = F.softplus(hidden_BD @ self.noise)
             logits_BE = clean_BE + torch.randn_like(clean_BE) * std_BE
         top_BK, experts_BK = logits_BE.topk(self.top_k, dim=-1)
-        return Decision(top_BK.softmax(dim=-1), experts_BK, logits_BE, clean_BE, std_BE)
+        if self.weighed_over == "all":
+            weights_BK = logits_BE.softmax(dim=-1).gather(-1, experts_BK)
+        else:
+            weights_BK = top_BK.softmax(dim=-1)
+        return Decision(weights_BK, experts_BK, logits_BE, clean_BE, std_BE)
 
 
 class Experts(nn.Module):
@@ -115,10 +148,12 @@ class Experts(nn.Module):
 
     def __init__(self, num_experts: int, width: int, hidden_width: int, output_width: int) -> None:
         super().__init__()
-        self.weight_in = nn.Parameter(torch.randn(num_experts, width, hidden_width) * math.sqrt(2 / width))  # (E, D, H)
+        self.weight_in = nn.Parameter(
+            draw_normal(num_experts, width, hidden_width, times=math.sqrt(2 / width))
+        )  # (E, D, H)
         self.bias_in = nn.Parameter(torch.zeros(num_experts, hidden_width))  # (E, H)
         self.weight_out = nn.Parameter(
-            torch.randn(num_experts, hidden_width, output_width) * math.sqrt(2 / hidden_width)
+            draw_normal(num_experts, hidden_width, output_width, times=math.sqrt(2 / hidden_width))
         )  # (E, H, O)
         self.bias_out = nn.Parameter(torch.zeros(num_experts, output_width))  # (E, O)
 
@@ -156,7 +191,13 @@ class SparseMoE(nn.Module):
         routing = config.routing
         self.normalize = Normalize(config.data)
         self.stem = linear_chain(config.data.num_pixels, config.model_width)[0]
-        self.router = Router(config.model_width, routing.num_experts, routing.top_k, noisy=routing.noise)
+        self.router = Router(
+            config.model_width,
+            routing.num_experts,
+            routing.top_k,
+            weighed_over=routing.weighed_over,
+            noisy=routing.noise,
+        )
         self.experts = Experts(routing.num_experts, config.model_width, config.expert_width, config.output_width)
         self.head = nn.ModuleList(linear_chain(config.output_width, *config.head_widths, config.data.num_classes))
 
@@ -229,6 +270,8 @@ class EveryExpert(nn.Module):
 
 def without_expert(model: SparseMoE, expert: int) -> SparseMoE:
     """The same mixture with one expert closed, in evaluation mode: its images go to the best of the others.
+
+    A gate over all experts is then one over all the others.
 
     Raises:
         ValueError: there is no other expert.

@@ -65,7 +65,8 @@ def latency(batch: int) -> Column:
     """Median milliseconds for a batch, of the first seed."""
 
     def read(_: Record, measurement: Measurement) -> float | None:
-        return measurement.latency_ms.get(str(batch), {}).get("median_ms")
+        timing = measurement.latency_ms.get(str(batch))
+        return None if timing is None else timing["median_ms"]
 
     cost = Cost(f"latency of a batch of {batch} (ms)", f"batch {batch}")
     return Column(f"latency_ms_b{batch}", read, format=".3f", cost=cost)

@@ -1,7 +1,15 @@
-"""How a figure looks: colours, markers, axes, bars, heat maps, legends, footnotes. No torch here, and no models."""
+"""How a figure looks: colours, markers, axes, bars, heat maps, legends, footnotes. No torch here, and no models.
 
+No other module of the package imports matplotlib: what they need of it they take from here.
+"""
+
+import contextlib
+import io
 import itertools
 import math
+import os
+import re
+import sys
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,17 +18,40 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_hex, to_rgb
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.lines import Line2D
-from matplotlib.projections.polar import PolarAxes
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from mnist_lab.files import write_atomically
+from mnist_lab.errors import RunFailed
+from mnist_lab.files import first_line, write_atomically
 from mnist_lab.report.records import Record
+
+
+@contextlib.contextmanager
+def _whatever_backend() -> Iterator[None]:
+    """Let matplotlib be imported although MPLBACKEND names a backend that it does not find, as notebooks' kernels do.
+
+    One that it finds stays chosen.
+    """
+    backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
+    yield
+    if backend is not None:
+        os.environ["MPLBACKEND"] = backend
+        with contextlib.suppress(ValueError):
+            matplotlib.rcParams["backend"] = backend
+
+
+with _whatever_backend():
+    import matplotlib
+    from matplotlib.artist import Artist
+    from matplotlib.axes import Axes as Axes
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.colors import to_hex, to_rgb
+    from matplotlib.figure import Figure as Figure
+    from matplotlib.font_manager import FontProperties
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+    from matplotlib.lines import Line2D
+    from matplotlib.projections.polar import PolarAxes
+    from matplotlib.textpath import text_to_path
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import MaxNLocator as MaxNLocator
 
 # Black, then seaborn's "colorblind" palette, whose pale hues come last.
 COLORS = (
@@ -31,9 +62,15 @@ MARKERS = "osD^vPX<>ph"
 MUTED = "#767676"
 DOTS_PER_INCH = 100
 PNG_COMPRESSION = 3  # files a tenth larger than at the default 6, in a third of the time
+LONGEST_NAME = 60  # of a model, in characters
+LINE_INCHES = 0.16  # of a small text
+USUAL_LINES = 2  # of a title, a footnote: what the sizes of the figures allow for
+NAME_INCHES = 3.0  # width of a name in the legend
+LEGEND_INCHES = 3.2  # width of a legend that the sizes of the figures allow for
+LEGEND_LINES = 30  # in one column
 
 Values = npt.NDArray[np.float64]
-Error = tuple[float, float]  # below and above a value, in the unit of its axis
+Error = Values  # (2, N): below and above N values, in the unit of their axis
 
 
 @dataclass(frozen=True)
@@ -109,6 +146,45 @@ def _markers_from(start: int) -> Iterator[str]:
     yield from (f"${number}$" for number in itertools.count(1))
 
 
+def shorten(names: Iterable[str]) -> dict[str, str]:
+    """Each name and how it shows: a long one without its middle, and numbered where it would be like another."""
+    shown: dict[str, str] = {}
+    for name in names:
+        shown[name] = next(form for form in _short_forms(name) if form not in shown.values())
+    return shown
+
+
+def _short_forms(name: str) -> Iterator[str]:
+    if len(name) <= LONGEST_NAME:
+        yield name
+    half = LONGEST_NAME // 2 - 4
+    yield f"{name[:half]} … {name[-half:]}"
+    yield from (f"{name[:half]} …{number}… {name[-half:]}" for number in itertools.count(2))
+
+
+class _Wrapper(textwrap.TextWrapper):
+    """Breaks lines between words, and before the hyphens in names."""
+
+    wordsep_re = re.compile(r"(\s+)|(?=-)")
+
+
+def wrap(text: str, inches: float, points: float) -> str:
+    """The text in lines no wider than that, at that size of the font."""
+    font = FontProperties(size=points)
+    room = max(1, int(130 * inches / points))  # characters in a line of usual ones
+    while True:
+        lines = _Wrapper(room).wrap(text)
+        widths = [text_to_path.get_text_width_height_descent(line, font, ismath=False)[0] / 72 for line in lines]
+        if room == 1 or max(widths, default=0) <= inches:
+            return "\n".join(lines)
+        room = room * 9 // 10
+
+
+def count_lines(texts: Iterable[str]) -> int:
+    """Of the text that has most."""
+    return 1 + max(text.count("\n") for text in texts)
+
+
 def make_figure(
     records: Sequence[Record],
     title: str,
@@ -126,8 +202,12 @@ def make_figure(
     FigureCanvasAgg(figure)
     first = records[0]
     what = f"{first.dataset} · {first.preset} · {first.recipe}"
-    fits = len(title) + len(what) < 9.5 * size[0]  # characters of 13 points in an inch
-    figure.suptitle(f"{title} — {what}" if fits else f"{title}\n— {what}", fontsize=13)
+    room = size[0] - 0.3
+    text = wrap(f"{title} — {what}", room, 13)
+    if "\n" in text:
+        text = "\n".join([wrap(title, room, 13), wrap(f"— {what}", room, 13)])
+    figure.suptitle(text, fontsize=13)
+    _make_room(figure, text)
     rows = rows if cells is None else math.ceil(cells / columns)
     grid = figure.subplots(
         rows, columns, squeeze=False, subplot_kw={"projection": projection}, sharex=sharex, sharey=sharey
@@ -144,28 +224,52 @@ def make_figure(
     return figure, panels
 
 
-def write_figures(folder: Path, figures: Mapping[str, Figure | None]) -> list[Path]:
-    """Write `folder/plots/NAME.png` for each, and return the files; that of a figure which is None is removed.
+def write_figures(folder: Path, figures: Mapping[str, Callable[[], Figure | None]]) -> Iterator[Path]:
+    """Draw each and write it to `folder/plots/NAME.png`; gives every file as soon as it is written.
+
+    One that cannot be drawn keeps none of the others from it. The file that an earlier run left of a figure that is
+    None, or cannot be drawn, is removed.
 
     Raises:
-        UserError: the folder cannot be written.
+        RunFailed: at once, a file cannot be written; at the end, which figures could not be drawn, and why.
     """
-    paths = []
-    for name, figure in figures.items():
+    failures = []
+    for name, draw in figures.items():
+        png = None
+        try:
+            png = _draw_png(draw)
+        except Exception as error:  # whatever it is, the others do not hang on it
+            failures.append(f"{name} ({type(error).__name__}: {first_line(error)})")
         path = folder / "plots" / f"{name}.png"
-        if figure is None:
-            path.unlink(missing_ok=True)
+        if png is not None:
+            write_atomically(path, lambda temporary, png=png: temporary.write_bytes(png))  # type: ignore[misc]
+            yield path
         else:
-            write_atomically(path, lambda temporary, figure=figure: _print_png(figure, temporary))  # type: ignore[misc]
-            paths.append(path)
-    return paths
+            _remove(path)
+    if failures:
+        raise RunFailed(f"figures that could not be drawn in {folder / 'plots'}: {'; '.join(failures)}")
 
 
-def _print_png(figure: Figure, path: Path) -> None:
-    figure.set_dpi(DOTS_PER_INCH)
-    # savefig would lay the figure out twice.
-    print_png: Callable[..., None] = FigureCanvasAgg(figure).print_png
-    print_png(path, pil_kwargs={"compress_level": PNG_COMPRESSION})
+def _draw_png(draw: Callable[[], Figure | None]) -> bytes | None:
+    """The file's content, which depends on no setting of the user's."""
+    own: dict[Any, Any] = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
+    with matplotlib.rc_context(own):
+        figure = draw()
+        if figure is None:
+            return None
+        figure.set_dpi(DOTS_PER_INCH)
+        content = io.BytesIO()
+        # savefig would lay the figure out twice.
+        print_png: Callable[..., None] = FigureCanvasAgg(figure).print_png
+        print_png(content, pil_kwargs={"compress_level": PNG_COMPRESSION})
+        return content.getvalue()
+
+
+def _remove(path: Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise RunFailed(f"cannot remove {path}: {error.strerror or error}") from error
 
 
 def make_logarithmic(axes: Axes, which: str, label: str) -> None:
@@ -198,23 +302,60 @@ def draw_legend(
     muted: Mapping[str, Look] | None = None,
     linestyle: Literal["-", "none"] = "none",
 ) -> None:
-    """Names beside the panels, the muted ones last; the figure grows where they would not fit."""
-    handles = [Line2D([], [], **look.line, linestyle=linestyle, label=name) for name, look in looks.items()]
-    handles += [
-        Line2D([], [], **look.line, linestyle="none", alpha=0.35, label=name) for name, look in (muted or {}).items()
-    ]
-    figure.set_figheight(max(figure.get_figheight(), 0.2 * len(handles) + 1))
-    figure.legend(handles=handles, loc="outside right center", frameon=False, fontsize=9)
+    """Names beside the panels, the muted ones last."""
+    handles = [Line2D([], [], **look.line, linestyle=linestyle) for look in looks.values()]
+    handles += [Line2D([], [], **look.line, linestyle="none", alpha=0.35) for look in (muted or {}).values()]
+    place_legend(figure, handles, [*looks, *(muted or {})])
+
+
+def place_legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str]) -> None:
+    """Beside the panels, in as many columns as it takes; where it would not fit the figure grows, in its shape."""
+    labels = [wrap(name, NAME_INCHES, 9) for name in names]
+    num_lines = sum(label.count("\n") + 1 for label in labels)
+    legend = figure.legend(
+        handles,
+        labels,
+        loc="outside right center",
+        frameon=False,
+        fontsize=9,
+        ncols=math.ceil(num_lines / LEGEND_LINES),
+    )
+    extent = legend.get_window_extent()
+    higher = max(0, extent.height / figure.dpi + 1 - figure.get_figheight())
+    wider = max(0, extent.width / figure.dpi - LEGEND_INCHES)
+    width, height = figure.get_size_inches()
+    figure.set_size_inches(width + wider + higher, height + higher)
 
 
 def write_footnote(figure: Figure, text: str) -> None:
-    """A small muted line below the panels, or as many as the width asks for."""
-    lines = textwrap.wrap(text, int(15 * figure.get_figwidth()), break_on_hyphens=False)
-    figure.supxlabel("\n".join(lines), fontsize=8.5, color=MUTED)
+    """A small muted text below the panels; the last of a figure, which grows by what is more than two lines."""
+    text = wrap(text, figure.get_figwidth() - 0.2, 8.5)
+    figure.supxlabel(text, fontsize=8.5, color=MUTED)
+    _make_room(figure, text)
 
 
-def draw_bars(axes: Axes, values: Sequence[float], looks: Sequence[Look], errors: Sequence[Error | None]) -> None:
-    """A horizontal bar per value, which stands beside it, or the words that there is none."""
+def _make_room(figure: Figure, text: str) -> None:
+    """Let the figure grow by the lines of a title or footnote that its size does not allow for."""
+    figure.set_figheight(figure.get_figheight() + LINE_INCHES * max(0, count_lines([text]) - USUAL_LINES))
+
+
+def spread(values: npt.ArrayLike, low: npt.ArrayLike, high: npt.ArrayLike) -> Error:
+    """Error bars from values to the ends of their intervals, as matplotlib takes them.
+
+    Rounding may put an end on the wrong side of its value; matplotlib refuses bars of negative length.
+    """
+    middle = np.atleast_1d(values)
+    return np.maximum(0.0, [middle - low, high - middle])
+
+
+def draw_bars(
+    axes: Axes,
+    values: Sequence[float],
+    looks: Sequence[Look],
+    errors: Sequence[Error | None],
+    blanks: Sequence[str],
+) -> None:
+    """A horizontal bar per value, which stands beside it; without a value (NaN) its blank says why."""
     axes.barh(
         range(len(values)),
         np.nan_to_num(values),
@@ -226,18 +367,14 @@ def draw_bars(axes: Axes, values: Sequence[float], looks: Sequence[Look], errors
     )
     known = {place: error for place, error in enumerate(errors) if error is not None}
     if known:
-        ends, spread = [values[place] for place in known], np.transpose([*known.values()])
-        axes.errorbar(ends, [*known], xerr=spread, fmt="none", ecolor="#9a9a9a", elinewidth=1.4, capsize=3)
-    for place, (value, error) in enumerate(zip(values, errors, strict=True)):
-        text = "not measured" if math.isnan(value) else f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}"
-        end = 0 if math.isnan(value) else value + (error[1] if error is not None else 0)
+        ends = [values[place] for place in known]
+        bars = np.hstack([*known.values()])
+        axes.errorbar(ends, [*known], xerr=bars, fmt="none", ecolor="#9a9a9a", elinewidth=1.4, capsize=3)
+    for place, (value, error, blank) in enumerate(zip(values, errors, blanks, strict=True)):
+        text = blank if math.isnan(value) else f"{value:,.0f}" if value >= 1000 else f"{value:#.3g}"
+        end = 0 if math.isnan(value) else value + (error[1].item() if error is not None else 0)
         color = MUTED if math.isnan(value) else "black"
         axes.annotate(text, (end, place), (5, 0), textcoords="offset points", va="center", fontsize=8, color=color)
-
-
-def as_error(error: Error | None) -> list[list[float]] | None:
-    """As `errorbar` takes it."""
-    return None if error is None else [[error[0]], [error[1]]]
 
 
 def prepare_radar(axes: Axes, labels: Sequence[str], decades: float) -> None:

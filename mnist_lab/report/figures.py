@@ -5,28 +5,33 @@ records have no data for it.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from mnist_lab.report.drawing import (
     COLORS,
+    LINE_INCHES,
     MARKERS,
     MUTED,
+    NAME_INCHES,
+    Axes,
+    Figure,
     Look,
-    as_error,
+    MaxNLocator,
     closed,
+    count_lines,
     draw_bars,
     draw_legend,
     make_figure,
     make_logarithmic,
+    place_legend,
     prepare_radar,
+    wrap,
     write_figures,
     write_footnote,
 )
@@ -37,23 +42,33 @@ from mnist_lab.report.model_figures import (
     reliability_diagram,
     training_curves,
 )
-from mnist_lab.report.records import first_seeds
-from mnist_lab.report.results import LATENCIES, Model, Results, conditions, rows_of, with_latency
+from mnist_lab.report.results import (
+    LATENCIES,
+    Model,
+    Results,
+    compare_only,
+    conditions,
+    left_out,
+    listed,
+    rows_of,
+    timed_rows,
+    with_latency,
+)
 
 PARETO_COLUMNS = ["test_acc", "file_mb", "latency_ms_b64"]
 SIZE_LABEL = "deployed file (MB = 10⁶ bytes)"
 ACCURACY_LABEL = "test accuracy (%)"
 
 
-def draw_all(folder: Path, results: Results) -> list[Path]:
-    """Write every figure that the records have data for into `folder/plots`, and return the files.
+def draw_all(folder: Path, results: Results) -> Iterator[Path]:
+    """Write every figure that the records have data for into `folder/plots`; gives each file once it is written.
 
     A figure without data is not drawn, and the file that an earlier run left of it is removed.
 
     Raises:
-        UserError: the folder cannot be written.
+        RunFailed: as `write_figures`.
     """
-    return write_figures(folder, {name: draw(results) for name, draw in FIGURES.items()})
+    return write_figures(folder, {name: partial(draw, results) for name, draw in FIGURES.items()})
 
 
 def pareto_set(table: pd.DataFrame) -> list[Any]:
@@ -105,7 +120,7 @@ def accuracy_vs_size(results: Results) -> Figure | None:
     make_logarithmic(axes, "x", SIZE_LABEL)
     axes.set_ylabel(ACCURACY_LABEL)
     draw_legend(figure, _looks(models))
-    write_footnote(figure, conditions(models))
+    write_footnote(figure, conditions(results, models))
     return figure
 
 
@@ -122,7 +137,7 @@ def accuracy_vs_time(results: Results) -> Figure | None:
         make_logarithmic(axes, "x", f"latency of a batch of {batch} (ms)")
     panels[0].set_ylabel(ACCURACY_LABEL)
     draw_legend(figure, _looks(models))
-    write_footnote(figure, conditions(models, latency=True))
+    write_footnote(figure, conditions(results, models, latency=True))
     return figure
 
 
@@ -146,12 +161,11 @@ def pareto_frontier(results: Results) -> Figure | None:
     panels[0].set_ylabel(ACCURACY_LABEL)
     draw_legend(figure, _looks(best), muted=_looks(others, " (dominated)"))
     noise = [
-        f"accuracies of {_listed([model.label for model in group])} are within noise of each other"
+        f"accuracies of {listed([model.label for model in group])} are within noise of each other"
         for group in within_noise(best)
     ]
-    write_footnote(
-        figure, conditions(models, latency=True, notes=["dashed: frontier of the panel's two figures", *noise])
-    )
+    notes = ["dashed: frontier of the panel's two figures", *noise]
+    write_footnote(figure, conditions(results, models, latency=True, notes=notes))
     return figure
 
 
@@ -163,29 +177,31 @@ def comparison_bars(results: Results) -> Figure | None:
     panels = results.costs
     columns = min(4, math.ceil(len(panels) / 2))
     rows = math.ceil(len(panels) / columns)
+    labels = [wrap(model.label, NAME_INCHES, 10) for model in models]
     figure, all_axes = make_figure(
         results.records,
         "Comparison, shorter is better",
         cells=len(panels),
         columns=columns,
-        size=(3.2 * columns + 2.8, rows * (1.1 + 0.3 * len(models)) + 0.4),
+        size=(3.2 * columns + 2.8, rows * (1.1 + _height_of_places(labels, 0.3)) + 0.4),
         sharey=True,
     )
+    looks = [model.look for model in models]
     for axes, (column, cost) in zip(all_axes, panels, strict=True):
         values, errors = zip(*[(model.cost(column), model.cost_error(column)) for model in models], strict=True)
-        draw_bars(axes, values, [model.look for model in models], errors)
-        axes.set(xlabel=cost.label)
+        draw_bars(axes, values, looks, errors, [model.why_blank(column) for model in models])
+        axes.set(xlabel=wrap(cost.label, NAME_INCHES, 10))
         axes.margins(x=0.25)
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(4))
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         axes.grid(visible=False, axis="y")
-    all_axes[0].set_yticks(range(len(models)), [model.label for model in models])
+    all_axes[0].set_yticks(range(len(models)), labels)
     all_axes[0].invert_yaxis()
     fills = {"INT8": "hatched: INT8", "BF16": "pale: BF16"}
     shown = {model.look.precision for model in models}
     notes = [text for precision, text in fills.items() if precision in shown]
-    write_footnote(figure, conditions(models, latency=True, notes=notes))
+    write_footnote(figure, conditions(results, models, latency=True, notes=notes))
     return figure
 
 
@@ -217,39 +233,35 @@ def normalized_comparison(results: Results) -> Figure | None:
         "batch: latency of one",
         *(["thin: dominated in accuracy, file and latency at batch 64"] if others else []),
     ]
-    write_footnote(figure, conditions(models, latency=True, bars=False, notes=notes))
+    write_footnote(figure, conditions(results, models, latency=True, bars=False, notes=notes))
     return figure
 
 
 def latency_by_runtime(results: Results) -> Figure | None:
     """Median latency of every model in every runtime that timed it, first seed, a panel per batch size."""
-    table, records = results.table, results.records
-    timed = table[table[list(LATENCIES)].notna().any(axis=1)]
+    timed = timed_rows(results.comparable)
     if timed.empty:
         return None
-    threads = timed["threads"].mode()[0]  # times on other numbers of threads do not compare
-    timed = timed[timed["threads"] == threads]
-    sessions = {
-        m.latency_session for record in first_seeds(records) for m in record.measurements.values() if m.latency_ms
-    }
-    names = list(dict.fromkeys(timed["model"]))
+    models = [model for model in results.models if model.name in set(timed["model"])]
+    names = [model.name for model in models]
+    labels = [wrap(model.short_name, NAME_INCHES, 10) for model in models]
     runtimes = sorted(timed["runtime"].unique())
-    figure, panels = make_figure(
-        records, "Latency by runtime", columns=len(LATENCIES), size=(13, 1.8 + 0.35 * len(names))
-    )
+    size = (13, 1.8 + _height_of_places(labels, 0.35))
+    figure, panels = make_figure(results.records, "Latency by runtime", columns=len(LATENCIES), size=size)
     for axes, (column, batch) in zip(panels, LATENCIES.items(), strict=True):
         for runtime, color, marker in zip(runtimes, COLORS, MARKERS, strict=False):
             rows = timed[timed["runtime"] == runtime]
             places = [names.index(model) for model in rows["model"]]
             axes.plot(rows[column], places, marker, color=color, markersize=7, alpha=0.85, label=runtime)
         make_logarithmic(axes, "x", f"latency of a batch of {batch} (ms)")
-        axes.set_yticks(range(len(names)), names if axes is panels[0] else [""] * len(names))
+        axes.set_yticks(range(len(names)), labels if axes is panels[0] else [""] * len(names))
         axes.set_ylim(len(names) - 0.5, -0.5)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
-    note = f"median, {threads:.0f} thread{'s' if threads > 1 else ''}, {records[0].machine['cpu']}"
-    if len(sessions) > 1:
-        note += f", from {len(sessions)} sessions, whose times compare only roughly"
-    write_footnote(figure, note)
+    place_legend(figure, *panels[0].get_legend_handles_labels())
+    first_runs = {key: results.runs[key][0] for key in zip(timed["model"], timed["runtime"], strict=True)}
+    sessions = {record.measurements[runtime].latency_session for (_, runtime), record in first_runs.items()}
+    short_names = {model.name: model.short_name for model in results.models}
+    others = {f"{short_names[model]} in {runtime}": own for (model, runtime), own in results.left_out.items()}
+    write_footnote(figure, "; ".join([f"median, {results.timed_under}{compare_only(sessions)}", *left_out(others)]))
     return figure
 
 
@@ -281,8 +293,9 @@ def _looks(models: Sequence[Model], suffix: str = "") -> dict[str, Look]:
     return {model.label + suffix: model.look for model in models}
 
 
-def _listed(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}"
+def _height_of_places(labels: Sequence[str], inches: float) -> float:
+    """Of a panel with a place for each label, that high, and higher where a label has several lines."""
+    return max(1.2, len(labels) * (inches + LINE_INCHES * (count_lines(labels) - 1)))
 
 
 def _draw_points(axes: Axes, models: Sequence[Model], column: str, *, alpha: float = 1) -> None:
@@ -290,8 +303,8 @@ def _draw_points(axes: Axes, models: Sequence[Model], column: str, *, alpha: flo
         axes.errorbar(
             [model.row[column]],
             [100 * model.row["test_acc"]],
-            xerr=as_error(model.latency_error(column) if column in LATENCIES else None),
-            yerr=as_error(model.accuracy_error),
+            xerr=model.latency_error(column) if column in LATENCIES else None,
+            yerr=model.accuracy_error,
             **model.look.line,
             elinewidth=1,
             capsize=3,

@@ -1,33 +1,37 @@
 """Figures of what each model does: how it learns, how sure it is, where it errs, whom it asks. No torch here."""
 
 import math
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from mnist_lab.measure import NUM_BINS
 from mnist_lab.report.drawing import (
     COLORS,
+    LINE_INCHES,
     MARKERS,
     MUTED,
+    Axes,
+    Figure,
+    MaxNLocator,
     Values,
+    count_lines,
     draw_heatmap,
     draw_legend,
     label_outer,
     make_figure,
     make_logarithmic,
+    spread,
+    wrap,
     write_footnote,
 )
-from mnist_lab.report.records import CONTROL, Record
-from mnist_lab.report.results import Model, Results, where
+from mnist_lab.report.records import CONTROL, Epoch, Record
+from mnist_lab.report.results import Model, Results, num_seeds, where
 from mnist_lab.report.statistics import binomial_interval
 
 MAX_MOE_VARIANTS = 4
+MAX_PANELS = 60  # of a model each
 FEW_IMAGES = 10  # of which an accuracy says next to nothing
 
 
@@ -37,7 +41,7 @@ def training_curves(results: Results) -> Figure | None:
     if not models:
         return None
     terms = dict.fromkeys(term for model in models for epoch in model.runs[0].curves for term in epoch["train_terms"])
-    series: list[tuple[str, Callable[[dict[str, Any]], float]]] = [
+    series: list[tuple[str, Callable[[Epoch], float]]] = [
         ("validation error (%)", lambda epoch: 100 * (1 - epoch["validation_acc"])),
         *(
             (
@@ -55,7 +59,7 @@ def training_curves(results: Results) -> Figure | None:
         make_logarithmic(axes, "y", label)
         axes.set_xlabel("epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    draw_legend(figure, {model.name: model.look for model in models}, linestyle="-")
+    draw_legend(figure, {model.short_name: model.look for model in models}, linestyle="-")
     seeds = max(len(model.runs) for model in models)
     note = "mean and single seeds; " if seeds > 1 else ""
     write_footnote(figure, f"{note}each term of the loss before its weight, mean over the epoch as it ran")
@@ -75,31 +79,36 @@ def confidence_histogram(results: Results) -> Figure | None:
         (student, "distilled student"),
         *([(control, "student, no teacher")] if control else []),
     ]
+    titles = [wrap(f"{role}: {model.label}", 3.7, 10) for model, role in shown]
+    size = (4.2 * len(shown), 4.4 + _extra_height(titles))
     figure, panels = make_figure(
-        results.records, "Confidence of test predictions", columns=len(shown), size=(4.2 * len(shown), 4.4), sharey=True
+        results.records, "Confidence of test predictions", columns=len(shown), size=size, sharey=True
     )
-    for axes, (model, role) in zip(panels, shown, strict=True):
-        _draw_confidences(axes, model, role)
+    for axes, (model, _), title in zip(panels, shown, titles, strict=True):
+        _draw_confidences(axes, model, title)
     panels[0].set_ylabel("share of test images (%)")
-    seeds = len(student.runs)
-    spread_note = f", mean of {seeds} seeds, error bars: lowest and highest seed" if seeds > 1 else ", one seed"
-    write_footnote(figure, f"{where([model for model, _ in shown])}; {NUM_BINS} bins{spread_note}")
+    models_shown = [model for model, _ in shown]
+    seeds = max(len(model.runs) for model in models_shown)
+    spread_note = f"mean of {num_seeds(models_shown)}, error bars: lowest and highest seed" if seeds > 1 else "one seed"
+    write_footnote(figure, f"{where(models_shown)}; {NUM_BINS} bins, {spread_note}")
     return figure
 
 
 def reliability_diagram(results: Results) -> Figure | None:
     """Accuracy over confidence in 15 bins, seeds pooled, a panel per model; the calibrated one is on the diagonal."""
-    models = [model for model in results.models if _has_bins(model)]
+    found = [model for model in results.models if _has_bins(model)]
+    models = found[:MAX_PANELS]
     if not models:
         return None
     columns = min(5, len(models))
-    size = (max(6, 2.7 * columns), 2.8 * math.ceil(len(models) / columns) + 1)
+    labels = [wrap(model.label, 2.4, 9) for model in models]
+    size = (max(6, 2.7 * columns), (2.8 + _extra_height(labels)) * math.ceil(len(models) / columns) + 1)
     figure, panels = make_figure(
         results.records, "Reliability", cells=len(models), columns=columns, size=size, sharex=True, sharey=True
     )
-    for axes, model in zip(panels, models, strict=True):
+    for axes, model, label in zip(panels, models, labels, strict=True):
         _draw_reliability(axes, model)
-        axes.set_title(f"{model.label}\nECE {100 * model.row['ece']:.2f} %", fontsize=9)
+        axes.set_title(f"{label}\nECE {100 * model.row['ece']:.2f} %", fontsize=9)
         axes.set_aspect("equal")
     ticks = range(0, 101, 25)
     panels[0].set(xlim=(-3, 106), ylim=(-6, 106), xticks=ticks, yticks=ticks)  # shared by all
@@ -109,7 +118,8 @@ def reliability_diagram(results: Results) -> Figure | None:
     write_footnote(
         figure,
         f"{where(models)}; {NUM_BINS} bins{pooled}; error bars: 95 % binomial interval of the bin's images, faint "
-        f"where they are fewer than {FEW_IMAGES}; area grows with the logarithm of a bin's images ({counts})",
+        f"where they are fewer than {FEW_IMAGES}; area grows with the logarithm of a bin's images ({counts})"
+        f"{_not_shown(found, models)}",
     )
     return figure
 
@@ -120,10 +130,16 @@ def expert_load(results: Results) -> Figure | None:
     models = found[:MAX_MOE_VARIANTS]
     if not models:
         return None
-    figure, panels = make_figure(
-        results.records, "Expert load", rows=len(models), columns=2, size=(12, 3.6 * len(models) + 0.9)
-    )
     class_name = "class" if models[0].runs[0].dataset in {"fashion-mnist", "kmnist"} else "digit"
+    titles = [
+        wrap(f"{model.short_name}: {what}", 5, 10)
+        for model in models
+        for what in ("load over training", f"who gets which {class_name}, test images")
+    ]
+    size = (12, (3.6 + _extra_height(titles)) * len(models) + 0.9)
+    figure, panels = make_figure(results.records, "Expert load", rows=len(models), columns=2, size=size)
+    for axes, title in zip(panels, titles, strict=True):
+        axes.set_title(title, fontsize=10)
     for model, load_axes, class_axes in zip(models, panels[::2], panels[1::2], strict=True):
         record = model.runs[0]
         _draw_load(load_axes, record)
@@ -138,25 +154,27 @@ def expert_load(results: Results) -> Figure | None:
             bar_label=f"share of the {class_name}'s test pairs (%)",
         )
         class_axes.set(xlabel=class_name, ylabel="expert")
-        class_axes.set_title(f"{model.name}: who gets which {class_name}, test images", fontsize=10)
-    more = f"; {len(found) - len(models)} more not shown" if len(found) > len(models) else ""
-    write_footnote(figure, f"first seed ({models[0].runs[0].seed}); a pair is one image at one of its experts{more}")
+    seeds = {model.runs[0].seed for model in models}
+    first_seed = f"first seed ({seeds.pop()})" if len(seeds) == 1 else "first seed of each model"
+    write_footnote(figure, f"{first_seed}; a pair is one image at one of its experts{_not_shown(found, models)}")
     return figure
 
 
 def confusion_matrices(results: Results) -> Figure | None:
     """Which digits a model's first seed takes for which: errors shaded, and counted above one; right ones blank."""
-    models = [model for model in results.models if model.num_images]
+    found = [model for model in results.models if model.num_images]
+    models = found[:MAX_PANELS]
     if not models:
         return None
     columns = min(5, len(models))
-    size = (max(6, 3.1 * columns), 3.7 * math.ceil(len(models) / columns) + 0.8)
+    labels = [wrap(model.label, 2.8, 9) for model in models]
+    size = (max(6, 3.1 * columns), (3.7 + _extra_height(labels)) * math.ceil(len(models) / columns) + 0.8)
     figure, panels = make_figure(results.records, "Test errors by class", cells=len(models), columns=columns, size=size)
     errors = {model.name: np.array(model.measurements[0].confusion) for model in models}
     for matrix in errors.values():
         np.fill_diagonal(matrix, 0)
     highest = max(1, *(int(matrix.max()) for matrix in errors.values()))
-    for place, (axes, model) in enumerate(zip(panels, models, strict=True)):
+    for place, (axes, model, label) in enumerate(zip(panels, models, labels, strict=True)):
         matrix = errors[model.name]
         axes.imshow(matrix, cmap="Blues", vmin=0, vmax=highest)
         for true, predicted in np.argwhere(matrix > 1):
@@ -170,14 +188,23 @@ def confusion_matrices(results: Results) -> Figure | None:
         axes.grid(visible=False)
         axes.scatter(classes, classes, marker="s", s=30, color="#d9d9d9", linewidths=0)
         axes.tick_params(labelsize=8, length=0)
-        axes.set_title(f"{model.label}\n{matrix.sum()} errors", fontsize=9)
+        axes.set_title(f"{label}\n{matrix.sum()} errors", fontsize=9)
     label_outer(panels, columns, "predicted", "true")
     note = "first seed of each model; grey: right predictions, not counted; shaded without a number: one image"
-    write_footnote(figure, f"{where(models)}; {note}")
+    write_footnote(figure, f"{where(models)}; {note}{_not_shown(found, models)}")
     return figure
 
 
-def _draw_curve(axes: Axes, model: Model, value_of: Callable[[dict[str, Any]], float]) -> None:
+def _extra_height(labels: Sequence[str]) -> float:
+    """Inches of a panel's title beyond the one line for which there is room."""
+    return LINE_INCHES * (count_lines(labels) - 1)
+
+
+def _not_shown(found: Sequence[Model], shown: Sequence[Model]) -> str:
+    return f"; {len(found) - len(shown)} more models not shown" if len(found) > len(shown) else ""
+
+
+def _draw_curve(axes: Axes, model: Model, value_of: Callable[[Epoch], float]) -> None:
     curves = [{epoch["epoch"]: value_of(epoch) for epoch in record.curves} for record in model.runs]
     by_seed = pd.DataFrame(curves).T.sort_index().dropna(how="all")
     if len(by_seed.columns) > 1:
@@ -196,10 +223,11 @@ def _bins(model: Model, key: str) -> Values:
 
 
 def _teacher_of(model: Model) -> str:
-    return model.runs[0].parents.get("teacher", {}).get("model", "")
+    parents = model.runs[0].parents
+    return parents["teacher"]["model"] if "teacher" in parents else ""
 
 
-def _draw_confidences(axes: Axes, model: Model, role: str) -> None:
+def _draw_confidences(axes: Axes, model: Model, title: str) -> None:
     """Shares of the images by confidence: the seeds' mean, and from the lowest to the highest."""
     counts, sums = _bins(model, "count"), _bins(model, "confidence_sum")
     shares = 100 * counts / counts.sum(axis=1, keepdims=True)
@@ -211,9 +239,9 @@ def _draw_confidences(axes: Axes, model: Model, role: str) -> None:
     if len(counts) > 1:
         drawn = mean > 0
         centers = (edges[:-1] + edges[1:]) / 2
-        spread = np.stack([mean - low, high - mean])[:, drawn]
-        axes.errorbar(centers[drawn], mean[drawn], spread, fmt="none", ecolor=MUTED, elinewidth=1, capsize=2)
-    axes.set_title(f"{role}: {model.label}\nmean confidence {100 * sums.sum() / counts.sum():.2f} %", fontsize=10)
+        bars = spread(mean, low, high)[:, drawn]
+        axes.errorbar(centers[drawn], mean[drawn], bars, fmt="none", ecolor=MUTED, elinewidth=1, capsize=2)
+    axes.set_title(f"{title}\nmean confidence {100 * sums.sum() / counts.sum():.2f} %", fontsize=10)
     axes.set(xlabel="probability of the predicted class (%)", xlim=(0, 100))
     make_logarithmic(axes, "y", "")
 
@@ -228,9 +256,8 @@ def _draw_reliability(axes: Axes, model: Model) -> None:
         confidence = 100 * confidence_sum[chosen] / count[chosen]
         accuracy = 100 * correct[chosen] / count[chosen]
         ends = [binomial_interval(k / n, int(n)) for k, n in zip(correct[chosen], count[chosen], strict=True)]
-        low, high = 100 * np.array(ends).T
-        spread = np.maximum(0, [accuracy - low, high - accuracy])
-        axes.errorbar(confidence, accuracy, spread, fmt="none", ecolor=MUTED, elinewidth=1, capsize=2, alpha=alpha)
+        bars = spread(accuracy, *100 * np.array(ends).T)
+        axes.errorbar(confidence, accuracy, bars, fmt="none", ecolor=MUTED, elinewidth=1, capsize=2, alpha=alpha)
         area = 8 + 30 * np.log10(count[chosen] / len(model.runs) + 1)
         axes.scatter(
             confidence, accuracy, s=area, facecolors=model.look.face, edgecolors=model.look.color, alpha=alpha, zorder=3
@@ -248,5 +275,4 @@ def _draw_load(axes: Axes, record: Record) -> None:
     if num_experts <= 12:
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.set(xlabel="epoch", ylabel="share of training pairs (%)", ylim=(0, 1.1 * loads.max()))
-    axes.set_title(f"{record.model}: load over training", fontsize=10)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

@@ -1,25 +1,30 @@
 """One run's record: its schema, its files, and which records a table may take. No torch here.
 
 `results/<dataset>-<preset>-<recipe>/runs/<model>-seed<k>.json` holds a record; beside it a small
-.npz holds the test predictions. Accuracy is a fraction, losses are nats, latencies milliseconds.
+.npz holds the test predictions, whose hash the record keeps. A record carries its own digest: one that is edited or
+damaged is refused. Accuracy is a fraction, losses are nats, latencies milliseconds.
 """
 
 import functools
-import json
+import hashlib
+import io
 import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Annotated, Any, NamedTuple, TypedDict, TypeVar, get_type_hints
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
+from msgspec import Meta
 
-from mnist_lab.errors import UserError
-from mnist_lab.files import sha256, write_atomically
+from mnist_lab.files import BLANK, check_seal, read_bytes, reading, seal, sha256, write_atomically
+from mnist_lab.machine import Machine
+from mnist_lab.measure import NUM_BINS
 from mnist_lab.runtimes import Precision, RuntimeName
 
-SCHEMA = 3
+SCHEMA = 4
 BASELINE = "FFN_baseline"
 CONTROL = "FFN_Student_no_KD"
 RECORD_PATTERN = "[!.]*.json"  # not what an interrupted write left
@@ -28,27 +33,66 @@ CLAIMS_FOLDER = "claims"  # below a results folder: the runs that only claims co
 IDENTITY = {"family", "row", "departures", "seed", "dataset", "config", "checkpoint", "artifact", "machine", "parents"}
 R = TypeVar("R")
 
+Share = Annotated[float, Meta(ge=0, le=1)]
+Amount = Annotated[float, Meta(ge=0)]  # finite, as JSON has no other numbers
+Count = Annotated[int, Meta(ge=0)]
+Bins = dict[str, Annotated[list[Amount], Meta(min_length=NUM_BINS, max_length=NUM_BINS)]]
+
+
+class FileId(TypedDict):
+    """A file's name, without its folder, and the SHA-256 of its content."""
+
+    file: str
+    sha256: str
+
+
+class Parent(FileId):
+    """A file that a run was made from, as seen from the checkpoints folder, and its model."""
+
+    model: str
+
+
+class Timing(TypedDict):
+    """Milliseconds of one forward pass: median and quartiles over all timed calls."""
+
+    median_ms: Amount
+    q1_ms: Amount
+    q3_ms: Amount
+    num_calls: Count
+
+
+class Epoch(TypedDict):
+    """One point of the learning curves, as `training.EpochMetrics`."""
+
+    epoch: Count
+    learning_rate: Amount
+    train_terms: dict[str, float]
+    validation_loss: Amount
+    validation_acc: Share
+    expert_load: list[Share]
+    dropped_share: Share | None
+
 
 @dataclass
 class Measurement:
     """What one runtime made of one trained model."""
 
     version: str  # of the runtime
-    file: dict[str, str]  # that the runtime loaded: its name and sha256
-    test_acc: float
-    test_loss: float
-    test_ece: float
-    test_brier: float
-    train_acc: float  # evaluation mode, no augmentation
-    train_loss: float
-    size_mib: float  # parameters as stored
-    file_mb: float  # the deployed file, 10^6 bytes
-    bins: dict[str, list[float]]  # test images by confidence: count, confidence_sum, correct
-    confusion: list[list[int]]  # test images, [true][predicted]
-    same_class: float  # share of test images with the class that the original gives in PyTorch
-    largest_gap: float  # between its logits and those of the original in PyTorch, on the test images
-    threads: int | None = None  # of the latencies
-    latency_ms: dict[str, dict[str, float]] = field(default_factory=dict)  # batch -> median, q1, q3, num_calls
+    file: FileId  # that the runtime loaded
+    test_acc: Share
+    test_loss: Amount
+    test_ece: Share
+    test_brier: Annotated[float, Meta(ge=0, le=2)]
+    train_acc: Share  # evaluation mode, no augmentation
+    train_loss: Amount
+    size_mib: Amount  # parameters as stored
+    file_mb: Amount  # the deployed file, 10^6 bytes
+    bins: Bins  # test images by confidence: count, confidence_sum, correct
+    confusion: list[list[Count]]  # test images, [true][predicted]
+    same_class: Share  # of test images with the class that the original gives in PyTorch
+    largest_gap: Amount  # between its logits and those of the original in PyTorch, on the test images
+    threads: Annotated[int, Meta(ge=1)] | None = None  # of the latencies
+    latency_ms: dict[str, Timing] = field(default_factory=dict)  # by batch
     latency_session: str = ""  # latencies of one session were measured by turns, and compare
 
 
@@ -64,30 +108,31 @@ class Record:
     dataset: str
     preset: str
     recipe: str
-    seed: int
+    seed: Count
     config: dict[str, Any]  # every setting of its step or form
     architecture: dict[str, Any]  # of the model
-    parents: dict[str, dict[str, str]]  # by role, source or teacher: model, file name and sha256
+    parents: dict[str, Parent]  # by role, source or teacher
     original: str  # the first model of the chain of sources; itself, where there is no source
-    checkpoint: dict[str, str]  # file name and sha256
-    artifact: dict[str, str]  # file name and sha256
-    params_total: int
-    params_active: int
-    validation_acc: float
-    validation_loss: float
-    curves: list[dict[str, Any]]  # one entry per epoch; empty for a converted model
-    machine: dict[str, Any]
+    checkpoint: FileId
+    artifact: FileId
+    predictions: FileId  # of the test split
+    params_total: Count
+    params_active: Count
+    validation_acc: Share
+    validation_loss: Amount
+    curves: list[Epoch]  # empty for a converted model
+    machine: Machine
     versions: dict[str, str]
     measurements: dict[str, Measurement]  # by runtime
-    train_seconds: float | None = None
-    train_threads: int | None = None
-    expert_by_class: list[list[float]] | None = None  # [class][expert], share of the class's test pairs
-    layout: dict[str, Any] | None = None  # of an MoE's artifact, and the times by which it was chosen
+    train_seconds: Amount | None = None
+    train_threads: Count | None = None
+    expert_by_class: list[list[Share]] | None = None  # [class][expert], share of the class's test pairs
+    layout: dict[str, Any] | None = None  # of an MoE's artifact
     proof: dict[str, Any] | None = None  # what the technique did, or what the engine executes
     scaled: dict[str, Any] | None = None  # temperature fitted on validation, then test_loss, …, bins
-    acc_without_expert: list[list[float]] | None = None  # [expert][class], test accuracy with that expert closed
-    routes_changed: float | None = None  # share of test images whose experts are not the original's
-    time_by_job_us: dict[str, float] | None = None  # of an MoE's pass at batch 64, by ONNX Runtime's own profile
+    acc_without_expert: list[list[Share]] | None = None  # [expert][class], test accuracy with that expert closed
+    routes_changed: Share | None = None  # of test images whose experts are not the original's
+    time_by_job_us: dict[str, Amount] | None = None  # of an MoE's pass at batch 64, by ONNX Runtime's own profile
     figures: dict[str, float | None] = field(default_factory=dict)  # of columns that bring their own measurement
     schema: int = SCHEMA
 
@@ -105,37 +150,47 @@ def record_path(folder: Path, run_name: str) -> Path:
     return folder / "runs" / f"{run_name}.json"
 
 
+def predictions_path(folder: Path, run_name: str) -> Path:
+    """Where its test predictions lie."""
+    return folder / "runs" / f"{run_name}.npz"
+
+
 def save_record(folder: Path, record: Record) -> None:
-    """Write a record below a results folder, atomically."""
-    text = json.dumps(asdict(record), indent=1, allow_nan=False)
-    write_atomically(record_path(folder, record.run_name), lambda path: path.write_text(text + "\n"))
+    """Write a record below a results folder, atomically and sealed."""
+    content = msgspec.json.format(msgspec.json.encode({"digest": BLANK} | asdict(record)), indent=1)
+    path = record_path(folder, record.run_name)
+    write_atomically(path, lambda temporary: temporary.write_bytes(seal(content + b"\n")))
 
 
 def load_record(path: Path) -> Record:
     """Read one record. A figure that it lacks is None, whatever it was: measuring the run again fills it in.
 
     Raises:
-        UserError: the file is missing, truncated, of another schema, or does not say whose record it is.
+        UserError: the file is missing, damaged, edited, another run's, of another schema, or no record.
     """
-    try:
-        found = json.loads(path.read_text())
+    content = read_bytes(path, "no record at {}")
+    with reading(path, "Delete it and run the model again."):
+        found = msgspec.json.decode(content, type=dict[str, Any])
         if found["schema"] != SCHEMA:
-            raise ValueError(f"schema {found['schema']}, this version reads {SCHEMA}")
-        measurements = {name: _fill(Measurement, values) for name, values in found["measurements"].items()}
-        return _fill(Record, found | {"measurements": measurements})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"{path} is not a record of this suite ({error}). Delete it and run the model again."
-        ) from error
+            raise ValueError(f"its schema is {found['schema']}, this version reads {SCHEMA}")
+        check_seal(content)
+        if missing := IDENTITY - found.keys():
+            raise ValueError(f"it does not say {', '.join(sorted(missing))}")
+        by_runtime = msgspec.convert(found.pop("measurements"), dict[RuntimeName, dict[str, Any]])
+        record = _fill(Record, found | {"measurements": {}})
+        record.measurements = {runtime: _fill(Measurement, values) for runtime, values in by_runtime.items()}
+        if record.run_name != path.stem:
+            raise ValueError(f"it is the record of {record.run_name}")
+    return record
 
 
 def _fill(kind: type[R], values: dict[str, Any]) -> R:
-    """A dataclass of the values that it knows; what is missing gets its default, or None where it has none."""
-    names = [f.name for f in fields(kind)]  # type: ignore[arg-type]
-    if missing := IDENTITY & {*names} - values.keys():
-        raise KeyError(f"no {', '.join(sorted(missing))}")
-    blanks = dict.fromkeys(_required(kind))
-    return kind(**blanks | {name: values[name] for name in names if name in values})
+    """A dataclass of the values that it knows, each of its type and in its range; what is missing gets its default,
+    or None where it has none.
+    """
+    hints: dict[str, Any] = get_type_hints(kind, include_extras=True)
+    known = {name: msgspec.convert(values[name], hint) for name, hint in hints.items() if name in values}
+    return kind(**dict.fromkeys(_required(kind)) | known)
 
 
 def _required(kind: Any) -> list[str]:
@@ -164,67 +219,84 @@ class Predictions(NamedTuple):
 
 def save_predictions(
     folder: Path, run_name: str, logits: npt.NDArray[np.float32], labels: npt.NDArray[np.int64]
-) -> None:
-    """Keep the test predictions for plots and paired tests."""
+) -> FileId:
+    """Keep the test predictions for plots and paired tests; their file, for the record."""
     exponentials = np.exp(logits - logits.max(axis=1, keepdims=True))
     probabilities = (exponentials / exponentials.sum(axis=1, keepdims=True)).astype(np.float16)
     predictions = Predictions(probabilities, logits.argmax(axis=1).astype(np.uint8), labels.astype(np.uint8))
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **predictions._asdict())
+    path = predictions_path(folder, run_name)
+    write_atomically(path, lambda temporary: temporary.write_bytes(buffer.getvalue()))
+    return {"file": path.name, "sha256": hashlib.sha256(buffer.getvalue()).hexdigest()}
 
-    def write(path: Path) -> None:
-        with path.open("wb") as file:
-            np.savez_compressed(file, **predictions._asdict())
 
-    write_atomically(folder / "runs" / f"{run_name}.npz", write)
-
-
-def load_predictions(folder: Path, run_name: str) -> Predictions:
-    """What `save_predictions` kept.
+def load_predictions(folder: Path, record: Record) -> Predictions:
+    """What `save_predictions` kept of a record's run.
 
     Raises:
-        UserError: the file is missing or broken.
+        UserError: the file is missing, damaged, or not the record's.
     """
-    path = folder / "runs" / f"{run_name}.npz"
-    try:
-        with np.load(path) as arrays:
-            return Predictions(*(arrays[name] for name in Predictions._fields))
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} does not hold a run's predictions ({error}). Delete its record and run the model again."
-        ) from error
+    path = predictions_path(folder, record.run_name)
+    content = read_bytes(path, "no predictions at {}; delete the record and run the model again")
+    with reading(path, "Delete it and its record, and run the model again."):
+        if hashlib.sha256(content).hexdigest() != record.predictions["sha256"]:
+            raise ValueError("it is not the file that its record is of")
+        confusion = next(iter(record.measurements.values())).confusion
+        num_images, num_classes = sum(map(sum, confusion)), len(confusion)
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+        if size > num_images * (2 * num_classes + 2) + 1000:  # the arrays, and their headers
+            raise ValueError(f"it holds {size:,} bytes")
+        with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
+            predictions = Predictions(*(arrays[name] for name in Predictions._fields))
+        shapes = [(num_images, num_classes), (num_images,), (num_images,)]
+        if [array.shape for array in predictions] != shapes:
+            raise ValueError(f"its arrays are not of {num_images:,} images and {num_classes} classes")
+    return predictions
 
 
 def usable_records(
-    records: Sequence[Record], checkpoints: Path, cpu: str, *, current: Sequence[Record] = ()
+    records: Sequence[Record], checkpoints: Path | None, cpu: str, *, current: Sequence[Record] = ()
 ) -> tuple[list[Record], list[str]]:
     """The records that a table of this machine may take, and one line for each that it may not.
 
-    Those lack a figure, or were made on another CPU, or their checkpoint is gone or has changed since, or one that
-    they were made from has, or their settings or library versions are not those of the model's other seeds.
+    Those lack a figure, or were made on another CPU, or a file that they are of is gone or has changed since, or one
+    that it was made from has, or their settings, training threads or library versions are not those of the model's
+    other seeds.
 
     Args:
+        checkpoints: the folder of the files that the records are of; None where they are not at hand, nor checked.
         current: the records just made, whose settings a model's other seeds must share; a model that is not
             among them goes by its lowest seed.
     """
     references = {record.model: record for record in [*reversed(first_seeds(records)), *reversed(current)]}
     by_name = {record.run_name: record for record in records}
 
+    def is_other(file: FileId) -> bool:
+        if checkpoints is None:
+            return False
+        path = checkpoints / file["file"]
+        return not path.is_file() or sha256(path) != file["sha256"]
+
     @functools.cache
     def why_not(run_name: str) -> str | None:
         record = by_name[run_name]
-        path, reference = checkpoints / record.checkpoint["file"], references[record.model]
+        reference = references[record.model]
         if is_lacking(record) or any(map(is_lacking, record.measurements.values())):
             return "lacks a figure that this version measures; make it again"
         if record.machine["cpu"] != cpu:
             return f"made on another CPU ({record.machine['cpu']})"
-        if _is_other(path, record.checkpoint["sha256"]):
-            return f"its checkpoint {path} is gone or has changed"
+        own_files = [record.checkpoint, record.artifact, *(m.file for m in record.measurements.values())]
+        if changed := next((file["file"] for file in own_files if is_other(file)), None):
+            return f"{changed} is gone or has changed"
         if _settings(record) != _settings(reference):
-            return f"made with other settings or library versions than {reference.run_name}"
+            return f"made with other settings, training threads or library versions than {reference.run_name}"
         for parent in record.parents.values():
             parent_name = f"{parent['model']}-seed{record.seed}"
             own = by_name.get(parent_name)  # or it is of another data set's folder
             is_left_out = own is not None and own.checkpoint["file"] == parent["file"] and why_not(parent_name)
-            if is_left_out or _is_other(checkpoints / parent["file"], parent["sha256"]):
+            if is_left_out or is_other(parent):
                 return f"{parent_name}, from which it was made, is left out, gone or changed since"
         return None
 
@@ -233,12 +305,8 @@ def usable_records(
     return usable, [f"{run_name}: {reason}" for run_name, reason in reasons.items()]
 
 
-def _is_other(path: Path, expected_sha256: str) -> bool:
-    return not path.is_file() or sha256(path) != expected_sha256
-
-
 def _settings(record: Record) -> dict[str, Any]:
-    return {**record.config, "versions": record.versions}
+    return {**record.config, "versions": record.versions, "threads": record.train_threads}
 
 
 def first_seeds(records: Iterable[Record]) -> list[Record]:

@@ -1,22 +1,34 @@
 """What the figures are drawn of: the records, their table, and the models as they are drawn. No torch here."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from mnist_lab.measure import TABLE_BATCHES
 from mnist_lab.report.columns import ACCURACY, COLUMNS, Column, Cost
-from mnist_lab.report.drawing import Error, Look, choose_looks
+from mnist_lab.report.drawing import Error, Look, choose_looks, shorten, spread
 from mnist_lab.report.records import Measurement, Record
 from mnist_lab.report.statistics import binomial_interval, confidence_interval
 from mnist_lab.report.table import build_table
 
 RUNTIME = "onnxruntime"
 LATENCIES = {f"latency_ms_b{batch}": batch for batch in TABLE_BATCHES}
+MAX_LISTED = 8  # names in a footnote
+
+
+class Conditions(NamedTuple):
+    """Under which latencies were measured: those of others do not compare."""
+
+    cpu: str
+    threads: int | None
+
+    def __str__(self) -> str:
+        return f"{self.threads} thread{'s' if self.threads != 1 else ''}, {self.cpu}"
 
 
 @dataclass(frozen=True)
@@ -24,15 +36,17 @@ class Model:
     """A model in the runtime from which the figures take it: its row of the table, its runs by seed, and its look."""
 
     name: str
+    short_name: str
     runtime: str
     row: pd.Series
     runs: list[Record]
     look: Look
+    elsewhere: Conditions | None = None  # of its latencies, where they do not compare with the others' and are blank
 
     @property
     def label(self) -> str:
-        """Its name, and where it ran if that is not ONNX Runtime."""
-        return self.name if self.runtime == RUNTIME else f"{self.name} ({self.runtime})"
+        """Its name as it shows, and where it ran if that is not ONNX Runtime."""
+        return self.short_name if self.runtime == RUNTIME else f"{self.short_name} ({self.runtime})"
 
     @property
     def measurements(self) -> list[Measurement]:
@@ -57,15 +71,14 @@ class Model:
         if self.accuracy_interval is None:
             return None
         low, high = self.accuracy_interval
-        return 100 * (self.row["test_acc"] - low), 100 * (high - self.row["test_acc"])
+        return spread(100 * self.row["test_acc"], 100 * low, 100 * high)
 
     def latency_error(self, column: str) -> Error | None:
         """Milliseconds from the median to the first and third quartile; None where the column has no median."""
         if pd.isna(self.row[column]):
             return None
         latency = self.measurements[0].latency_ms[str(LATENCIES[column])]
-        median = latency["median_ms"]
-        return max(0.0, median - latency["q1_ms"]), max(0.0, latency["q3_ms"] - median)
+        return spread(latency["median_ms"], latency["q1_ms"], latency["q3_ms"])
 
     def cost(self, column: Column) -> float:
         """What the figures show of a column that has a cost; NaN where the table is blank."""
@@ -81,12 +94,16 @@ class Model:
         value = self.cost(column)
         if column.name == ACCURACY.name and self.accuracy_interval is not None:
             low, high = sorted(column.cost.of(end) for end in self.accuracy_interval)
-            return max(0.0, value - low), max(0.0, high - value)
+            return spread(value, low, high)
         if not column.is_mean or len(self.runs) < 2 or math.isnan(value):
             return None
         read = [column.read(record, record.measurements[self.runtime]) for record in self.runs]
         half_width = confidence_interval([column.cost.of(one) for one in read])
-        return min(half_width, value), half_width
+        return spread(value, max(0.0, value - half_width), value + half_width)
+
+    def why_blank(self, column: Column) -> str:
+        """What stands in the place of a cost that is NaN."""
+        return "left out" if self.elsewhere and column.name in LATENCIES else "not measured"
 
 
 @dataclass(frozen=True)
@@ -102,27 +119,55 @@ class Results:
         return build_table(self.records, order=self.order, columns=self.columns)
 
     @cached_property
-    def models(self) -> list[Model]:
-        """Every model of the table once, in its order: in ONNX Runtime, else in its fastest runtime at batch 64.
+    def runs(self) -> dict[tuple[str, str], list[Record]]:
+        """By model and runtime, the lowest seed first: that whose latency stands in the table."""
+        found: dict[tuple[str, str], list[Record]] = {}
+        for record in sorted(self.records, key=lambda record: record.seed):
+            for runtime in record.measurements:
+                found.setdefault((record.model, runtime), []).append(record)
+        return found
 
-        Latencies are those of the first timed model's CPU and thread count; others do not compare, and are blanked.
-        """
+    def _conditions_of(self, model: str, runtime: str) -> Conditions:
+        record = self.runs[model, runtime][0]
+        return Conditions(record.machine["cpu"], record.measurements[runtime].threads)
+
+    @cached_property
+    def timed_under(self) -> Conditions | None:
+        """The conditions of the first timed model's latencies, the only ones that figures show; None where none is."""
+        timed = timed_rows(self.table)
+        if timed.empty:
+            return None
+        row = _choose_row(timed[timed["model"] == timed["model"].iloc[0]])
+        return self._conditions_of(row["model"], row["runtime"])
+
+    @cached_property
+    def left_out(self) -> dict[tuple[str, str], Conditions]:
+        """Models and runtimes whose latencies are of other conditions."""
+        timed = timed_rows(self.table)
+        found = {key: self._conditions_of(*key) for key in zip(timed["model"], timed["runtime"], strict=True)}
+        return {key: own for key, own in found.items() if own != self.timed_under}
+
+    @cached_property
+    def comparable(self) -> pd.DataFrame:
+        """The table, in which latencies of other conditions are blank."""
+        table = self.table.copy()
+        is_other = [key in self.left_out for key in zip(table["model"], table["runtime"], strict=True)]
+        table.loc[is_other, list(LATENCIES)] = np.nan
+        return table
+
+    @cached_property
+    def models(self) -> list[Model]:
+        """Every model of the table once, in its order: in ONNX Runtime, else in its fastest runtime at batch 64."""
         if not len(self.table):
             return []
-        chosen = pd.DataFrame([_choose_row(rows) for _, rows in self.table.groupby("model", sort=False)])
+        chosen = pd.DataFrame([_choose_row(rows) for _, rows in self.comparable.groupby("model", sort=False)])
         looks = choose_looks(zip(chosen["model"], chosen["family"], chosen["precision"], strict=True), self.order)
+        short_names = shorten(chosen["model"])
         models = []
-        conditions = None
         for _, row in chosen.iterrows():
-            name, runtime = str(row["model"]), str(row["runtime"])
-            runs = [r for r in self.records if r.model == name and runtime in r.measurements]
-            runs.sort(key=lambda record: record.seed)
-            own_conditions = (runs[0].machine["cpu"], row["threads"])
-            if row[list(LATENCIES)].notna().any():
-                conditions = conditions or own_conditions
-                if own_conditions != conditions:
-                    row[list(LATENCIES)] = np.nan
-            models.append(Model(name, runtime, row, runs, looks[name]))
+            name, runtime = key = row["model"], row["runtime"]
+            elsewhere = self.left_out.get(key)
+            models.append(Model(name, short_names[name], runtime, row, self.runs[key], looks[name], elsewhere))
         return models
 
     @cached_property
@@ -138,6 +183,11 @@ def _choose_row(rows: pd.DataFrame) -> pd.Series:
     """That of ONNX Runtime, else of the fastest runtime, else the first of a model's rows."""
     own = rows[rows["runtime"] == RUNTIME]
     return (own if len(own) else rows.sort_values("latency_ms_b64", kind="stable")).iloc[0]
+
+
+def timed_rows(table: pd.DataFrame) -> pd.DataFrame:
+    """Those with a latency."""
+    return table[table[list(LATENCIES)].notna().any(axis=1)]
 
 
 def rows_of(models: Sequence[Model]) -> pd.DataFrame:
@@ -157,7 +207,9 @@ def where(models: Sequence[Model]) -> str:
     return "ONNX Runtime" if not elsewhere else elsewhere.pop() if is_all else "ONNX Runtime, or as the name says"
 
 
-def conditions(models: Sequence[Model], *, latency: bool = False, bars: bool = True, notes: Sequence[str] = ()) -> str:
+def conditions(
+    results: Results, models: Sequence[Model], *, latency: bool = False, bars: bool = True, notes: Sequence[str] = ()
+) -> str:
     """Where the figures of these models hold, and what the error bars are.
 
     Args:
@@ -165,19 +217,44 @@ def conditions(models: Sequence[Model], *, latency: bool = False, bars: bool = T
         bars: error bars are.
         notes: what else is to be said.
     """
-    counts = sorted({len(model.runs) for model in models})
-    parts = [where(models), f"{'–'.join(str(count) for count in counts)} seed{'s' if counts != [1] else ''}"]
+    parts = [where(models), num_seeds(models)]
     if bars and any(model.accuracy_interval for model in models):
         parts.append(f"error bars: 95 % {_interval(models)}")
     timed = with_latency(models)
     if latency and timed:
-        threads, cpu = int(timed[0].row["threads"]), timed[0].runs[0].machine["cpu"]
+        sessions = {model.measurements[0].latency_session for model in timed}
         parts.append(
-            f"latency: median{' and quartiles' if bars else ''}, {threads} thread{'s' if threads > 1 else ''}, {cpu}"
+            f"latency: median{' and quartiles' if bars else ''}, {results.timed_under}{compare_only(sessions)}"
         )
-        if (sessions := len({model.measurements[0].latency_session for model in timed})) > 1:
-            parts[-1] += f", from {sessions} sessions, whose times compare only roughly"
+        parts += left_out({model.label: model.elsewhere for model in results.models if model.elsewhere})
     return "; ".join([*parts, *notes])
+
+
+def num_seeds(models: Sequence[Model]) -> str:
+    """How many, or from how many to how many, stand behind each."""
+    counts = sorted({len(model.runs) for model in models})
+    return f"{'–'.join(str(count) for count in counts)} seed{'s' if counts != [1] else ''}"
+
+
+def compare_only(sessions: Collection[str]) -> str:
+    """What is to be said of latencies that were not all measured by turns."""
+    return f", from {len(sessions)} sessions, whose times compare only roughly" if len(sessions) > 1 else ""
+
+
+def left_out(labels: Mapping[str, Conditions]) -> list[str]:
+    """A note for each of the other conditions, of whose latencies are not shown."""
+    by_conditions: dict[Conditions, list[str]] = {}
+    for label, own in labels.items():
+        by_conditions.setdefault(own, []).append(label)
+    return [
+        f"left out, as it does not compare: latency of {listed(names)} ({own})" for own, names in by_conditions.items()
+    ]
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names in a sentence, of many the first ones and how many more there are."""
+    *names, last = names if len(names) <= MAX_LISTED else [*names[:MAX_LISTED], f"{len(names) - MAX_LISTED} more"]
+    return f"{', '.join(names)} and {last}" if names else last
 
 
 def _interval(models: Sequence[Model]) -> str:

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import pandas as pd
 from tabulate import tabulate
 
-from mnist_lab.files import write_atomically
+from mnist_lab.files import write_text
 from mnist_lab.measure import TABLE_BATCHES
 from mnist_lab.report.columns import COLUMNS, Column
 from mnist_lab.report.table import compare, find_fastest
@@ -31,7 +31,7 @@ def write_table(
     folder: Path, table: pd.DataFrame, *, title: str, distillation: str, columns: Sequence[Column] = COLUMNS
 ) -> None:
     """Write `table.csv` and `table.md`; the latter adds a summary and the comparisons, that of students among them."""
-    write_atomically(folder / "table.csv", lambda path: table.to_csv(path, index=False))
+    write_text(folder / "table.csv", table.to_csv(index=False))
     parts = [
         f"# {title}",
         format_summary(table, style="github"),
@@ -45,7 +45,7 @@ def write_table(
         "## Fastest runtime",
         format_fastest(table, style="github"),
     ]
-    write_atomically(folder / "table.md", lambda path: path.write_text("\n\n".join(parts) + "\n"))
+    write_text(folder / "table.md", "\n\n".join(parts) + "\n")
 
 
 def format_table(table: pd.DataFrame, *, columns: Sequence[Column] = COLUMNS) -> str:

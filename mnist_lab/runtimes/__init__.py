@@ -1,34 +1,47 @@
 """Where a model runs. Each runtime loads a file and runs batches of raw pixels on the CPU."""
 
 import functools
-import importlib.metadata
 import importlib.util
 import os
+import shlex
 import shutil
+import subprocess
+import sys
 import sysconfig
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
+from mnist_lab.files import first_line
 from mnist_lab.measure import Array
 
 RuntimeName = Literal["pytorch", "torch-compile", "onnxruntime", "openvino", "torchao"]
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 Precision = Literal["FP32", "BF16", "INT8"]
-# What each runtime loads: the checkpoint, the ONNX artifact, or the quantized PyTorch program.
+# What each runtime loads: the checkpoint, the ONNX artifact, or the integers and scales for PyTorch.
 EXTENSIONS: dict[RuntimeName, str] = {
     "pytorch": "safetensors",
     "torch-compile": "safetensors",
     "onnxruntime": "onnx",
     "openvino": "onnx",
-    "torchao": "pt2",
+    "torchao": "safetensors",
 }
 # An MoE's products that stay in float in a file of any precision: the router decides routes, and the combination is a
 # weighted sum of K rows.
 ROUTER, COMBINE = "router", "combine"
 FLOAT_PRODUCTS = (ROUTER, COMBINE)
 
-COMPILING_TORCH = (2, 15)  # 2.11 can neither trace the MoE's grouped products nor lower torchao's programs
+COMPILING_TORCH = (2, 15)  # 2.11 can neither trace the MoE's grouped products nor lower torchao's models
+# What torch.compile asks of a compiler, in short. On macOS it looks for OpenMP itself, in several places.
+PROGRAM = """
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+int main() { return 0; }
+"""
+COMPILER = "clang++" if sys.platform == "darwin" else "g++"
+COMPILER_OPTIONS = ("-std=c++20", "-shared", "-fPIC", *(() if sys.platform == "darwin" else ("-fopenmp",)))
 
 
 class Session(Protocol):
@@ -62,14 +75,46 @@ def why_missing(runtime: RuntimeName) -> str | None:
 
 
 def _needed_to_compile() -> str | None:
-    installed = importlib.metadata.version("torch")
+    import torch
+
+    installed = torch.__version__
     if tuple(map(int, installed.split(".")[:2])) < COMPILING_TORCH:
         return f"torch {'.'.join(map(str, COMPILING_TORCH))} or newer; installed is {installed}"
     if not Path(sysconfig.get_path("include"), "Python.h").is_file():
         return "Python.h (the python3-dev package of many systems)"
-    if shutil.which(os.environ.get("CXX") or "g++") is None:
-        return f"a C++ compiler, and {os.environ.get('CXX') or 'g++'} is not there"
-    return None
+    return _why_no_compiler(os.environ.get("CXX", COMPILER))
+
+
+@functools.cache
+def _why_no_compiler(command: str) -> str | None:
+    """What is wrong with a C++ compiler: a command, perhaps with arguments, as torch.compile takes it too."""
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        return f"a C++ compiler, and CXX is no command: {error}"
+    if not words or shutil.which(words[0]) is None:
+        return f"a C++ compiler, and {command or 'the empty CXX'} is not there"
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            failure = _try_compiler(words, Path(folder))
+    except OSError as error:
+        return f"a folder for temporary files: {error.strerror or error}"
+    return f"a C++ compiler that works, and {command} does not: {failure}" if failure else None
+
+
+def _try_compiler(words: Sequence[str], folder: Path) -> str | None:
+    """What a compiler says that makes no library of a small program, in a line; None where it does."""
+    (folder / "program.cpp").write_text(PROGRAM)
+    command = [*words, *COMPILER_OPTIONS, "program.cpp", "-o", "program.so"]
+    try:
+        done = subprocess.run(
+            command, cwd=folder, check=False, stdin=subprocess.DEVNULL, capture_output=True, timeout=60
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return first_line(error)
+    if (folder / "program.so").is_file():
+        return None
+    return done.stderr.decode(errors="replace").strip().partition("\n")[0] or "it makes no library of a small program"
 
 
 def open_session(runtime: RuntimeName, file: Path, *, precision: Precision, threads: int) -> Session:

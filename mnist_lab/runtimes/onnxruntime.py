@@ -6,7 +6,9 @@ from typing import NamedTuple
 import numpy as np
 import onnxruntime
 
-from mnist_lab.errors import UserError
+from mnist_lab.deploy.artifacts import read_artifact
+from mnist_lab.files import reading
+from mnist_lab.machine import package_version
 from mnist_lab.measure import Array
 
 
@@ -22,28 +24,19 @@ class OnnxRuntimeSession:
     """An ONNX artifact from raw pixels to logits.
 
     Raises:
-        UserError: the file is missing, or is not an ONNX model.
+        UserError: the file is missing, damaged, or not one of this suite's.
     """
 
     runtime = "onnxruntime"
-    version = onnxruntime.__version__
+    version = package_version("onnxruntime")
 
     def __init__(self, artifact: Path, *, threads: int) -> None:
-        if not artifact.is_file():
-            raise UserError(f"no artifact at {artifact}")
-        try:
-            self._session = onnxruntime.InferenceSession(artifact, session_options(threads), providers=PROVIDERS)
-        except Exception as error:  # the library's errors share no public base class
-            raise UserError(f"{artifact} is truncated or not an ONNX model ({error})") from error
-        self._num_classes: int = self._session.get_outputs()[0].shape[1]
+        content = read_artifact(artifact)
+        with reading(artifact):
+            self._session = onnxruntime.InferenceSession(content, session_options(threads), providers=PROVIDERS)
 
     def prepare(self, pixels: Array) -> BoundBatch:
-        pixels = np.ascontiguousarray(pixels)
-        logits = np.empty((len(pixels), self._num_classes), np.float32)
-        binding = self._session.io_binding()
-        binding.bind_input("pixels", "cpu", 0, np.float32, pixels.shape, pixels.ctypes.data)
-        binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
-        return BoundBatch(binding, logits, pixels)
+        return bind_batch(self._session, pixels)
 
     def run(self, batch: BoundBatch) -> Array:
         self._session.run_with_iobinding(batch.binding)
@@ -54,6 +47,16 @@ class OnnxRuntimeSession:
 
 
 PROVIDERS = ["CPUExecutionProvider"]
+
+
+def bind_batch(session: onnxruntime.InferenceSession, pixels: Array) -> BoundBatch:
+    """Pixels and room for their logits, bound to a session."""
+    pixels = np.ascontiguousarray(pixels)
+    logits = np.empty((len(pixels), session.get_outputs()[0].shape[1]), np.float32)
+    binding = session.io_binding()
+    binding.bind_input("pixels", "cpu", 0, np.float32, pixels.shape, pixels.ctypes.data)
+    binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+    return BoundBatch(binding, logits, pixels)
 
 
 def session_options(threads: int) -> onnxruntime.SessionOptions:

@@ -1,6 +1,6 @@
 """OpenVINO on the CPU."""
 
-import importlib.metadata
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -8,7 +8,10 @@ from typing import NamedTuple
 import numpy as np
 import openvino
 
-from mnist_lab.errors import UserError, WrongPrecision
+from mnist_lab.deploy.artifacts import read_artifact
+from mnist_lab.errors import WrongPrecision
+from mnist_lab.files import reading
+from mnist_lab.machine import package_version
 from mnist_lab.measure import Array
 from mnist_lab.runtimes import FLOAT_PRODUCTS, Precision
 
@@ -27,12 +30,12 @@ class OpenVINOSession:
     """An ONNX artifact from raw pixels to logits.
 
     Raises:
-        UserError: the file is missing, or is not an ONNX model.
+        UserError: the file is missing, damaged, or not one of this suite's.
         WrongPrecision: a layer runs in another precision than asked for.
     """
 
     runtime = "openvino"
-    version = importlib.metadata.version("openvino")
+    version = package_version("openvino")
 
     def __init__(self, artifact: Path, *, precision: Precision, threads: int) -> None:
         options = {
@@ -41,7 +44,9 @@ class OpenVINOSession:
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
         }
-        self._model = compile_artifact(artifact, options)
+        content = read_artifact(artifact)
+        with reading(artifact):
+            self._model = compile_onnx(content, options)
         products = executed_products(self._model)
         wrong = {name: executed for name, executed in products.items() if executed not in EXECUTED[precision]}
         if precision == "INT8":
@@ -65,18 +70,15 @@ class OpenVINOSession:
         return logits
 
 
-def compile_artifact(artifact: Path, options: Mapping[str, str | int]) -> openvino.CompiledModel:
-    """The artifact, compiled for this CPU.
+def compile_onnx(content: bytes, options: Mapping[str, str | int]) -> openvino.CompiledModel:
+    """An ONNX file's content, compiled for this CPU."""
+    return _core().compile_model(_core().read_model(content), "CPU", dict(options))
 
-    Raises:
-        UserError: the file is missing, or is not an ONNX model.
-    """
-    if not artifact.is_file():
-        raise UserError(f"no artifact at {artifact}")
-    try:
-        return openvino.Core().compile_model(artifact, "CPU", dict(options))
-    except RuntimeError as error:
-        raise UserError(f"{artifact} is truncated or not an ONNX model ({error})") from error
+
+@functools.cache
+def _core() -> openvino.Core:
+    """One for the process: a second one, when it goes, leaves the first one's freed stack to the signal handlers."""
+    return openvino.Core()
 
 
 def executed_products(model: openvino.CompiledModel) -> dict[str, str]:

@@ -7,8 +7,10 @@ the 3 is then raised by what gives the fewest errors on the validation images, w
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple
+from pathlib import Path
+from typing import ClassVar
 
+import msgspec
 import numpy as np
 from tabulate import tabulate
 
@@ -21,6 +23,7 @@ from mnist_lab.experiments.make import ensure_weights
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.run import Run
 from mnist_lab.experiments.technique import Made, Step, Work
+from mnist_lab.files import BLANK, check_seal, read_bytes, reading, seal, write_atomically
 from mnist_lab.models import Model
 from mnist_lab.training import Recipe, torch_predictor
 
@@ -62,7 +65,8 @@ def paper_rows(teacher_recipe: Recipe = TEACHER_RECIPE, student_recipe: Recipe =
     )
 
 
-class Errors(NamedTuple):
+@dataclass(frozen=True)
+class Errors:
     """Test images that a model gets wrong: all, and those of the digit 3."""
 
     all_digits: int
@@ -133,6 +137,28 @@ def raise_bias(logits: measure.Array, bias: float) -> measure.Array:
     raised = logits.copy()
     raised[:, LEFT_OUT] += np.float32(bias)
     return raised
+
+
+def save_dark_knowledge(path: Path, runs: Sequence[DarkKnowledge]) -> None:
+    """Keep what every seed came to, sealed.
+
+    Raises:
+        RunFailed: the folder cannot be written.
+    """
+    content = msgspec.json.format(msgspec.json.encode({"digest": BLANK, "runs": runs}), indent=1)
+    write_atomically(path, lambda temporary: temporary.write_bytes(seal(content + b"\n")))
+
+
+def load_dark_knowledge(path: Path) -> list[DarkKnowledge]:
+    """What `save_dark_knowledge` kept.
+
+    Raises:
+        UserError: the file is missing, damaged or edited.
+    """
+    content = read_bytes(path)
+    with reading(path, "Delete it and run dark_knowledge_mnist.py again."):
+        check_seal(content)
+        return msgspec.convert(msgspec.json.decode(content)["runs"], list[DarkKnowledge])
 
 
 def format_dark_knowledge(runs: Sequence[DarkKnowledge]) -> str:

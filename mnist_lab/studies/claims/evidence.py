@@ -67,7 +67,7 @@ class Evidence:
 
     def predictions(self, model: str) -> list[Predictions]:
         """Test predictions of every seed."""
-        return [load_predictions(self.folder, record.run_name) for record in self.runs(model)]
+        return [load_predictions(self.folder, record) for record in self.runs(model)]
 
     def probabilities(self, model: str) -> list[Values]:
         """Test probabilities (N, C) of every seed."""

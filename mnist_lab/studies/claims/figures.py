@@ -3,21 +3,24 @@
 Every figure function returns None where a run that it needs is missing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from mnist_lab.report.drawing import (
     COLORS,
     MARKERS,
     MUTED,
+    Axes,
+    Figure,
+    MaxNLocator,
     draw_heatmap,
     make_figure,
     make_logarithmic,
+    place_legend,
+    spread,
     write_figures,
     write_footnote,
 )
@@ -41,13 +44,13 @@ SCORES = {  # label, and what the axis shows of the score
 }
 
 
-def draw_claims(folder: Path, evidence: Evidence) -> list[Path]:
-    """Write every figure for which the runs are there into `folder/plots`, and return the files.
+def draw_claims(folder: Path, evidence: Evidence) -> Iterator[Path]:
+    """Write every figure for which the runs are there into `folder/plots`; gives each file once it is written.
 
     Raises:
-        UserError: the folder cannot be written.
+        RunFailed: as `write_figures`.
     """
-    return write_figures(folder, {name: draw(evidence) for name, draw in CLAIM_FIGURES.items()})
+    return write_figures(folder, {name: partial(draw, evidence) for name, draw in CLAIM_FIGURES.items()})
 
 
 def student_against_teacher(evidence: Evidence) -> Figure | None:
@@ -100,7 +103,7 @@ def calibration_before_and_after(evidence: Evidence) -> Figure | None:
     names = [f"{model}\nT = {t:.2f}" for model, t in zip(models, temperatures, strict=True)]
     panels[0].set_yticks(range(len(models)), names)
     panels[0].invert_yaxis()
-    figure.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=9)
+    place_legend(figure, *panels[0].get_legend_handles_labels())
     _note_seeds(figure, evidence, "temperature fitted on validation")
     return figure
 
@@ -119,9 +122,9 @@ def load_by_balance(evidence: Evidence) -> Figure | None:
         runs = evidence.runs(model)
         loads = 100 * np.array([sorted(run.curves[-1]["expert_load"], reverse=True) for run in runs])
         places = np.arange(num_experts) + (index - (len(variants) - 1) / 2) * width
-        spread = [loads.mean(axis=0) - loads.min(axis=0), loads.max(axis=0) - loads.mean(axis=0)]
+        bars = spread(loads.mean(axis=0), loads.min(axis=0), loads.max(axis=0))
         by_rank.bar(
-            places, loads.mean(axis=0), width, yerr=spread, color=COLORS[index], ecolor=MUTED, capsize=2,
+            places, loads.mean(axis=0), width, yerr=bars, color=COLORS[index], ecolor=MUTED, capsize=2,
             label=f"{name}: CV {_mean(runs, load_cv):.2f}, dead {_mean(runs, num_dead_experts):.1f}",
         )  # fmt: skip
         epochs = [epoch["epoch"] for epoch in runs[0].curves]

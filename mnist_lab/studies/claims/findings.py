@@ -19,7 +19,7 @@ import numpy.typing as npt
 from scipy import stats
 from tabulate import tabulate
 
-from mnist_lab.files import write_atomically
+from mnist_lab.files import write_text
 from mnist_lab.report.statistics import confidence_interval
 
 Verdict = Literal["supported", "refuted", "undecided", "reported"]
@@ -200,5 +200,5 @@ def write_claims(folder: Path, findings: Sequence[Finding], *, title: str, notes
         {key: None if value != value else value for key, value in asdict(finding).items()}  # NaN is no JSON
         for finding in findings
     ]
-    write_atomically(folder / "claims.md", lambda path: path.write_text(text))
-    write_atomically(folder / "claims.json", lambda path: path.write_text(json.dumps(fields, indent=1) + "\n"))
+    write_text(folder / "claims.md", text)
+    write_text(folder / "claims.json", json.dumps(fields, indent=1) + "\n")

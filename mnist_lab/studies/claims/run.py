@@ -1,12 +1,12 @@
 """Train what claims compare, settle them, and write verdicts and figures."""
 
-import json
-import os
+import io
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import AbstractContextManager
-from multiprocessing import get_context
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import torch
@@ -18,6 +18,7 @@ from mnist_lab.experiments.make import load_or_make, make_all
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import MOE, student
 from mnist_lab.experiments.run import Run
+from mnist_lab.files import read_bytes, reading
 from mnist_lab.report.records import Record
 from mnist_lab.studies.claims.evidence import Evidence
 from mnist_lab.studies.claims.figures import draw_claims
@@ -31,29 +32,37 @@ from mnist_lab.studies.claims.settle import (
     settle_dark_knowledge,
     settle_scaling,
 )
+from mnist_lab.studies.claims.side_by_side import run_side_by_side
+from mnist_lab.studies.dark_knowledge import load_dark_knowledge
 
-OpenLab = Callable[[], AbstractContextManager[Lab]]  # can be pickled, for the processes that make seeds side by side
 MOES = ("Sparse_MoE", "Sparse_MoE_INT8", "Sparse_MoE_PTQ")
 TIMED = (*MOES, "FFN_baseline", "FFN_PTQ_INT8", "FFN_equal_active", "FFN_equal_total")
 NUM_GRID_SEEDS = 3
 
 
-def run_claims(open_lab: OpenLab, open_grid_lab: OpenLab, *, seeds: range) -> None:
+class Doors(NamedTuple):
+    """Ways into a lab."""
+
+    open: Callable[[], AbstractContextManager[Lab]]  # for this run alone
+    find: Callable[[], Lab]  # for a process of a run that has opened it; can be pickled
+
+
+def run_claims(table: Doors, grid: Doors, *, seeds: range) -> None:
     """Make every row for every seed, the grid of temperature and alpha in its own lab, and settle the claims."""
-    with open_lab() as table_lab, open_grid_lab() as grid_table_lab:
-        lab, grid_lab = table_lab.for_claims(), grid_table_lab.for_claims()
-        records = _make(lab, open_lab, claim_rows(), seeds)
+    with table.open() as table_lab, grid.open() as grid_table_lab:
+        lab, grid_lab = _plan(table_lab, seeds), _plan(grid_table_lab, seeds[:NUM_GRID_SEEDS])
+        records = _make(lab, table, claim_rows(), seeds)
         grid_seeds = seeds[:NUM_GRID_SEEDS]
-        grid_records = _make(grid_lab, open_grid_lab, grid_rows(), grid_seeds)
-        grid = Evidence(grid_lab.results, grid_records, grid_seeds)
-        winner = _find_winner(grid)
-        records += _make(lab, open_lab, winners(winner), seeds)
+        grid_records = _make(grid_lab, grid, grid_rows(), grid_seeds)
+        grid_evidence = Evidence(grid_lab.results, grid_records, grid_seeds)
+        winner = _find_winner(grid_evidence)
+        records += _make(lab, table, winners(winner), seeds)
         measure_latencies(lab, [(record, "onnxruntime") for record in records if record.row in TIMED])
         profile_routing(lab, [record for record in records if record.row in MOES])
         settings = Settings(
             calibrations=[calibrated(calibration).name for calibration in CALIBRATIONS],
             winner=student(MOE, winner).name.removeprefix(STUDENT),
-            grid=grid,
+            grid=grid_evidence,
         )
         findings = settle_claims(Evidence(lab.results, records, seeds), settings)
         more, notes = _settle_other_files(table_lab.results.parent, table_lab.dataset.name)
@@ -67,43 +76,33 @@ def run_claims(open_lab: OpenLab, open_grid_lab: OpenLab, *, seeds: range) -> No
         _draw(lab, records, grid_lab, grid_records)
 
 
-def _make(lab: Lab, open_lab: OpenLab, rows: Sequence[Row], seeds: range) -> list[Record]:
-    """Every row for every seed; where seeds are to be made, as many at once as there are threads."""
+def _plan(lab: Lab, seeds: range) -> Lab:
+    """The claims' lab, and the training threads of every seed, by how many there are and not by how many are due: two
+    models on a thread each train faster than in turn on two, and other threads give other bits.
+    """
+    return replace(lab.for_claims(), train_threads=torch.get_num_threads() // _num_workers(lab, seeds))
+
+
+def _num_workers(lab: Lab, seeds: range) -> int:
+    return min(torch.get_num_threads(), len(seeds)) if lab.device == "cpu" else 1
+
+
+def _make(lab: Lab, doors: Doors, rows: Sequence[Row], seeds: range) -> list[Record]:
+    """Every row for every seed; what is to be made, several seeds at once."""
     runs = [Run(lab, row, seed) for seed in seeds for row in rows]
-    due = [run.seed for run in runs if run.why_stale()]
-    print(f"{lab.checkpoints.name}: {len(runs)} models, {len(due)} of them to make", flush=True)
-    if lab.device == "cpu":
-        _make_side_by_side(open_lab, rows, sorted(set(due)))
+    due = sorted({run.seed for run in runs if run.why_stale()})
+    print(f"{lab.results.parent.name}: {len(runs)} models, {len(due)} of {len(seeds)} seeds to make", flush=True)
+    num_workers = _num_workers(lab, seeds)
+    if num_workers > 1:
+        jobs = {f"seed {seed}": partial(_make_seed, doors.find, rows, seed, lab.train_threads) for seed in due}
+        run_side_by_side(jobs, num_workers=num_workers)
     return make_all(runs, load_or_make)
 
 
-def _make_side_by_side(open_lab: OpenLab, rows: Sequence[Row], seeds: Sequence[int]) -> None:
-    """Make each seed's rows in a process of its own: two models on a thread each train faster than in turn on two.
-
-    Raises:
-        UserError, RunFailed: as the first seed that fails; those at work finish.
-    """
-    num_workers = min(torch.get_num_threads(), len(seeds))
-    if num_workers < 2:
-        return
-    threads = torch.get_num_threads() // num_workers
-    pool = ProcessPoolExecutor(num_workers, get_context("spawn"), initializer=_start_worker, initargs=(threads,))
-    try:
-        for finished in as_completed([pool.submit(_make_seed, open_lab, rows, seed) for seed in seeds]):
-            finished.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def _start_worker(threads: int) -> None:
-    torch.set_num_threads(threads)
-    os.environ["TERM"] = "dumb"  # no moving bars, of which several would overwrite each other
-
-
-def _make_seed(open_lab: OpenLab, rows: Sequence[Row], seed: int) -> None:
-    with open_lab() as lab:
-        claims_lab = lab.for_claims()
-        make_all([Run(claims_lab, row, seed) for row in rows], load_or_make)
+def _make_seed(find: Callable[[], Lab], rows: Sequence[Row], seed: int, threads: int | None) -> None:
+    lab = replace(find().for_claims(), train_threads=threads)
+    torch.set_num_threads(threads or 1)
+    make_all([Run(lab, row, seed) for row in rows], load_or_make)
 
 
 def _find_winner(grid: Evidence) -> DistillationConfig:
@@ -117,12 +116,13 @@ def _settle_other_files(results: Path, dataset: str) -> tuple[list[Finding], lis
     notes = []
     dark_knowledge = results / f"{dataset}-dark-knowledge" / "dark_knowledge.json"
     if dark_knowledge.is_file():
-        findings += settle_dark_knowledge(json.loads(dark_knowledge.read_text()))
+        findings += settle_dark_knowledge([asdict(run) for run in load_dark_knowledge(dark_knowledge)])
     else:
         notes.append("Claim 12 is not tested here: run `python dark_knowledge_mnist.py` first.")
     scaling = results / "benchmarks" / "scaling.csv"
     if scaling.is_file():
-        findings += settle_scaling(pd.read_csv(scaling))
+        with reading(scaling, "Delete it, and run `python -m benchmarks.scaling` again."):
+            findings += settle_scaling(pd.read_csv(io.BytesIO(read_bytes(scaling))))
     else:
         notes.append("Claim 14 is not tested at larger scale: run `python -m benchmarks.scaling` first.")
     return findings, notes

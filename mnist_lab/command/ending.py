@@ -1,0 +1,99 @@
+"""How a script ends when it is not done: by a signal, or because the system gives no more. Imports nothing slow."""
+
+import os
+import signal
+import sys
+import threading
+from types import FrameType, TracebackType
+from typing import NoReturn
+
+GRACE_S = 2.0  # to put things in order after a signal, before the process ends anyway
+ENDINGS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+KEPT = "finished models and rows are kept"
+# What libraries say, in errors of their own, where the system gives no more.
+EXHAUSTED = {
+    "can't allocate memory": "too little memory",
+    "cannot allocate memory": "too little memory",
+    "failed to allocate memory": "too little memory",
+    "bad allocation": "too little memory",
+    "bad_alloc": "too little memory",
+    "failed to map segment": "too little memory",
+    "can't start new thread": "the system starts no more threads",
+    "no space left on device": "No space left on device",
+    "too many open files": "Too many open files",
+    "file too large": "File too large",
+    "disk quota exceeded": "Disk quota exceeded",
+}
+
+
+class Stopped(KeyboardInterrupt):
+    """A signal asks the script to end."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.code = 128 + number
+        self.message = f"{ENDINGS[signal.Signals(number)]}; {KEPT}"
+
+
+def handle_endings() -> None:
+    """End by Ctrl-C or SIGTERM within seconds, and on too little memory, with one line each; also while importing.
+
+    A process that ignores a signal, as one in the background does, goes on ignoring it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        return
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _stop)
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        signal.signal(signal.SIGTERM, _stop)
+    sys.excepthook = _print_uncaught
+
+
+def _stop(number: int, frame: FrameType | None) -> None:
+    stopped = Stopped(number)
+    if _is_importing(frame):  # which may swallow any exception, and has nothing to put in order
+        leave_at_once(stopped.message, stopped.code)
+    timer = threading.Timer(GRACE_S, leave_at_once, (stopped.message, stopped.code))
+    timer.daemon = True
+    timer.start()
+    raise stopped
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def leave_at_once(message: str, code: int) -> NoReturn:
+    """End the process without unwinding it."""
+    os.write(2, f"{message}\n".encode(errors="replace"))
+    os._exit(code)
+
+
+def _print_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """What happens before a script's own handling: one line where the cause is the system's, else a traceback."""
+    reason = why_exhausted(error)
+    if reason is None:
+        sys.__excepthook__(kind, error, trace)
+    else:
+        print(f"failed: {reason}", file=sys.stderr)
+
+
+def why_exhausted(error: BaseException) -> str | None:
+    """What the system did not give, where an error or one behind it says so."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError):
+            return "too little memory"
+        if isinstance(cause, OSError) and cause.strerror:
+            where = f": {cause.filename}" if cause.filename else ""
+            return f"{cause.strerror}{where}"
+        text = str(cause).lower()
+        for said, reason in EXHAUSTED.items():
+            if said in text:
+                return reason
+        cause = cause.__cause__ or cause.__context__
+    return None
