@@ -6,10 +6,10 @@ python ptq_mnist.py --model moe --mode static       # the contrast: expect 99.21
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Literal
+from typing import Literal
 
 from mnist_lab.command.console import make_and_print, open_lab, print_proof
-from mnist_lab.command.entry import one_of, run_script
+from mnist_lab.command.entry import run_script
 from mnist_lab.command.options import Options
 from mnist_lab.compress.int8 import Calibration, Mode, StaticInt8
 from mnist_lab.errors import UserError
@@ -23,7 +23,7 @@ SOURCES = {"ffn": FFN, "moe": MOE, "student": STUDENT}
 class PTQOptions(Options):
     model: Literal["ffn", "moe", "student"] = "ffn"
     """Trained model to convert; student is KD_FFN_Student."""
-    mode: Annotated[Mode | None, one_of(Mode)] = None
+    mode: Mode | None = None
     """Where activation ranges come from: static (calibration) or dynamic (each batch); when not given, static
     for the dense models and dynamic for the MoE."""
     calibration: Calibration = field(default_factory=Calibration)

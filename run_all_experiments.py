@@ -9,10 +9,9 @@ Over those five seeds expect FFN 99.30 ± 0.08 %, MoE 99.19 ± 0.06 %, student 9
 """
 
 from dataclasses import dataclass
-from typing import Annotated
 
 from mnist_lab.command.console import Mode, run_table
-from mnist_lab.command.entry import one_of, run_script
+from mnist_lab.command.entry import run_script
 from mnist_lab.command.options import Options, seeds_from
 from mnist_lab.compress.bfloat16 import has_bfloat16
 from mnist_lab.experiments.rows import MODELS, TABLE
@@ -20,7 +19,7 @@ from mnist_lab.experiments.rows import MODELS, TABLE
 
 @dataclass(frozen=True)
 class RunOptions(Options):
-    mode: Annotated[Mode | None, one_of(Mode)] = None
+    mode: Mode | None = None
     """train makes every model anew; load uses up-to-date checkpoints and trains the rest; when not given, asks."""
     seeds: int = 1
     """Number of seeds, from --seed upward."""

@@ -8,9 +8,9 @@ python visualize_results.py --dataset mnist --recipe quick            # those th
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
-from mnist_lab.command.entry import Folder, one_of, run_script
+from mnist_lab.command.entry import Folder, run_script
 from mnist_lab.errors import RunFailed, UserError
 from mnist_lab.machine import cpu_model
 from mnist_lab.report.records import CLAIMS_FOLDER, RECORD_PATTERN, Record, load_records, usable_records
@@ -27,11 +27,11 @@ class PlotOptions:
     """A results folder, or a folder that holds several."""
     checkpoints: Folder = Path("checkpoints")
     """Folder for trained and converted models. Where it has none of a results folder's, they are not checked."""
-    dataset: Annotated[DatasetName | None, one_of(DatasetName)] = None
+    dataset: DatasetName | None = None
     """Draw only this data set."""
-    preset: Annotated[PresetName | None, one_of(PresetName)] = None
+    preset: PresetName | None = None
     """Draw only this set of architectures."""
-    recipe: Annotated[RecipeName | None, one_of(RecipeName)] = None
+    recipe: RecipeName | None = None
     """Draw only this training budget."""
 
     def admits(self, record: Record) -> bool:

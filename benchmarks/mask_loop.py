@@ -4,7 +4,6 @@ Shapes: B images, n of them that chose one expert at one rank, D model width, H 
 E experts, K experts per image, C classes.
 """
 
-import torch
 from torch import Tensor
 
 from mnist_lab.models.ffn import relu_chain
@@ -14,8 +13,8 @@ from mnist_lab.models.moe import SparseMoE
 def mask_loop_forward(model: SparseMoE, pixels: Tensor) -> Tensor:
     """Logits (B, C) of `model` in evaluation mode: the reference for its sorted dispatch."""
     hidden = model.stem(model.normalize(pixels)).relu()  # (B, D)
-    top_logits, chosen = (hidden @ model.router.gate).topk(model.config.routing.top_k, dim=-1)  # (B, K) each
-    weights = torch.softmax(top_logits, dim=-1)  # (B, K)
+    decision = model.router(hidden)
+    weights, chosen = decision.weights_BK, decision.experts_BK  # (B, K) each
     mixed = hidden.new_zeros(len(hidden), model.config.output_width)  # (B, O)
     experts = model.experts
     for index in range(model.config.routing.num_experts):

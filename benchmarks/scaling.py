@@ -139,7 +139,7 @@ def write_random(config: ModelConfig, artifact: Path) -> Model:
     """A model with random weights, written to `artifact`."""
     torch.manual_seed(0)
     model = build_model(config).eval()
-    write_onnx(model, artifact, {})
+    write_onnx(model, artifact, {}, layout="sparse")
     return model
 
 

@@ -351,6 +351,7 @@ class TestFingerprint:
         assert "fingerprint" not in vars(first)
         assert first.fingerprint == second.fingerprint
         assert len(bytes.fromhex(first.fingerprint)) == 32
+        assert vars(first)["fingerprint"] == first.fingerprint  # kept
 
     def test_it_is_that_of_the_bytes(self, mnist: Path) -> None:
         dataset = load_dataset("mnist", mnist)

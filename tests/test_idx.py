@@ -115,6 +115,7 @@ def test_what_is_no_file_is_not_opened(tmp_path: Path, kind: str, monkeypatch: p
     else:
         path = Path(os.devnull)
         assert stat.S_ISCHR(path.stat().st_mode)
+    monkeypatch.delattr(Path, "open")
     with pytest.raises(UserError, match=f"{path} is a .*{kind}.*, not a file"):
         find_idx(path, dtype=UINT8)
 

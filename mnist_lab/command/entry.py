@@ -7,10 +7,11 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, NoReturn, TypeVar, get_args
+from types import NoneType
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 import tyro
-from tyro.constructors import PrimitiveConstructorSpec
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
 from mnist_lab.command.ending import Stopped, why_exhausted
 from mnist_lab.errors import RunFailed, UserError
@@ -20,8 +21,15 @@ T = TypeVar("T")
 PIPE_CLOSED = 141  # as a shell gives it for a program that SIGPIPE ends
 
 
-def one_of(names: Any) -> PrimitiveConstructorSpec[Any]:
+REGISTRY = ConstructorRegistry()
+
+
+@REGISTRY.primitive_rule
+def _one_of(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
     """An option of a Literal's names that may be left out: tyro alone would count `None` among the names."""
+    names, *rest = get_args(type_info.type) or (None,)
+    if get_origin(names) is not Literal or rest != [NoneType]:
+        return None
     choices: tuple[str, ...] = get_args(names)
     return PrimitiveConstructorSpec(
         nargs=1,
@@ -66,7 +74,7 @@ def run_script(main: Callable[[T], None], options_type: type[T], description: st
     try:
         summary = description.partition("\n\n")[0]
         config = (tyro.conf.OmitArgPrefixes, tyro.conf.DisallowNone)
-        options = tyro.cli(options_type, description=summary, config=config)
+        options = tyro.cli(options_type, description=summary, config=config, registry=REGISTRY)
         with own_temporary_folder():
             main(options)
         sys.stdout.flush()

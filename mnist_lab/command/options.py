@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Literal
 
 import torch
 
-from mnist_lab.command.entry import Folder, one_of
+from mnist_lab.command.entry import Folder
 from mnist_lab.data import DatasetName
 from mnist_lab.errors import UserError
 from mnist_lab.machine import usable_cpus
@@ -22,7 +22,7 @@ NUM_SEEDS = 2**32  # as many as torch's and numpy's generators tell apart
 class DataOptions:
     """Which data, which seed, and where files lie: what every script and benchmark that needs models takes."""
 
-    dataset: Annotated[DatasetName | None, one_of(DatasetName)] = None
+    dataset: DatasetName | None = None
     """Data set; when not given, MNIST, or the bundled digits where MNIST can be neither found nor downloaded."""
     data_dir: Folder | None = None
     """Folder that holds MNIST/raw/ and the like; when not given, $MNIST_LAB_DATA, else ./data (downloaded into)."""

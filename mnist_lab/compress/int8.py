@@ -148,7 +148,7 @@ class StaticInt8:
 
     @property
     def runtimes(self) -> tuple[RuntimeName, ...]:
-        """Torchao knows minmax only."""
+        """Torchao takes ranges in a way of its own, which goes by the default's name."""
         is_minmax = self.calibration.calibration_method == "minmax"
         return ("onnxruntime", "openvino", "torchao") if is_minmax else ("onnxruntime", "openvino")
 
@@ -378,7 +378,7 @@ def prove_integer(artifact: Path, fp32: onnx.ModelProto, *, keep_float: Collecti
 def optimized_graph(artifact: Path) -> onnx.GraphProto:
     """The graph as ONNX Runtime executes it on this CPU."""
     with tempfile.TemporaryDirectory() as folder:
-        options = session_options(1)
+        options = onnxruntime.SessionOptions()
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         onnxruntime.InferenceSession(artifact, options, providers=PROVIDERS)
         return onnx.load(options.optimized_model_filepath).graph

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
@@ -96,6 +97,8 @@ def _check_graph(model: onnx.ModelProto) -> None:
     for constant in graph.initializer:
         if constant.external_data or len(constant.raw_data) != _constant_bytes(constant):
             raise ValueError(f"{constant.name} is not stored as its shape says")
+        if not _is_finite(constant):
+            raise ValueError(f"{constant.name} holds what is no finite number")
     constants = {constant.name for constant in graph.initializer}
     made_by: dict[str, str] = {}
     for node in graph.node:
@@ -109,6 +112,15 @@ def _check_graph(model: onnx.ModelProto) -> None:
         if source and made_by.get(node.input[place]) != source:
             raise ValueError(f"{node.name} may be of any size")
         made_by |= dict.fromkeys(node.output, node.op_type)
+
+
+def _is_finite(constant: onnx.TensorProto) -> bool:
+    """Whether all exponents of floating-point values are below the largest, which infinity and NaN have."""
+    if constant.data_type == TensorProto.FLOAT:
+        return bool(np.isfinite(np.frombuffer(constant.raw_data, np.float32)).all())
+    if constant.data_type == TensorProto.BFLOAT16:
+        return bool((np.frombuffer(constant.raw_data, np.uint16) & 0x7F80 != 0x7F80).all())
+    return True
 
 
 def _constant_bytes(constant: onnx.TensorProto) -> int:

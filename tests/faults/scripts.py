@@ -63,9 +63,7 @@ def start_script(script: str, arguments: Sequence[str], folder: Path, log: Path)
     """The same in a fresh interpreter."""
     command = [sys.executable, str(ROOT / f"{script}.py"), *arguments]
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
     return Started(process.pid, log)
 
 
@@ -85,7 +83,7 @@ def _fork(run: Callable[[], None], log: Path) -> Started:
             sys.stderr.flush()
             os._exit(error.code if isinstance(error.code, int) else 1)
         except BaseException:
-            sys.excepthook(*sys.exc_info())  # type: ignore[arg-type]
+            sys.excepthook(*sys.exc_info())
             sys.stderr.flush()
         os._exit(1)
     return Started(pid, log)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults.scripts import QUICK, Started, environment, fork_script, preload, start_script
 
+from faults.scripts import QUICK, Started, environment, fork_script, preload, start_script
 from mnist_lab.deploy.artifacts import read_artifact
 from mnist_lab.files import LOCK, SCRATCH, TEMPORARY, only_run_in, own_temporary_folder
 from mnist_lab.models.checkpoints import read_tensors
@@ -174,6 +174,6 @@ def check_leftovers(folder: Path, temporary: Path, what: str) -> None:
                         with only_run_in(folder / kind / name):
                             pass
         tempfile.tempdir = None
-    left = [path for path in folder.rglob(f"{TEMPORARY}*")] + [path for path in temporary.glob(f"{SCRATCH}*")]
+    left = [*folder.rglob(f"{TEMPORARY}*"), *temporary.glob(f"{SCRATCH}*")]
     assert not left, f"{what}: left {left}"
     assert not [path for path in temporary.iterdir() if not path.name.startswith("torchinductor")], what

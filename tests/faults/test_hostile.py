@@ -1,0 +1,255 @@
+"""Files made to do harm: no code runs, no other file is read, no memory is taken without measure, nothing hangs."""
+
+import ast
+import os
+import pickle
+import random
+import re
+import resource
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save
+
+from faults.scripts import QUICK, ROOT, Started, fork_script, preload
+from faults.test_damage import FILES, SEED, Kind, damage, kinds  # noqa: F401  a fixture
+from mnist_lab.deploy.artifacts import read_artifact
+from mnist_lab.errors import UserError
+from mnist_lab.files import BLANK, DIGEST, seal
+from mnist_lab.models.checkpoints import read_tensors
+
+NAME = "digits-compact-quick"
+LOAD = ["--mode", "load", *QUICK]
+# What runs code that it reads, or reads what it is told to.
+FORBIDDEN = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "eval", "exec", "compile", "allow_pickle"}
+FORBIDDEN_CALLS = {"torch.load", "torch.save", "torch.export.load", "torch.jit.load", "np.memmap.dump", "yaml.load"}
+ALLOWED = {
+    ("mnist_lab/runtimes/pytorch.py", "torch.compile"),
+    ("mnist_lab/report/records.py", "allow_pickle"),  # =False
+}
+
+
+@pytest.mark.parametrize(
+    "path", [*(ROOT / "mnist_lab").rglob("*.py"), *ROOT.glob("*.py")], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_no_module_reads_what_could_run_code(path: Path) -> None:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names = {alias.name for alias in node.names} | {getattr(node, "module", "") or ""}
+            found |= {name.partition(".")[0] for name in names} & FORBIDDEN
+        elif isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            found |= {called} & (FORBIDDEN | FORBIDDEN_CALLS)
+            found |= {k.arg for k in node.keywords if k.arg in FORBIDDEN and ast.unparse(k.value) != "False"}
+    assert {(str(path.relative_to(ROOT)), name) for name in found} <= ALLOWED
+
+
+class Bomb:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return (os.mkdir, (str(self.marker),))
+
+
+@pytest.fixture(scope="module")
+def finished() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as folder:
+        preload()
+        started = fork_script("run_all_experiments", LOAD, Path(folder), Path(folder) / "log")
+        assert started.wait(300) == 0, started.log.read_text()[-2000:]
+        yield Path(folder)
+
+
+@pytest.fixture
+def folder(finished: Path, tmp_path: Path) -> Path:
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def run(script: str, arguments: list[str], folder: Path) -> tuple[int | None, str]:
+    started = fork_script(script, arguments, folder, folder / "log")
+    try:
+        return started.wait(120), started.log.read_text(errors="replace")
+    finally:
+        end(started)
+
+
+def end(started: Started) -> None:
+    started.end()
+
+
+def test_planted_programs_are_never_run(folder: Path) -> None:
+    """In every place and under every name of a file that is read, and where such files used to lie."""
+    checkpoints, runs, marker = folder / "checkpoints" / NAME, folder / "results" / NAME / "runs", folder / "marker"
+    pickled = pickle.dumps(Bomb(marker))
+    torch.save(Bomb(marker), folder / "bomb.pt")
+    zipped = (folder / "bomb.pt").read_bytes()
+    np.savez(folder / "bomb.npz", probabilities=np.array([Bomb(marker)], object), predicted=1, labels=1)
+    arrays = (folder / "bomb.npz").read_bytes()
+    for path in list(checkpoints.glob("*-seed0.*")):
+        for extension in (".pt2", ".pt", ".pkl", ".fit1.safetensors"):
+            path.with_suffix(extension).write_bytes(generator_choice(pickled, zipped))
+    for victim in [*sorted(checkpoints.glob("*.onnx"))[:3], *sorted(checkpoints.glob("*seed0.safetensors"))[:3]]:
+        whole = victim.read_bytes()
+        for content in (pickled, zipped):
+            victim.write_bytes(content)
+            code, log = run("run_all_experiments", LOAD, folder)
+            assert (code, "Traceback" in log) == (2, False), log
+        victim.write_bytes(whole)
+    for victim in sorted(runs.glob("*.npz"))[:2]:
+        victim.write_bytes(arrays)
+    code, log = run("run_all_experiments", LOAD, folder)
+    assert code == 0, log
+    assert not marker.exists()
+
+
+def generator_choice(*contents: bytes) -> bytes:
+    return random.Random(SEED).choice(contents)
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "endless device", "dangling link", "link to itself", "socket"])
+@pytest.mark.parametrize("victim", ["FFN_baseline*.safetensors", "FFN_baseline*.onnx", "FFN_baseline*.json"])
+def test_what_is_no_file_ends_in_one_line_at_once(folder: Path, kind: str, victim: str) -> None:
+    path = next(folder.rglob(victim))
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "endless device":
+        path.symlink_to("/dev/zero")
+    elif kind == "dangling link":
+        path.symlink_to(folder / "nowhere")
+    elif kind == "link to itself":
+        path.symlink_to(path)
+    else:
+        import socket
+
+        socket.socket(socket.AF_UNIX).bind(os.path.relpath(path))
+    for script, arguments in (("run_all_experiments", LOAD), ("ptq_mnist", [*QUICK])):
+        code, log = run(script, arguments, folder)
+        assert code in {0, 1, 2}, log
+        assert "Traceback" not in log
+        if code:
+            assert log.splitlines()[-1].startswith(("error: ", "failed: ")), log
+    if kind in {"pipe", "endless device", "folder"}:
+        assert code == 2 or victim.endswith("json")
+
+
+def values(name: str, *shape: int) -> onnx.TensorProto:
+    return numpy_helper.from_array(np.ones(shape, np.float32), name)
+
+
+def sizes(name: str, *numbers: int) -> onnx.TensorProto:
+    return numpy_helper.from_array(np.array(numbers, np.int64), name)
+
+
+def bomb(*nodes: onnx.NodeProto, constants: list[onnx.TensorProto] = []) -> onnx.ModelProto:  # noqa: B006
+    pixels = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, ["batch", 1, 28, 28])
+    logits = helper.make_tensor_value_info("logits", TensorProto.FLOAT, ["batch", 10])
+    return helper.make_model(helper.make_graph([*nodes], "bomb", [pixels], [logits], constants))
+
+
+def node(operator: str, inputs: list[str], output: str = "logits", **attributes: Any) -> onnx.NodeProto:
+    return helper.make_node(operator, inputs, [output], name=output, **attributes)
+
+
+def outside(path: str) -> onnx.TensorProto:
+    constant = values("w", 4)
+    constant.ClearField("raw_data")
+    constant.data_location = TensorProto.EXTERNAL
+    constant.external_data.add(key="location", value=path)
+    return constant
+
+
+def lying() -> onnx.TensorProto:
+    constant = values("w", 4)
+    constant.dims[0] = 10**12
+    return constant
+
+
+def not_a_number() -> onnx.TensorProto:
+    return numpy_helper.from_array(np.array([np.nan], np.float32), "w")
+
+
+GRAPHS: dict[str, Callable[[], onnx.ModelProto]] = {
+    "expand of a constant": lambda: bomb(node("Expand", ["w", "s"]), constants=[values("w", 1), sizes("s", 10**10)]),
+    "expand of the input": lambda: bomb(node("Expand", ["pixels", "s"]), constants=[sizes("s", 10**6, 1, 28, 28)]),
+    "range": lambda: bomb(node("Range", ["a", "b", "c"]), constants=[sizes("a", 0), sizes("b", 10**12), sizes("c", 1)]),
+    "outer product": lambda: bomb(node("Mul", ["w", "v"]), constants=[values("w", 10**5, 1), values("v", 1, 10**5)]),
+    "constant of shape": lambda: bomb(node("ConstantOfShape", ["s"]), constants=[sizes("s", 10**10)]),
+    "tile": lambda: bomb(node("Tile", ["pixels", "s"]), constants=[sizes("s", 10**9, 1, 1, 1)]),
+    "outside": lambda: bomb(node("Add", ["pixels", "w"]), constants=[outside("/etc/passwd")]),
+    "lying shape": lambda: bomb(node("Add", ["pixels", "w"]), constants=[lying()]),
+    "not a number": lambda: bomb(node("Add", ["pixels", "w"]), constants=[not_a_number()]),
+    "loop": lambda: bomb(node("Loop", ["", "pixels"])),
+    "own domain": lambda: bomb(node("Relu", ["pixels"], domain="com.microsoft")),
+    "other output": lambda: bomb(node("Relu", ["pixels"], "other")),
+}
+
+
+@pytest.mark.parametrize("name", GRAPHS)
+def test_graph_that_could_do_harm_is_refused(tmp_path: Path, name: str) -> None:
+    model = GRAPHS[name]()
+    if name == "other output":
+        model.graph.output[0].name = "other"
+    model.metadata_props.add(key="digest", value=f'"{BLANK}"')
+    path = tmp_path / "x.onnx"
+    path.write_bytes(seal(model.SerializeToString()))
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=r"x.onnx is broken"):
+        read_artifact(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 200 * 1024
+
+
+HEADERS = {
+    "longer than the file": (2**60).to_bytes(8, "little") + b"{}",
+    "of another size": (2**31).to_bytes(8, "little") + b"{}" * 10,
+    "nested": (200_000).to_bytes(8, "little") + b"[" * 100_000 + b"]" * 100_000,
+    "without metadata": save({"x": torch.ones(3)}),
+    "with numbers": save({"x": torch.ones(3)}, metadata={"format": "12"}),
+}
+
+
+@pytest.mark.parametrize("name", HEADERS)
+def test_header_that_lies_is_refused(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(seal(HEADERS[name] + BLANK.encode()))
+    with pytest.raises(UserError, match=r"x.safetensors is broken"):
+        read_tensors(path)
+
+
+@pytest.mark.parametrize("name", ["checkpoint", "MoE INT8 artifact", "record", "training state", "dark knowledge"])
+def test_damage_with_a_digest_of_its_own_is_read_or_refused(kinds: dict[str, Kind], name: str) -> None:  # noqa: F811
+    """One who knows how to seal a file can change a weight, but neither stop a script otherwise nor take its memory."""
+    path, readers = kinds[name]
+    whole, generator = path.read_bytes(), random.Random(f"{SEED} {name}")
+    header = whole if path.suffix != ".safetensors" else whole[: 8 + int.from_bytes(whole[:8], "little")]
+    before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    try:
+        for number in range(FILES):
+            damaged = damage(header, generator)[0] + whole[len(header) :]
+            blank = DIGEST.sub(BLANK.encode(), damaged, count=1)
+            if len(re.findall(BLANK.encode(), blank)) != 1:
+                continue
+            path.write_bytes(seal(blank))
+            try:
+                readers[number % len(readers)](path)
+            except UserError as error:
+                assert "\n" not in str(error)  # noqa: PT017
+    finally:
+        path.write_bytes(whole)
+    took_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib
+    assert took_kib < 2 * len(whole) / 1024 + 200 * 1024
