@@ -686,6 +686,34 @@ def test_figures_hold_few_and_many_models_of_any_name(name: str, num: int, namin
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", FIGURES)
+def test_long_names_are_shown_short_and_take_no_height_from_the_panels(name: str) -> None:
+    usual, long = (FIGURES[name](Results(many_records(12, NAMINGS[naming]), NAMES)) for naming in ("usual", "long"))
+    assert usual is not None
+    assert long is not None
+    assert max(len(word) for text in drawn_labels(long) for word in text.get_text().split()) < LONGEST_NAME
+    heights = [min(axes.bbox.height for axes in figure.axes) for figure in (usual, long) if drawn_labels(figure)]
+    assert heights[1] >= 0.95 * heights[0]
+
+
+def test_names_of_many_models_stand_in_several_columns() -> None:
+    figure = figures.accuracy_vs_size(Results(many_records(60, NAMINGS["usual"]), NAMES))
+    assert figure is not None
+    assert max(figure.get_size_inches()) < 15
+
+
+def test_figure_grows_by_the_lines_of_a_long_footnote_and_title() -> None:
+    heights = {}
+    for title in ("Title", "A title of many words " * 20):
+        for note in ("A note.", "A note of many words. " * 200):
+            figure, (axes,) = drawing.make_figure(make_records()[:1], title, size=(6, 4))
+            drawing.write_footnote(figure, note)
+            assert_readable(figure)
+            heights[title, note] = axes.bbox.height / figure.dpi
+    assert min(heights.values()) > max(heights.values()) - 0.5
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CLAIM_FIGURES)
 def test_labels_of_claims_do_not_overlap_or_leave_the_figure(name: str, tmp_path: Path) -> None:
     evidence, settings = make_evidence(tmp_path)
@@ -812,11 +840,11 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """By folder: the runs that the script draws, with a file that stands for their figures."""
     found: dict[str, list[str]] = {}
 
-    def draw(folder: Path, records: Sequence[Record]) -> list[Path]:
+    def draw(folder: Path, records: Sequence[Record], name: str = "claims.png") -> list[Path]:
         found[folder.name] = [record.run_name for record in records]
-        return [folder / "plots" / "figure.png"]
+        return [folder / "plots" / name]
 
-    monkeypatch.setattr(figures, "draw_all", lambda folder, results: draw(folder, results.records))
+    monkeypatch.setattr(figures, "draw_all", lambda folder, results: draw(folder, results.records, "table.png"))
     monkeypatch.setattr("mnist_lab.studies.claims.evidence.Evidence.in_folder", lambda folder, records: records)
     monkeypatch.setattr("mnist_lab.studies.claims.figures.draw_claims", draw)
     return found
@@ -851,22 +879,27 @@ def test_script_draws_what_a_table_takes(
         ["not drawn", "FFN_baseline-seed2"],
         ["not drawn", "FFN_baseline-seed1"],
     ]
-    assert [line for line in lines if "figure.png" in line] == [
-        f"plot: {results / 'one' / 'plots' / 'figure.png'}",
-        f"plot: {results / 'one' / 'claims' / 'plots' / 'figure.png'}",
+    assert [line for line in lines if line.startswith("plot: ")] == [
+        f"plot: {results / 'one' / 'plots' / 'table.png'}",
+        f"plot: {results / 'one' / 'claims' / 'plots' / 'claims.png'}",
     ]
 
 
-def test_script_told_the_very_folder_finds_its_checkpoints(
-    tmp_path: Path, drawn: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("folder", "plot"), [("one", "table.png"), ("one/claims", "claims.png")])
+def test_script_told_the_very_folder_knows_what_it_is(
+    tmp_path: Path,
+    drawn: dict[str, list[str]],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    folder: str,
+    plot: str,
 ) -> None:
-    for folder in ("one", "one/claims"):
-        save_runs(tmp_path / "r" / folder, tmp_path / "c" / folder, make_record(), make_record(seed=1))
-        (tmp_path / "c" / folder / "FFN_baseline-seed1.safetensors").unlink()
-        drawn.clear()
-        monkeypatch.chdir(tmp_path / "r" / folder)
-        visualize_results.main(PlotOptions(Path(), tmp_path / "c"))
-        assert list(drawn.values()) == [["FFN_baseline-seed0"]]
+    save_runs(tmp_path / "r" / folder, tmp_path / "c" / folder, make_record(), make_record(seed=1))
+    (tmp_path / "c" / folder / "FFN_baseline-seed1.safetensors").unlink()
+    monkeypatch.chdir(tmp_path / "r" / folder)
+    visualize_results.main(PlotOptions(Path(), tmp_path / "c"))
+    assert list(drawn.values()) == [["FFN_baseline-seed0"]]
+    assert capsys.readouterr().out.endswith(f"plot: {Path('plots') / plot}\n")
 
 
 def test_script_draws_results_whose_checkpoints_are_not_here_of_one_cpu_and_like_settings(

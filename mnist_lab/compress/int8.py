@@ -378,7 +378,7 @@ def prove_integer(artifact: Path, fp32: onnx.ModelProto, *, keep_float: Collecti
 def optimized_graph(artifact: Path) -> onnx.GraphProto:
     """The graph as ONNX Runtime executes it on this CPU."""
     with tempfile.TemporaryDirectory() as folder:
-        options = onnxruntime.SessionOptions()
+        options = session_options(1)
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         onnxruntime.InferenceSession(artifact, options, providers=PROVIDERS)
         return onnx.load(options.optimized_model_filepath).graph

@@ -29,6 +29,7 @@ from mnist_lab.studies.dark_knowledge import DarkKnowledge, Errors, load_dark_kn
 from mnist_lab.training import EpochMetrics, Kept
 
 FILES = int(os.environ.get("FAULT_FILES", "20"))
+IS_LONG = FILES >= 200
 SEED = int(os.environ.get("FAULT_SEED", "0"))
 MEMORY_KIB = 200 * 1024
 MOE = Row("MoE", TrainMoE())
