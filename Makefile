@@ -1,15 +1,21 @@
 # make run: the whole suite on ./data, $MNIST_LAB_DATA or a download. make test: lint, types and all tests.
-# make check: the same without the slow tests, in less than half a minute.
+# make check: the same without the slow tests, in less than half a minute. make faults: kills, damage, limits, odd
+# environments, half an hour; make faults KILLS=1000 FILES=10000 takes hours.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+KILLS := 50
+FILES := 200
 PYTEST := $(BIN)/python -m pytest --durations=10
 
 run: $(VENV)/.run
 	$(BIN)/python run_all_experiments.py --mode load $(ARGS)
 
 test: $(VENV)/.test lint types
-	OMP_NUM_THREADS=1 $(PYTEST) --numprocesses auto --dist loadfile
+	FAULT_KILLS=3 FAULT_FILES=20 OMP_NUM_THREADS=1 $(PYTEST) --numprocesses auto --dist loadfile tests tests/faults
+
+faults: $(VENV)/.test
+	FAULT_KILLS=$(KILLS) FAULT_FILES=$(FILES) OMP_NUM_THREADS=1 $(PYTEST) tests/faults
 
 check: $(VENV)/.test
 	$(MAKE) --jobs 2 --output-sync lint types quick-tests
@@ -36,4 +42,4 @@ $(VENV)/.test: requirements.txt requirements-extra.txt requirements-dev.txt | $(
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@ $(VENV)/.run
 
-.PHONY: run test check quick-tests lint types
+.PHONY: run test faults check quick-tests lint types

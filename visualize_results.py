@@ -65,7 +65,7 @@ def choose_records(folder: Path, records: list[Record], checkpoints: Path) -> li
     Raises:
         UserError: none is left.
     """
-    *_, parent, name = folder.resolve().parts
+    name, parent = folder.absolute().name, folder.absolute().parent.name
     own = checkpoints / parent / name if name == CLAIMS_FOLDER else checkpoints / name
     cpus = [record.machine["cpu"] for record in records]
     cpu = cpu_model() if cpu_model() in cpus else cpus[0]
@@ -86,7 +86,7 @@ def draw(folder: Path, records: list[Record]) -> Iterator[Path]:
     from mnist_lab.studies.claims.evidence import Evidence
     from mnist_lab.studies.claims.figures import draw_claims
 
-    if folder.resolve().name == CLAIMS_FOLDER:
+    if folder.absolute().name == CLAIMS_FOLDER:
         return draw_claims(folder, Evidence.in_folder(folder, records))
     return draw_all(folder, Results(records, families(TABLE)))
 

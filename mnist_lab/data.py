@@ -299,15 +299,15 @@ def _find_splits(name: DatasetName, root: Path) -> tuple[FoundSplit, FoundSplit]
     num_train, num_test = train_files[0].num_rows, test_files[0].num_rows
     if name == "qmnist" and num_test == QMNIST_TEST_IMAGES:
         num_test = MAX_TEST_IMAGES
-    if num_test > num_train:
+    if num_test > MAX_TEST_IMAGES:
         raise UserError(
-            f"{name} in {root} has {num_train:,} training and {num_test:,} test images, which must not be more. "
-            "Are its files exchanged? Rename them."
+            f"{name} in {root} has {num_train:,} training and {num_test:,} test images, of which there are "
+            f"{MAX_TEST_IMAGES:,} at most. Are its files exchanged? Rename them."
         )
-    for (images, _), num_images, most in ((train_files, num_train, MAX_ROWS), (test_files, num_test, MAX_TEST_IMAGES)):
-        if not MIN_IMAGES <= num_images <= most:
+    for (images, _), num_images in ((train_files, num_train), (test_files, num_test)):
+        if not MIN_IMAGES <= num_images <= MAX_ROWS:
             raise UserError(
-                f"{images.path} has {num_images:,} images, and must have {MIN_IMAGES} to {most:,}. Fetch it again."
+                f"{images.path} has {num_images:,} images, and must have {MIN_IMAGES} to {MAX_ROWS:,}. Fetch it again."
             )
     return _read_labels(train_files, num_train), _read_labels(test_files, num_test)
 
@@ -463,6 +463,8 @@ def _acquire(lock: filelock.BaseFileLock, notice: str) -> None:
 def _fetch(name: DatasetName) -> None:
     """Download into a folder of this process's own; what is whole and was missing then moves to its place."""
     raw = _raw(name, DOWNLOAD_DIR)
+    for left in DOWNLOAD_DIR.glob(f".{name}-*"):  # by a download that was killed
+        shutil.rmtree(left, ignore_errors=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}-", dir=DOWNLOAD_DIR, ignore_cleanup_errors=True) as temporary:
         own = Path(temporary)
         for packed in raw.glob("*.gz"):  # torchvision takes them where their checksums are right

@@ -197,16 +197,20 @@ class TestSizes:
         assert [len(dataset.train), len(dataset.validation), len(dataset.load_test())] == [18, 2, 20]
 
     def test_training_and_test_files_are_exchanged(self, tmp_path: Path) -> None:
-        write_set("mnist", tmp_path, num_train=60, num_test=120)
-        with pytest.raises(UserError, match="60 training and 120 test images.* exchanged"):
+        write_set("mnist", tmp_path, num_train=10_000, num_test=60_000)
+        with pytest.raises(UserError, match="10,000 training and 60,000 test images.* exchanged"):
             load_dataset("mnist", tmp_path)
+
+    def test_few_training_images_may_be_tested_on_many(self, tmp_path: Path) -> None:
+        write_set("mnist", tmp_path, num_train=600, num_test=10_000)
+        assert len(load_dataset("mnist", tmp_path).load_test()) == 10_000
 
     @pytest.mark.parametrize(("name", "num_test"), [("mnist", 10_001), ("mnist", 60_000), ("qmnist", 10_001)])
     def test_too_many_test_images_are_not_cut_in_silence(
         self, tmp_path: Path, name: DatasetName, num_test: int
     ) -> None:
         write_set(name, tmp_path, num_train=60_000, num_test=num_test)
-        with pytest.raises(UserError, match=f"has {num_test:,} images, and must have 20 to 10,000"):
+        with pytest.raises(UserError, match=f"{num_test:,} test images, of which there are 10,000 at most"):
             load_dataset(name, tmp_path)
 
     def test_qmnist_is_tested_on_the_first_10_000_of_its_60_000(self, tmp_path: Path) -> None:

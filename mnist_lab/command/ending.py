@@ -18,6 +18,7 @@ EXHAUSTED = {
     "bad allocation": "too little memory",
     "bad_alloc": "too little memory",
     "failed to map segment": "too little memory",
+    "error return without exception set": "too little memory",  # as extensions do that cannot even say so
     "can't start new thread": "the system starts no more threads",
     "no space left on device": "No space left on device",
     "too many open files": "Too many open files",

@@ -18,6 +18,7 @@ from mnist_lab.data import DataSpec
 from mnist_lab.errors import UserError
 from mnist_lab.models.ffn import Normalize, apply_linear, cast_like, draw_normal, linear_chain, relu_chain
 
+MAX_EXPERTS = 1000
 Balance = Literal["entropy", "switch", "cv", "none", "wrong-sign"]
 Gate = Literal["chosen", "all"]
 
@@ -43,8 +44,8 @@ class RoutingConfig:
     where one alone would always weigh 1 and the task would not teach the router, else chosen."""
 
     def __post_init__(self) -> None:
-        if self.num_experts < 1:
-            raise UserError(f"--num-experts {self.num_experts} must be at least 1")
+        if not 1 <= self.num_experts <= MAX_EXPERTS:
+            raise UserError(f"--num-experts {self.num_experts} must lie between 1 and {MAX_EXPERTS:,}")
         if not 1 <= self.top_k <= self.num_experts:
             raise UserError(f"--top-k {self.top_k} must lie between 1 and --num-experts {self.num_experts}")
         if not (math.isfinite(self.balance_weight) and self.balance_weight >= 0):

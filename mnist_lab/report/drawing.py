@@ -63,7 +63,7 @@ MUTED = "#767676"
 DOTS_PER_INCH = 100
 PNG_COMPRESSION = 3  # files a tenth larger than at the default 6, in a third of the time
 LONGEST_NAME = 60  # of a model, in characters
-LINE_INCHES = 0.16  # of a small text
+LINE_INCHES = 0.16  # of a text of 9 points
 USUAL_LINES = 2  # of a title, a footnote: what the sizes of the figures allow for
 NAME_INCHES = 3.0  # width of a name in the legend
 LEGEND_INCHES = 3.2  # width of a legend that the sizes of the figures allow for
@@ -207,7 +207,7 @@ def make_figure(
     if "\n" in text:
         text = "\n".join([wrap(title, room, 13), wrap(f"— {what}", room, 13)])
     figure.suptitle(text, fontsize=13)
-    _make_room(figure, text)
+    _make_room(figure, text, 13)
     rows = rows if cells is None else math.ceil(cells / columns)
     grid = figure.subplots(
         rows, columns, squeeze=False, subplot_kw={"projection": projection}, sharex=sharex, sharey=sharey
@@ -331,12 +331,13 @@ def write_footnote(figure: Figure, text: str) -> None:
     """A small muted text below the panels; the last of a figure, which grows by what is more than two lines."""
     text = wrap(text, figure.get_figwidth() - 0.2, 8.5)
     figure.supxlabel(text, fontsize=8.5, color=MUTED)
-    _make_room(figure, text)
+    _make_room(figure, text, 8.5)
 
 
-def _make_room(figure: Figure, text: str) -> None:
+def _make_room(figure: Figure, text: str, points: float) -> None:
     """Let the figure grow by the lines of a title or footnote that its size does not allow for."""
-    figure.set_figheight(figure.get_figheight() + LINE_INCHES * max(0, count_lines([text]) - USUAL_LINES))
+    num_lines = max(0, count_lines([text]) - USUAL_LINES)
+    figure.set_figheight(figure.get_figheight() + num_lines * LINE_INCHES * points / 9)
 
 
 def spread(values: npt.ArrayLike, low: npt.ArrayLike, high: npt.ArrayLike) -> Error:

@@ -37,9 +37,12 @@ INT8 = Row("INT8", source=SMALL, form=StaticInt8(Calibration(100)))
 MOE_INT8 = Row("MoE_INT8", source=MOE, form=DynamicInt8())
 
 
+Reader = Callable[[Path], object]
+
+
 class Kind(NamedTuple):
     path: Path
-    readers: list[Callable[[Path], object]]
+    readers: list[Reader]
 
 
 @pytest.fixture(scope="module")
@@ -56,8 +59,8 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
         load_or_make(Run(lab, row, 0))
     run, results = Run(lab, MOE, 0), lab.results
     record = load_record(run.record)
-    checkpoint = [read_tensors, read_provenance, load_checkpoint, lambda path: open_in("pytorch", path)]
-    artifact = [
+    checkpoint: list[Reader] = [read_tensors, read_provenance, load_checkpoint, lambda path: open_in("pytorch", path)]
+    artifact: list[Reader] = [
         read_artifact,
         read_onnx_metadata,
         read_provenance,

@@ -61,8 +61,8 @@ def expect_failure(done: subprocess.CompletedProcess[str], *says: str) -> None:
     assert any(text.lower() in last.lower() for text in says), last
 
 
-@pytest.mark.parametrize("gib", [1, 2, 3, 4, 6] if IS_LONG else [2])
-def test_too_little_memory(folder: Path, gib: int) -> None:
+@pytest.mark.parametrize("gib", [0.5, 1, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6] if IS_LONG else [2])
+def test_too_little_memory(folder: Path, gib: float) -> None:
     before = {path: path.read_bytes() for path in files_of(folder / "checkpoints")}
     size = int(gib * 2**30)
     done = run_limited(lambda: resource.setrlimit(resource.RLIMIT_AS, (size, size)), "baseline_mnist", [*QUICK], folder)
