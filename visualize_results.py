@@ -5,13 +5,15 @@ python visualize_results.py --results results/mnist-compact-standard  # one fold
 python visualize_results.py --dataset mnist --recipe quick            # those that fit
 """
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from mnist_lab.command.entry import Folder, run_script
-from mnist_lab.errors import RunFailed, UserError
+from mnist_lab.errors import FolderInUse, RunFailed, UserError
+from mnist_lab.files import only_run_in
 from mnist_lab.machine import cpu_model
 from mnist_lab.report.records import CLAIMS_FOLDER, RECORD_PATTERN, Record, load_records, usable_records
 
@@ -77,6 +79,15 @@ def choose_records(folder: Path, records: list[Record], checkpoints: Path) -> li
     return usable
 
 
+@contextlib.contextmanager
+def alone_where_possible(folder: Path) -> Iterator[None]:
+    """What killed runs left goes, unless a run is at work: what it has finished can be drawn all the same."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(FolderInUse):
+            stack.enter_context(only_run_in(folder.parent if folder.name == CLAIMS_FOLDER else folder))
+        yield
+
+
 def draw(folder: Path, records: list[Record]) -> Iterator[Path]:
     """The figures of a results folder; one of claims has its own."""
     # Imported once there is something to draw: the rows, which give the order, bring torch.
@@ -100,8 +111,9 @@ def main(options: PlotOptions) -> None:
             records = [record for record in load_records(folder) if options.admits(record)]
             if records:
                 is_any_admitted = True
-                for path in draw(folder, choose_records(folder, records, options.checkpoints)):
-                    print(f"plot: {path}", flush=True)
+                with alone_where_possible(folder):
+                    for path in draw(folder, choose_records(folder, records, options.checkpoints)):
+                        print(f"plot: {path}", flush=True)
         except (UserError, RunFailed) as error:  # the other folders do not hang on it
             failures.append(error)
     if failures:

@@ -4,12 +4,10 @@ import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from matplotlib.figure import Figure
 from tabulate import tabulate
 
 from mnist_lab.command.options import DataOptions, Options
@@ -20,7 +18,10 @@ from mnist_lab.experiments.run import Run
 from mnist_lab.files import write_atomically, write_text
 from mnist_lab.machine import cpu_flags, describe_machine, package_versions
 from mnist_lab.models import PresetName
+from mnist_lab.report.drawing import Figure, draw_png
 from mnist_lab.training import RecipeName, progress_bar
+
+DOTS_PER_INCH = 120
 
 
 @dataclass(frozen=True)
@@ -71,12 +72,18 @@ def format_table(table: pd.DataFrame, style: str | None = None) -> str:
 
 
 def write_outputs(
-    folder: Path, name: str, table: pd.DataFrame, text: str, *, figure: Figure | None = None, **measured: Any
+    folder: Path,
+    name: str,
+    table: pd.DataFrame,
+    text: str,
+    *,
+    draw: Callable[[], Figure] | None = None,
+    **measured: Any,
 ) -> None:
     """Write the table to `folder/NAME.csv`, the text to .md, and print it.
 
     Args:
-        figure: written to .png, and with it all that was measured to .json.
+        draw: the figure, written to .png, and with it all that was measured to .json.
         measured: beside the table.
     """
     record = {
@@ -86,9 +93,11 @@ def write_outputs(
         "rows": table.astype(object).where(table.notna(), None).to_dict("records"),
     }
     texts = {"csv": table.to_csv(index=False), "md": f"{text}\n"}
-    if figure is not None:
+    if draw is not None:
         texts["json"] = json.dumps(record, indent=1, allow_nan=False)
-        write_atomically(folder / f"{name}.png", partial(figure.savefig, dpi=120))
     for extension, content in texts.items():
         write_text(folder / f"{name}.{extension}", content)
-    print(f"\n{text}\n\nwritten: {folder / name}.{', .'.join([*texts, *(['png'] if figure else [])])}")
+    print(f"\n{text}\n\nwritten: {folder / name}.{', .'.join(texts)}", flush=True)
+    if draw is not None and (png := draw_png(draw, dots_per_inch=DOTS_PER_INCH)) is not None:
+        write_atomically(folder / f"{name}.png", lambda path: path.write_bytes(png))
+        print(f"plot: {folder / name}.png")

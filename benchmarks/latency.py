@@ -21,7 +21,6 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
 from benchmarks.common import BenchmarkOptions, ensure_models, format_table, show_progress, write_outputs
 from benchmarks.contestants import Contestant, reference_contestants, suite_contestant
@@ -38,7 +37,7 @@ from mnist_lab.measure import Array, measure_latency, take_images
 from mnist_lab.models import Model, count_parameters, dense_rival
 from mnist_lab.models.ffn import FFN
 from mnist_lab.models.moe import SparseMoE
-from mnist_lab.report.drawing import COLORS, MARKERS, make_logarithmic
+from mnist_lab.report.drawing import COLORS, MARKERS, Figure, make_logarithmic
 from mnist_lab.runtimes import EXTENSIONS, RUNTIMES, Precision, RuntimeName
 
 BATCHES = (1, 8, 64, 256, 1024, 10_000)
@@ -83,7 +82,7 @@ def main(options: LatencyOptions) -> None:
         "latency",
         table,
         describe(table, limits, cpu_model()),
-        figure=draw(table, cpu_model()),
+        draw=lambda: draw(table, cpu_model()),
         product_rates_per_s=limits,
     )
 

@@ -19,7 +19,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
-from matplotlib.figure import Figure
 
 from benchmarks.common import format_table, show_progress, write_outputs
 from mnist_lab.command.entry import run_script
@@ -33,7 +32,7 @@ from mnist_lab.measure import Array, measure_latency
 from mnist_lab.models import PRESETS, Model, ModelConfig, build_model, count_parameters, dense_rival
 from mnist_lab.models.ffn import FFNConfig
 from mnist_lab.models.moe import RoutingConfig, SparseMoEConfig
-from mnist_lab.report.drawing import COLORS, make_logarithmic
+from mnist_lab.report.drawing import COLORS, Figure, make_logarithmic
 from mnist_lab.runtimes import bind
 from mnist_lab.runtimes.onnxruntime import OnnxRuntimeSession
 
@@ -106,8 +105,8 @@ def main(options: ScalingOptions) -> None:
         wide = measure_wide(options.rounds, (4, 64))
         advance()
     table = pd.DataFrame(rows)
-    text, figure = describe(table, wide, cpu_model()), draw(table, cpu_model())
-    write_outputs(folder, "scaling", table, text, figure=figure, wide_ms_b1024=wide)
+    text = describe(table, wide, cpu_model())
+    write_outputs(folder, "scaling", table, text, draw=lambda: draw(table, cpu_model()), wide_ms_b1024=wide)
 
 
 def measure_point(point: Point, num_rounds: int) -> list[dict[str, object]]:

@@ -5,6 +5,10 @@ class UserError(ValueError):
     """The user's input is wrong: the message names the value, what is allowed and what to do."""
 
 
+class FolderInUse(UserError):
+    """Another run is at work in a folder."""
+
+
 class RunFailed(RuntimeError):
     """The run cannot go on, through no fault of the input; the message says why."""
 

@@ -1,5 +1,6 @@
 """Files that are whole or not there, that say when they are damaged, and folders that one run at a time writes."""
 
+import atexit
 import contextlib
 import errno
 import getpass
@@ -14,9 +15,12 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mnist_lab.errors import RunFailed, UserError
+from mnist_lab.errors import FolderInUse, RunFailed, UserError
+
+if TYPE_CHECKING:
+    import filelock
 
 TEMPORARY = ".tmp-"  # how the names of unfinished files begin
 LOCK = ".lock"
@@ -185,7 +189,8 @@ def only_run_in(folder: Path, *, wait: bool = False) -> Iterator[None]:
     A folder that was made for it and in which nothing is in the end is not left behind.
 
     Raises:
-        UserError: another run is at work there, and this one is not to wait; or the folder cannot be made or written.
+        FolderInUse: another run is at work there, and this one is not to wait.
+        UserError: the folder cannot be made or written.
     """
     import filelock
 
@@ -199,7 +204,7 @@ def only_run_in(folder: Path, *, wait: bool = False) -> Iterator[None]:
         except filelock.Timeout:
             holder = (folder / LOCK).read_text(errors="replace").strip() or "another run"
             if not wait:
-                raise UserError(f"{folder} is in use by {holder}. Wait for it to end, or pass --wait.") from None
+                raise FolderInUse(f"{folder} is in use by {holder}. Wait for it to end, or pass --wait.") from None
             print(f"waiting for {holder} to end, which uses {folder}", flush=True)
             lock.acquire()
     except OSError as error:
@@ -227,7 +232,7 @@ def remove_leftovers(folder: Path) -> None:
 
 @contextlib.contextmanager
 def own_temporary_folder() -> Iterator[None]:
-    """Keep the temporary files of this process, its libraries' and children's too, in a folder that goes with it.
+    """Keep temporary files, of libraries and children too, in a folder that goes with this process.
 
     What killed runs left of theirs goes now: each folder has a lock beside it, which the system frees with its owner.
 
@@ -247,6 +252,7 @@ def own_temporary_folder() -> Iterator[None]:
         lock = filelock.FileLock(folder.with_suffix(LOCK))
         lock.acquire(timeout=0)
         folder.mkdir()
+        atexit.register(_remove_scratch, folder, lock)  # after libraries have removed what is theirs
     except OSError as error:
         raise RunFailed(f"cannot write temporary files: {error.strerror or error}") from error
     # What torch compiled stays for later runs.
@@ -259,6 +265,9 @@ def own_temporary_folder() -> Iterator[None]:
         os.environ.pop("TMPDIR")
         if in_environment is not None:
             os.environ["TMPDIR"] = in_environment
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.with_suffix(LOCK).unlink(missing_ok=True)
-        lock.release()
+
+
+def _remove_scratch(folder: Path, lock: "filelock.BaseFileLock") -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.with_suffix(LOCK).unlink(missing_ok=True)
+    lock.release()

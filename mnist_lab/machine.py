@@ -27,7 +27,7 @@ class Machine(TypedDict):
 def _cpu_info() -> dict[str, str]:
     """The first processor's fields in /proc/cpuinfo; empty where there is no such file."""
     try:
-        first, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
+        first, _, _ = Path("/proc/cpuinfo").read_text(errors="replace").partition("\n\n")
     except OSError:
         return {}
     pairs = (line.partition(":") for line in first.splitlines())

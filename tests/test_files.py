@@ -199,29 +199,36 @@ def test_folder_in_which_nothing_was_made_is_not_left_behind(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_temporary_files_go_with_the_process_and_those_of_killed_ones_at_the_next_start(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "kept")
-    monkeypatch.setattr(tempfile, "tempdir", None)
-    script = "import tempfile, time; from mnist_lab.files import own_temporary_folder\n"
-    script += "with own_temporary_folder(): open(tempfile.mkdtemp() + '/x', 'w').close(); print('made', flush=True)"
-    script += "; time.sleep(60)"
-    other = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
-    assert other.stdout is not None
-    other.stdout.readline()
-    with own_temporary_folder():
-        handle, name = tempfile.mkstemp()
-        os.close(handle)
-        assert Path(name).parent.parent == tmp_path
-        assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 2  # a living process keeps its own
-    other.kill()
-    other.wait()
-    with own_temporary_folder():
-        pass
+SCRATCH = """
+import os, tempfile, time, sys
+from mnist_lab.files import own_temporary_folder
+with own_temporary_folder():
+    open(tempfile.mkdtemp() + "/x", "w").close()
+    assert os.environ["TMPDIR"] == tempfile.gettempdir() != sys.argv[1]
+    print(len([name for name in os.listdir(sys.argv[1]) if not name.endswith(".lock")]), flush=True)
+    time.sleep(float(sys.argv[2]))
+assert os.environ["TMPDIR"] == sys.argv[1]
+"""
+
+
+def test_temporary_files_go_with_the_process_and_those_of_killed_ones_at_the_next_start(tmp_path: Path) -> None:
+    variables = os.environ | {"TMPDIR": str(tmp_path), "TORCHINDUCTOR_CACHE_DIR": "kept"}
+
+    def start(seconds: int) -> "subprocess.Popen[str]":
+        command = [sys.executable, "-c", SCRATCH, str(tmp_path), str(seconds)]
+        return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, text=True)
+
+    killed = start(100)
+    assert killed.stdout is not None
+    assert killed.stdout.readline() == "1\n"
+    beside = start(0)
+    assert beside.communicate() == ("2\n", None)  # a living process keeps its own
+    assert beside.returncode == 0
+    killed.kill()
+    killed.wait()
+    assert len(list(tmp_path.iterdir())) == 2
+    assert start(0).communicate() == ("1\n", None)
     assert list(tmp_path.iterdir()) == []
-    assert os.environ["TMPDIR"] == str(tmp_path)
 
 
 def test_nowhere_to_write_temporary_files_fails_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ ARM = "processor\t: 0\nCPU implementer\t: 0x41\nCPU variant\t: {}\nCPU part\t: {
 def name_of(text: str, monkeypatch: pytest.MonkeyPatch) -> str:
     machine._cpu_info.cache_clear()
     with monkeypatch.context() as patch:
-        patch.setattr(Path, "read_text", lambda *_: text)
+        patch.setattr(Path, "read_text", lambda *_, **__: text)
         name = cpu_model()
     machine._cpu_info.cache_clear()
     return name

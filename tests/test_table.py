@@ -168,3 +168,14 @@ def test_figure_that_an_older_seed_lacks_is_blank_in_its_means_and_interval() ->
     assert math.isnan(row["test_acc_ci95"])
     assert row["seeds"] == 2
     assert row["size_mib"] == 1.0
+
+
+def test_times_on_other_numbers_of_threads_are_not_compared() -> None:
+    fast = make_measurement(b64=0.5)
+    fast.threads = 8
+    rows = [make_record(pytorch=make_measurement(b64=2.0), onnxruntime=fast), make_record("FFN_PTQ_INT8")]
+    rows[1].measurements = {"onnxruntime": make_measurement(b64=1.0)}
+    table = build_table(rows)
+    assert compare(table)["speedup_b64_vs_original"].isna().all()
+    fastest = find_fastest(table).set_index("model")["runtime_b64"].to_dict()
+    assert fastest == {"FFN_baseline": "pytorch", "FFN_PTQ_INT8": "onnxruntime"}

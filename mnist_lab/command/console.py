@@ -213,9 +213,6 @@ def write_results(lab: Lab, records: Sequence[Record], *, order: Sequence[str]) 
     Args:
         order: the families, first one first.
     """
-    from mnist_lab.report.figures import draw_all
-    from mnist_lab.report.results import Results
-
     table = build_table(_as_asked(lab, records), order=order, columns=lab.columns)
     distillation = judge_distillation(records)
     title = f"{lab.dataset.name}, {lab.preset_name} models, {lab.recipe_name} recipe"
@@ -223,9 +220,13 @@ def write_results(lab: Lab, records: Sequence[Record], *, order: Sequence[str]) 
     print_table(table)
     if distillation:
         print(f"\ndistillation:\n{distillation}")
-    print(f"\ntable: {lab.results / 'table.csv'} and table.md")
+    print(f"\ntable: {lab.results / 'table.csv'} and table.md", flush=True)
+    # Imported when the table is safe: matplotlib takes a second, and may be broken.
+    from mnist_lab.report.figures import draw_all
+    from mnist_lab.report.results import Results
+
     for path in draw_all(lab.results, Results(records, order, lab.columns)):
-        print(f"plot: {path}")
+        print(f"plot: {path}", flush=True)
 
 
 def print_notice(notice: str) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
 
@@ -43,6 +44,10 @@ def handle_endings() -> None:
     """
     if threading.current_thread() is not threading.main_thread():
         return
+    try:
+        Path.cwd()
+    except OSError as error:  # which libraries would not survive
+        leave_at_once(f"failed: the current folder is gone ({error.strerror})", 1)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, _stop)
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:

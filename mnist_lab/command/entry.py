@@ -45,7 +45,7 @@ def _expand(given: list[str]) -> Path:
     try:
         return Path(given[0]).expanduser()
     except RuntimeError as error:  # no such user
-        raise ValueError(str(error)) from error
+        raise ValueError(f"{given[0]}: {error}") from error
 
 
 # A path whose ~ is the user's home, also where no shell expands it.
@@ -67,8 +67,11 @@ def run_script(main: Callable[[T], None], options_type: type[T], description: st
     The first paragraph of `description` heads the help. Exit codes: 0 done; 1 the run failed; 2 the user's input
     is wrong; 130 interrupted; 141 nobody reads the output any more; 143 terminated.
     """
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by who started the script
+            setattr(sys, name, os.fdopen(os.open(os.devnull, os.O_WRONLY), "w"))
+        elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal without ± gets a question mark
     gc.freeze()  # what was imported stays, and need not be searched for garbage time and again
     try:

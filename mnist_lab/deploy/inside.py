@@ -73,7 +73,7 @@ def time_by_job(artifact: Path, pixels: Array) -> dict[str, float]:
         session = onnxruntime.InferenceSession(artifact, options, providers=PROVIDERS)
         for _ in range(NUM_CALLS):
             session.run(None, {"pixels": pixels})
-        events = json.loads(Path(session.end_profiling()).read_text())
+        events = json.loads(Path(session.end_profiling()).read_bytes())
     durations: dict[tuple[str, str], list[float]] = defaultdict(list)
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):

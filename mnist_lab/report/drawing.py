@@ -31,7 +31,10 @@ def _whatever_backend() -> Iterator[None]:
     One that it finds stays chosen.
     """
     backend = None if "matplotlib" in sys.modules else os.environ.pop("MPLBACKEND", None)
-    yield
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise RunFailed("no figure can be drawn: matplotlib's settings (matplotlibrc) are no text") from error
     if backend is not None:
         os.environ["MPLBACKEND"] = backend
         with contextlib.suppress(ValueError):
@@ -237,7 +240,7 @@ def write_figures(folder: Path, figures: Mapping[str, Callable[[], Figure | None
     for name, draw in figures.items():
         png = None
         try:
-            png = _draw_png(draw)
+            png = draw_png(draw)
         except Exception as error:  # whatever it is, the others do not hang on it
             failures.append(f"{name} ({type(error).__name__}: {first_line(error)})")
         path = folder / "plots" / f"{name}.png"
@@ -250,14 +253,14 @@ def write_figures(folder: Path, figures: Mapping[str, Callable[[], Figure | None
         raise RunFailed(f"figures that could not be drawn in {folder / 'plots'}: {'; '.join(failures)}")
 
 
-def _draw_png(draw: Callable[[], Figure | None]) -> bytes | None:
-    """The file's content, which depends on no setting of the user's."""
+def draw_png(draw: Callable[[], Figure | None], *, dots_per_inch: int = DOTS_PER_INCH) -> bytes | None:
+    """The file's content, which depends on no setting of the user's; None where there is nothing to draw."""
     own: dict[Any, Any] = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
     with matplotlib.rc_context(own):
         figure = draw()
         if figure is None:
             return None
-        figure.set_dpi(DOTS_PER_INCH)
+        figure.set_dpi(dots_per_inch)
         content = io.BytesIO()
         # savefig would lay the figure out twice.
         print_png: Callable[..., None] = FigureCanvasAgg(figure).print_png

@@ -76,7 +76,7 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
     Both in the row's own runtime (torchao's rows in torch-compile, whose engine they share). Accuracy
     difference in percentage points, parameter storage as a share, speed-up as a factor per batch size;
     NaN where there is nothing to compare with, for the accuracy also where the two rows are not of the
-    same seeds.
+    same seeds, for the speed-up where they were not timed on as many threads.
     """
     by_key = table.set_index(["model", "runtime"])
     columns: dict[str, pd.Series] = {
@@ -91,11 +91,12 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
         keys = pd.MultiIndex.from_arrays([reference, table["runtime"].replace(SAME_ENGINE)])
         other = by_key.reindex(keys).set_index(table.index)
         is_paired = table["seed_numbers"] == other["seed_numbers"]
+        is_timed_alike = table["threads"] == other["threads"]
         columns[f"acc_points_vs_{label}"] = ((table["test_acc"] - other["test_acc"]) * 100).where(is_paired)
         columns[f"size_vs_{label}"] = table["size_mib"] / other["size_mib"]
         for batch in TABLE_BATCHES:
             column = f"latency_ms_b{batch}"
-            columns[f"speedup_b{batch}_vs_{label}"] = other[column] / table[column]
+            columns[f"speedup_b{batch}_vs_{label}"] = (other[column] / table[column]).where(is_timed_alike)
     return pd.DataFrame(columns)
 
 
@@ -105,7 +106,13 @@ def _baseline(table: pd.DataFrame) -> str | None:
 
 
 def find_fastest(table: pd.DataFrame) -> pd.DataFrame:
-    """Per model and batch size the runtime with the lowest median latency, and that latency in ms; blank if untimed."""
+    """Per model and batch size the runtime with the lowest median latency, and that latency in ms; blank if untimed.
+
+    Of the threads on which most rows were timed: times on others do not compare.
+    """
+    table = table.copy()
+    columns = [f"latency_ms_b{batch}" for batch in TABLE_BATCHES]
+    table.loc[~table["threads"].isin(table["threads"].mode()[:1]), columns] = np.nan
     rows = []
     for model, group in table.groupby("model", sort=False):
         row = {"model": model, "precision": group["precision"].iloc[0]}

@@ -2,6 +2,7 @@
 work; some are started afresh, so that imports are hit too.
 """
 
+import atexit
 import contextlib
 import io
 import os
@@ -79,6 +80,7 @@ def _fork(run: Callable[[], None], log: Path) -> Started:
                 setattr(sys, name, io.TextIOWrapper(io.FileIO(1 if name == "stdout" else 2, "w"), line_buffering=True))
             run()
         except SystemExit as error:
+            atexit._run_exitfuncs()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(error.code if isinstance(error.code, int) else 1)

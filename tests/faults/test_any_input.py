@@ -39,7 +39,7 @@ JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
     lambda inner: st.lists(inner) | st.dictionaries(st.text() | st.sampled_from(["schema", "seed"]), inner),
 )
-SETTINGS = settings(max_examples=FILES, deadline=None, suppress_health_check=list(HealthCheck))
+SETTINGS = settings(max_examples=FILES, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
 @pytest.mark.parametrize("name", READERS)
