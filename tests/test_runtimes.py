@@ -241,7 +241,7 @@ STATIC_CHANGES: dict[str, tuple[Change, str]] = {
     "kind": (lambda _, fields: fields.pop("kind"), "no INT8 model"),
     "no architecture": (lambda _, fields: fields.pop("architecture"), "architecture"),
     "width": (lambda _, fields: fields["architecture"].update(widths=[10**12, 128]), "describes"),
-    "experts": (lambda _, fields: fields.update(architecture=moe_of(experts=10**9)), "describes"),
+    "experts": (lambda _, fields: fields.update(architecture=moe_of(experts=1000)), "describes"),
 }
 
 
