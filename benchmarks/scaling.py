@@ -21,7 +21,7 @@ import pandas as pd
 import torch
 
 from benchmarks.common import format_table, show_progress, write_outputs
-from mnist_lab.command.entry import run_script
+from mnist_lab.command.entry import Folder, run_script
 from mnist_lab.command.options import check_count
 from mnist_lab.data import DataSpec
 from mnist_lab.deploy.inside import choose_experts
@@ -57,7 +57,7 @@ SIZES = {"experts": "experts E", "width": "width D", "batch": "batch size"}  # t
 
 @dataclass(frozen=True)
 class ScalingOptions:
-    results: Path = Path("results")
+    results: Folder = Path("results")
     """Folder for the table and the plot."""
     rounds: int = 5
     """Turns of at least 30 ms that each model gets at each size."""

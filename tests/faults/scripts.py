@@ -72,6 +72,7 @@ def _fork(run: Callable[[], None], log: Path) -> Started:
     pid = os.fork()
     if pid == 0:
         try:
+            atexit._clear()  # what its parent is to remove at the end
             os.setsid()
             descriptor = os.open(log, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600)
             for stream in (1, 2):
