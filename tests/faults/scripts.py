@@ -57,7 +57,7 @@ class Started:
 
 def fork_script(script: str, arguments: Sequence[str], folder: Path, log: Path) -> Started:
     """Run a script in a child of this process, in `folder`; its output goes to `log`."""
-    return _fork(lambda: _run(script, arguments, folder), log)
+    return fork(lambda: _run(script, arguments, folder), log)
 
 
 def start_script(script: str, arguments: Sequence[str], folder: Path, log: Path) -> Started:
@@ -68,7 +68,8 @@ def start_script(script: str, arguments: Sequence[str], folder: Path, log: Path)
     return Started(process.pid, log)
 
 
-def _fork(run: Callable[[], None], log: Path) -> Started:
+def fork(run: Callable[[], None], log: Path) -> Started:
+    """Run something in a child of this process; its output goes to `log`."""
     pid = os.fork()
     if pid == 0:
         try:
@@ -80,11 +81,12 @@ def _fork(run: Callable[[], None], log: Path) -> Started:
             for name in ("stdout", "stderr"):
                 setattr(sys, name, io.TextIOWrapper(io.FileIO(1 if name == "stdout" else 2, "w"), line_buffering=True))
             run()
+            sys.exit()
         except SystemExit as error:
             atexit._run_exitfuncs()
             sys.stdout.flush()
             sys.stderr.flush()
-            os._exit(error.code if isinstance(error.code, int) else 1)
+            os._exit(error.code if isinstance(error.code, int) else bool(error.code))
         except BaseException:
             sys.excepthook(*sys.exc_info())
             sys.stderr.flush()

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from faults.scripts import QUICK, Started, environment, fork_script, preload, start_script
+from faults.scripts import QUICK, Started, environment, fork, fork_script, preload, start_script
 from mnist_lab.deploy.artifacts import read_artifact
 from mnist_lab.errors import UserError
 from mnist_lab.files import LOCK, SCRATCH, TEMPORARY, only_run_in, own_temporary_folder
 from mnist_lab.models.checkpoints import read_tensors
-from mnist_lab.report.records import CLAIMS_FOLDER, load_predictions, load_record
+from mnist_lab.report.records import load_predictions, load_record
 
 KILLS = int(os.environ.get("FAULT_KILLS", "4"))
 SEED = int(os.environ.get("FAULT_SEED", "0"))
@@ -173,15 +173,17 @@ def _without_times(value: Any) -> Any:
 
 def check_leftovers(folder: Path, temporary: Path, what: str) -> None:
     """After the next start there is nothing unfinished."""
-    with environment(TMPDIR=str(temporary)):
+
+    def start() -> None:
         tempfile.tempdir = None
         with own_temporary_folder():
             for kind in ("checkpoints", "results"):
-                for name in (NAME, f"{NAME}/{CLAIMS_FOLDER}"):
-                    if (folder / kind / name).exists():
-                        with only_run_in(folder / kind / name):
-                            pass
-        tempfile.tempdir = None
+                if (folder / kind / NAME).exists():
+                    with only_run_in(folder / kind / NAME):
+                        pass
+
+    with environment(TMPDIR=str(temporary)):
+        assert fork(start, temporary.parent / "log").wait(60) == 0, what
     left = [*folder.rglob(f"{TEMPORARY}*"), *temporary.glob(f"{SCRATCH}*")]
     assert not left, f"{what}: left {left}"
     assert not [path for path in temporary.iterdir() if not path.name.startswith("torchinductor")], what
