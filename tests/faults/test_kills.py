@@ -32,6 +32,7 @@ SCRIPTS = {
     "claims_mnist": ["--seeds", "2", *QUICK],
     "visualize_results": [],
 }
+ENDED_AFTER_S: list[float] = []
 # What differs between two runs that do the same.
 TIMES = {"latency_ms", "latency_session", "time_by_job_us", "train_seconds"}
 
@@ -66,7 +67,7 @@ def test_kills_lose_nothing(reference: Path, scratch: Path) -> None:
         signal_number = generator.choice(list(ENDS))
         start = start_script if generator.random() < 0.1 else fork_script
         before = {path: path.read_bytes() for path in files_of(folder)}
-        what = f"{number}: {script} {signal_number.name}"
+        what = f"{number}: {script} {signal_number.name} {start.__name__}"
         try:
             with environment(TMPDIR=str(temporary), TORCHINDUCTOR_CACHE_DIR=str(scratch / "inductor")):
                 started = start(script, SCRIPTS[script], folder, scratch / "log")
@@ -80,15 +81,18 @@ def test_kills_lose_nothing(reference: Path, scratch: Path) -> None:
             failures.append(str(error))
             print(error, flush=True)
             shutil.rmtree(folder)
+    took_s = sorted(ENDED_AFTER_S) or [0.0]
+    print(f"{KILLS} kills; ended after {took_s[len(took_s) // 2]:.2f} s (median), {took_s[-1]:.2f} s at most")
     assert not failures
 
 
 def prepare(folder: Path, reference: Path, state: str, script: str, generator: random.Random) -> None:
-    if state == "as it is" and folder.exists():
+    is_after = script in {"ptq_mnist", "visualize_results"}  # something is to be there for them
+    if state == "as it is" and folder.exists() and not is_after:
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    if state == "empty" and script not in {"ptq_mnist", "visualize_results"}:
+    if state == "empty" and not is_after:
         return
     shutil.copytree(reference, folder, dirs_exist_ok=True)
     if state == "partial":
@@ -110,7 +114,8 @@ def end(started: Started, number: signal.Signals, after_s: float, what: str) -> 
     took_s = time.monotonic() - start
     log = started.log.read_text(errors="replace")
     assert code in {ENDS[number], 0}, f"{what}: ended with {code}: {log[-2000:]}"
-    assert took_s < 5, f"{what}: took {took_s:.1f} s"  # three where nothing else runs
+    assert took_s < 10, f"{what}: took {took_s:.1f} s"  # three where nothing else runs
+    ENDED_AFTER_S.append(took_s)
     assert "Traceback" not in log, f"{what}: {log[-2000:]}"
     if number in SAYS and code != 0:
         assert log.count(SAYS[number]) == 1, f"{what}: {log[-500:]}"
