@@ -64,7 +64,14 @@ def start_script(script: str, arguments: Sequence[str], folder: Path, log: Path)
     """The same in a fresh interpreter."""
     command = [sys.executable, str(ROOT / f"{script}.py"), *arguments]
     with log.open("wb") as output:
-        process = subprocess.Popen(command, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which the background ignores
+        )
     return Started(process.pid, log)
 
 
