@@ -10,7 +10,8 @@ from mnist_lab.command.entry import run_script
 from mnist_lab.command.options import DataOptions, check_count, check_device, seeds_from
 from mnist_lab.data import load_dataset
 from mnist_lab.experiments.lab import Lab
-from mnist_lab.files import only_run_in, write_text
+from mnist_lab.files import write_text
+from mnist_lab.folders import only_run_in
 from mnist_lab.studies.dark_knowledge import (
     STUDENT_RECIPE,
     TEACHER_RECIPE,

@@ -13,7 +13,7 @@ from typing import Literal
 
 from mnist_lab.command.entry import Folder, run_script
 from mnist_lab.errors import FolderInUse, RunFailed, UserError
-from mnist_lab.files import only_run_in
+from mnist_lab.folders import only_run_in
 from mnist_lab.machine import cpu_model
 from mnist_lab.report.records import CLAIMS_FOLDER, RECORD_PATTERN, Record, load_records, usable_records
 

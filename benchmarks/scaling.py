@@ -26,7 +26,7 @@ from mnist_lab.command.options import check_count
 from mnist_lab.data import DataSpec
 from mnist_lab.deploy.inside import choose_experts
 from mnist_lab.deploy.onnx import write_onnx
-from mnist_lab.files import ensure_writable
+from mnist_lab.folders import ensure_writable
 from mnist_lab.machine import cpu_model
 from mnist_lab.measure import Array, measure_latency
 from mnist_lab.models import PRESETS, Model, ModelConfig, build_model, count_parameters, dense_rival

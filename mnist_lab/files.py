@@ -1,30 +1,20 @@
-"""Files that are whole or not there, that say when they are damaged, and folders that one run at a time writes."""
+"""Files that are whole or not there, and that say when they are damaged."""
 
-import atexit
 import contextlib
 import errno
-import getpass
 import hashlib
 import json
 import os
 import re
 import secrets
-import shutil
 import stat
-import sys
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from mnist_lab.errors import FolderInUse, RunFailed, UserError
-
-if TYPE_CHECKING:
-    import filelock
+from mnist_lab.errors import RunFailed, UserError
 
 TEMPORARY = ".tmp-"  # how the names of unfinished files begin
-LOCK = ".lock"
-SCRATCH = "mnist-lab-"  # how the names of folders for temporary files begin
 BLANK = f"sha256:{'0' * 64}"  # where a file's own digest goes
 DIGEST = re.compile(rb"sha256:([0-9a-f]{64})")
 MAX_BYTES = 2**31  # of a file that is read whole; ONNX allows no more
@@ -165,109 +155,3 @@ def _flush_folder(folder: Path) -> None:
         _flush(descriptor)
     finally:
         os.close(descriptor)
-
-
-def ensure_writable(folder: Path) -> None:
-    """Find out before the work, not after it, whether `folder` can be made and written. Makes nothing.
-
-    Raises:
-        UserError: it cannot.
-    """
-    try:
-        existing = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
-        temporary = existing / f"{TEMPORARY}{secrets.token_hex(8)}"
-        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        temporary.unlink()
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
-
-
-@contextlib.contextmanager
-def only_run_in(folder: Path, *, wait: bool = False) -> Iterator[None]:
-    """Keep other runs out of a folder as long as this one writes there; what killed ones left unfinished goes.
-
-    A folder that was made for it and in which nothing is in the end is not left behind.
-
-    Raises:
-        FolderInUse: another run is at work there, and this one is not to wait.
-        UserError: the folder cannot be made or written.
-    """
-    import filelock
-
-    ensure_writable(folder)
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = filelock.FileLock(folder / LOCK, is_singleton=True)  # which one process may take twice
-        try:
-            lock.acquire(timeout=0)
-        except filelock.Timeout:
-            holder = (folder / LOCK).read_text(errors="replace").strip() or "another run"
-            if not wait:
-                raise FolderInUse(f"{folder} is in use by {holder}. Wait for it to end, or pass --wait.") from None
-            print(f"waiting for {holder} to end, which uses {folder}", flush=True)
-            lock.acquire()
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
-    try:
-        with contextlib.suppress(OSError):
-            (folder / LOCK).write_text(f"process {os.getpid()} ({Path(sys.argv[0]).name})\n")
-        remove_leftovers(folder)
-        yield
-    finally:
-        if lock.lock_counter == 1:
-            (folder / LOCK).unlink(missing_ok=True)  # still held: who waits for it sees that it is gone
-        lock.release()
-        with contextlib.suppress(OSError):
-            for path in made:
-                path.rmdir()
-
-
-def remove_leftovers(folder: Path) -> None:
-    """Delete what killed runs left unfinished in a folder and below."""
-    for path in folder.rglob(f"{TEMPORARY}*"):
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-
-@contextlib.contextmanager
-def own_temporary_folder() -> Iterator[None]:
-    """Keep temporary files, of libraries and children too, in a folder that goes with this process.
-
-    What killed runs left of theirs goes now: each folder has a lock beside it, which the system frees with its owner.
-
-    Raises:
-        RunFailed: there is nowhere to write temporary files.
-    """
-    import filelock
-
-    before, in_environment = tempfile.tempdir, os.environ.get("TMPDIR")
-    try:
-        root = Path(tempfile.gettempdir())
-        for left in root.glob(f"{SCRATCH}*{LOCK}"):
-            with contextlib.suppress(OSError, filelock.Timeout), filelock.FileLock(left, timeout=0):
-                shutil.rmtree(left.with_suffix(""), ignore_errors=True)
-                left.unlink()
-        folder = root / f"{SCRATCH}{secrets.token_hex(8)}"
-        lock = filelock.FileLock(folder.with_suffix(LOCK))
-        lock.acquire(timeout=0)
-        folder.mkdir()
-        atexit.register(_remove_scratch, folder, lock)  # after libraries have removed what is theirs
-    except OSError as error:
-        raise RunFailed(f"cannot write temporary files: {error.strerror or error}") from error
-    # What torch compiled stays for later runs.
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(root / f"torchinductor_{getpass.getuser()}"))
-    tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
-        os.environ.pop("TMPDIR")
-        if in_environment is not None:
-            os.environ["TMPDIR"] = in_environment
-
-
-def _remove_scratch(folder: Path, lock: "filelock.BaseFileLock") -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.with_suffix(LOCK).unlink(missing_ok=True)
-    lock.release()

@@ -18,9 +18,10 @@ import torch
 import torchvision
 from test_idx import write_idx, write_sparse_idx
 
-from mnist_lab import data
-from mnist_lab.data import Augmentation, DatasetName, Split, augment, calibration_pixels, load_dataset
+from mnist_lab import data, sources
+from mnist_lab.data import Augmentation, Split, augment, calibration_pixels, load_dataset
 from mnist_lab.errors import UserError
+from mnist_lab.sources import DatasetName
 
 
 def rows_as_set(pixels: torch.Tensor) -> set[bytes]:
@@ -69,14 +70,14 @@ NAMES: tuple[DatasetName, ...] = ("mnist", "fashion-mnist", "kmnist", "qmnist")
 
 
 def raw_folder(name: DatasetName, root: Path) -> Path:
-    return root / data.TORCHVISION_CLASSES[name] / "raw"
+    return root / sources.TORCHVISION_CLASSES[name] / "raw"
 
 
-def file_of(name: DatasetName, root: Path, split: data.SplitName, kind: Literal["images", "labels"]) -> Path:
-    return raw_folder(name, root) / data._files(name)[split][kind == "labels"]
+def file_of(name: DatasetName, root: Path, split: sources.SplitName, kind: Literal["images", "labels"]) -> Path:
+    return raw_folder(name, root) / sources._files(name)[split][kind == "labels"]
 
 
-def write_labels(name: DatasetName, root: Path, split: data.SplitName, labels: np.ndarray) -> None:
+def write_labels(name: DatasetName, root: Path, split: sources.SplitName, labels: np.ndarray) -> None:
     if name == "qmnist":  # eight numbers an image, the first of which is its class
         write_idx(
             file_of(name, root, split, "labels"),
@@ -86,7 +87,7 @@ def write_labels(name: DatasetName, root: Path, split: data.SplitName, labels: n
         write_idx(file_of(name, root, split, "labels"), labels.astype(np.uint8))
 
 
-def write_split(name: DatasetName, root: Path, split: data.SplitName, num_images: int) -> None:
+def write_split(name: DatasetName, root: Path, split: sources.SplitName, num_images: int) -> None:
     """A few random images, then black ones; labels from 0 to 9 in turn."""
     start = np.random.default_rng(num_images).integers(0, 256, min(num_images, 200) * 28 * 28, np.uint8)
     write_sparse_idx(file_of(name, root, split, "images"), (num_images, 28, 28), start.tobytes())
@@ -159,7 +160,7 @@ class TestLabels:
     @pytest.mark.parametrize("split", ["train", "test"])
     @pytest.mark.parametrize("label", [10, 25, -1])
     def test_what_is_no_class_is_found_before_the_work(
-        self, small_set: tuple[DatasetName, Path], split: data.SplitName, label: int
+        self, small_set: tuple[DatasetName, Path], split: sources.SplitName, label: int
     ) -> None:
         name, root = small_set
         labels = np.arange(120 if split == "train" else 60) % 10
@@ -171,7 +172,9 @@ class TestLabels:
             load_dataset(name, root)
 
     @pytest.mark.parametrize("split", ["train", "test"])
-    def test_one_class_alone_teaches_nothing(self, small_set: tuple[DatasetName, Path], split: data.SplitName) -> None:
+    def test_one_class_alone_teaches_nothing(
+        self, small_set: tuple[DatasetName, Path], split: sources.SplitName
+    ) -> None:
         name, root = small_set
         write_labels(name, root, split, np.full(120 if split == "train" else 60, 4))
         with pytest.raises(UserError, match=f"{file_of(name, root, split, 'labels').name} .*every label is 4"):
@@ -427,7 +430,7 @@ def files_below(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir())
 
 
-WHOLE = sorted(f"data/MNIST/raw/{file}" for files in data.MNIST_FILES.values() for file in files)
+WHOLE = sorted(f"data/MNIST/raw/{file}" for files in sources.MNIST_FILES.values() for file in files)
 
 
 @pytest.mark.usefixtures("mirror")

@@ -24,7 +24,6 @@ from matplotlib.text import Text
 from test_claims import make_evidence
 
 import visualize_results
-from mnist_lab.data import DatasetName
 from mnist_lab.errors import RunFailed, UserError
 from mnist_lab.machine import cpu_model
 from mnist_lab.models import PresetName
@@ -36,6 +35,7 @@ from mnist_lab.report.figures import FIGURES, draw_all, pareto_set, radar_radii,
 from mnist_lab.report.records import CONTROL, Epoch, FileId, Measurement, Parent, Record, save_record
 from mnist_lab.report.results import Results, listed
 from mnist_lab.report.statistics import binomial_interval
+from mnist_lab.sources import DatasetName
 from mnist_lab.studies.claims.evidence import Evidence
 from mnist_lab.studies.claims.figures import CLAIM_FIGURES, draw_claims
 from mnist_lab.training import RecipeName

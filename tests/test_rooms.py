@@ -9,15 +9,17 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mnist_lab"
-FOUNDATION = {"errors", "files", "machine", "measure"}
-BASE = {*FOUNDATION, "data", "models", "training"}
+FOUNDATION = {"errors", "files", "folders", "machine", "measure"}
+BASE = {*FOUNDATION, "sources", "data", "models", "training"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "machine": set(),
     "measure": set(),
     "files": {"errors"},
+    "folders": {"errors", "files"},
     "idx": {"errors"},
-    "data": {"errors", "idx"},
+    "sources": {"errors", "idx"},
+    "data": {"errors", "sources"},
     "models": {"data", "errors", "files"},
     "training": {"data", "errors", "measure", "models"},
     "runtimes": {*FOUNDATION, "models", "deploy.artifacts"},
@@ -103,4 +105,4 @@ def test_classes_and_image_size_are_known_to_the_data_alone() -> None:
             28,
             784,
         }
-        assert not numbers or path.name == "data.py", path
+        assert not numbers or path.name == "sources.py", path

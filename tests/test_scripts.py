@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
-from mnist_lab import data, measure, training
+from mnist_lab import data, measure, sources, training
 from mnist_lab.command import console
 from mnist_lab.command.entry import run_script
 from mnist_lab.compress.distill import DistillationConfig
@@ -483,10 +483,10 @@ class TestBadInput:
 
 class TestWithoutNetwork:
     def test_run_says_so_twice_and_files_it_under_digits(self, bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-        def unreachable(_: data.DatasetName) -> Path:
+        def unreachable(_: sources.DatasetName) -> Path:
             raise OSError("no network")
 
-        monkeypatch.setattr(data, "_download", unreachable)
+        monkeypatch.setattr(data, "download", unreachable)
         outcome = bench("baseline_mnist", "--recipe", "quick", "--epochs", "1", quick=False)
         assert outcome.code == 0
         assert outcome.out.count("NOTE: MNIST is not here") == 2

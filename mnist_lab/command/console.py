@@ -20,7 +20,7 @@ from mnist_lab.experiments.make import load_or_make, load_or_measure, make, make
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import TABLE, families
 from mnist_lab.experiments.run import Run
-from mnist_lab.files import only_run_in
+from mnist_lab.folders import only_run_in
 from mnist_lab.machine import cpu_model, usable_cpus
 from mnist_lab.report.records import Record, first_in, load_records, usable_records
 from mnist_lab.report.table import build_table, judge_distillation

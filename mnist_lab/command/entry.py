@@ -15,7 +15,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 
 from mnist_lab.command.ending import Stopped, why_exhausted
 from mnist_lab.errors import RunFailed, UserError
-from mnist_lab.files import own_temporary_folder
+from mnist_lab.folders import own_temporary_folder
 
 T = TypeVar("T")
 PIPE_CLOSED = 141  # as a shell gives it for a program that SIGPIPE ends

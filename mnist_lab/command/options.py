@@ -7,10 +7,10 @@ from typing import Literal
 import torch
 
 from mnist_lab.command.entry import Folder
-from mnist_lab.data import DatasetName
 from mnist_lab.errors import UserError
 from mnist_lab.machine import usable_cpus
 from mnist_lab.models import PresetName
+from mnist_lab.sources import DatasetName
 from mnist_lab.training import Recipe, RecipeName, find_recipe
 
 MAX_COUNT = 10**9

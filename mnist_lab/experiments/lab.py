@@ -6,13 +6,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mnist_lab.data import Dataset, DatasetName, Split, load_dataset
+from mnist_lab.data import Dataset, Split, load_dataset
 from mnist_lab.experiments.row import departures
 from mnist_lab.files import sha256
 from mnist_lab.models import PRESETS, Preset, PresetName
 from mnist_lab.report.columns import COLUMNS, Column
 from mnist_lab.report.records import CLAIMS_FOLDER
 from mnist_lab.runtimes import RuntimeName
+from mnist_lab.sources import DatasetName
 from mnist_lab.training import Recipe, RecipeName, find_recipe
 
 T = TypeVar("T")

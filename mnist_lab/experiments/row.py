@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from mnist_lab.compress.float32 import Float32
-from mnist_lab.data import DatasetName
 from mnist_lab.experiments.technique import Form, Step
 from mnist_lab.runtimes import EXTENSIONS
+from mnist_lab.sources import DatasetName
 
 
 @dataclass(frozen=True)

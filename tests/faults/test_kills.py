@@ -16,7 +16,8 @@ import pytest
 from faults.scripts import QUICK, Started, environment, fork, fork_script, preload, start_script
 from mnist_lab.deploy.artifacts import read_artifact
 from mnist_lab.errors import UserError
-from mnist_lab.files import LOCK, SCRATCH, TEMPORARY, only_run_in, own_temporary_folder
+from mnist_lab.files import TEMPORARY
+from mnist_lab.folders import LOCK, SCRATCH, only_run_in, own_temporary_folder
 from mnist_lab.models.checkpoints import read_tensors
 from mnist_lab.report.records import load_predictions, load_record
 
