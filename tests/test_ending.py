@@ -48,8 +48,11 @@ def finish(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
         # An endless loop that swallows what it can.
         "print('ready', flush=True)\n    while True:\n        try:\n            import time; time.sleep(30)\n"
         "        except BaseException: pass",
+        # A finalizer, in which Python swallows it.
+        "import time\n    class A:\n        def __del__(self): print('ready', flush=True); time.sleep(30)\n"
+        "    a = A(); del a; time.sleep(30)",
     ],
-    ids=["sleeping", "swallowing"],
+    ids=["sleeping", "swallowing", "finalizing"],
 )
 def test_signal_ends_a_script_within_seconds_and_one_line(number: str, says: str, code: int, body: str) -> None:
     process = start(body)

@@ -53,6 +53,7 @@ def handle_endings() -> None:
     if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
         signal.signal(signal.SIGTERM, _stop)
     sys.excepthook = _print_uncaught
+    sys.unraisablehook = _raise_again
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
@@ -73,10 +74,27 @@ def _is_importing(frame: FrameType | None) -> bool:
     return False
 
 
+def ignore_signals() -> None:
+    """What is done ends by itself."""
+    for number in ENDINGS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 def leave_at_once(message: str, code: int) -> NoReturn:
     """End the process without unwinding it."""
     os.write(2, f"{message}\n".encode(errors="replace"))
     os._exit(code)
+
+
+def _raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
+    """A signal's exception that fell into a callback or a finalizer, which swallow what is raised, comes once more."""
+    stopped = unraisable.exc_value
+    if isinstance(stopped, Stopped):
+        timer = threading.Timer(0.05, signal.raise_signal, (stopped.code - 128,))
+        timer.daemon = True
+        timer.start()
+    else:
+        sys.__unraisablehook__(unraisable)
 
 
 def _print_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

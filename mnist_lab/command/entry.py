@@ -1,5 +1,6 @@
 """How a script starts and ends: its options from a dataclass, its exit code from what happened. No torch here."""
 
+import atexit
 import gc
 import io
 import os
@@ -13,7 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_ori
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from mnist_lab.command.ending import Stopped, why_exhausted
+from mnist_lab.command.ending import Stopped, ignore_signals, why_exhausted
 from mnist_lab.errors import RunFailed, UserError
 from mnist_lab.folders import own_temporary_folder
 
@@ -100,6 +101,7 @@ def run_script(main: Callable[[T], None], options_type: type[T], description: st
 
 
 def _leave(message: str, code: int) -> NoReturn:
+    atexit.register(ignore_signals)
     try:
         sys.stdout.flush()
     except OSError:  # said already, or the reason of it all

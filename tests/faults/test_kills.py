@@ -82,6 +82,8 @@ def test_kills_lose_nothing(reference: Path, scratch: Path) -> None:
             failures.append(str(error))
             print(error, flush=True)
             shutil.rmtree(folder)
+        if (number + 1) % 50 == 0:
+            print(f"{number + 1} kills", flush=True)
     took_s = sorted(ENDED_AFTER_S) or [0.0]
     print(f"{KILLS} kills; ended after {took_s[len(took_s) // 2]:.2f} s (median), {took_s[-1]:.2f} s at most")
     assert not failures
