@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import onnx
 import torch
 
+from mnist_lab.deploy.artifacts import read_onnx
 from mnist_lab.deploy.onnx import write_onnx
 from mnist_lab.errors import WrongPrecision
 from mnist_lab.experiments.technique import Proof, Work
@@ -52,7 +53,7 @@ def prove_float(file: Path, precision: Precision) -> Proof:
     if file.suffix == ".safetensors":
         weights = {name: parameter.dtype == dtype for name, parameter in load_checkpoint(file).model.named_parameters()}
     else:
-        constants = onnx.load(file).graph.initializer
+        constants = read_onnx(file).graph.initializer
         weights = {c.name: c.data_type == onnx_type for c in constants if c.data_type != onnx.TensorProto.INT64}
     wrong = [name for name, is_right in weights.items() if not is_right]
     if wrong:
