@@ -12,7 +12,7 @@ from mnist_lab import training
 from mnist_lab.compress.distill import Distil
 from mnist_lab.compress.train import TrainMoE
 from mnist_lab.data import Augmentation, Split
-from mnist_lab.errors import TrainingDiverged
+from mnist_lab.errors import RunFailed, TrainingDiverged
 from mnist_lab.experiments.lab import Lab
 from mnist_lab.experiments.make import ensure_weights
 from mnist_lab.experiments.row import Row
@@ -131,3 +131,15 @@ def test_training_that_diverged_does_not_go_on_to_diverge_again(lab: Lab, monkey
     with pytest.raises(TrainingDiverged):
         ensure_weights(Run(lab, SMALL, 0))
     assert not list(lab.checkpoints.glob("*"))
+
+
+def test_state_that_cannot_be_kept_loses_no_training(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise RunFailed("cannot write: No space left on device")
+
+    monkeypatch.setattr("mnist_lab.experiments.resume.save_tensors", fail)
+    ensure_weights(Run(lab, SMALL, 0))
+    assert Run(lab, SMALL, 0).output.exists()
+    assert "No space left on device; were it killed" in capsys.readouterr().out

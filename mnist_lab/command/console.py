@@ -28,6 +28,7 @@ from mnist_lab.report.text import SUMMARY_LEGEND, format_fastest, format_summary
 from mnist_lab.runtimes import RUNTIMES, RuntimeName, why_missing
 
 Mode = Literal["train", "load"]
+MAX_LINE = 1000  # characters of an answer from a pipe
 MAX_ANSWERS = 3  # that are wrong, where nobody sits at a terminal
 SCRIPTS = {"FFN_baseline": "baseline_mnist.py", "Sparse_MoE": "moe_mnist.py", "KD_FFN_Student": "kd_mnist.py"}
 
@@ -193,7 +194,8 @@ def ask_mode() -> Mode:
     """
     for attempt in itertools.count(1):
         try:
-            answer = input("train all anew, or load what is up to date? [train/load] ").strip().lower()
+            print("train all anew, or load what is up to date? [train/load] ", end="", flush=True)
+            answer = _read_line().strip().lower()
         except (EOFError, RuntimeError, UnicodeDecodeError) as error:  # RuntimeError: standard input is closed
             print()  # ends the prompt's line
             raise UserError("the input holds no answer; pass --mode train or --mode load") from error
@@ -205,6 +207,20 @@ def ask_mode() -> Mode:
         if attempt == MAX_ANSWERS and not sys.stdin.isatty():
             break
     raise UserError(f"{MAX_ANSWERS} answers were neither train nor load; pass --mode train or --mode load")
+
+
+def _read_line() -> str:
+    """A line of the terminal's, or of a pipe's, which may have no end.
+
+    Raises:
+        EOFError: there is none.
+    """
+    if sys.stdin is not None and sys.stdin.isatty():
+        return input()
+    line = sys.stdin.readline(MAX_LINE) if sys.stdin is not None else ""
+    if not line:
+        raise EOFError
+    return line
 
 
 def write_results(lab: Lab, records: Sequence[Record], *, order: Sequence[str]) -> None:

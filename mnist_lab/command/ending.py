@@ -119,5 +119,5 @@ def why_exhausted(error: BaseException) -> str | None:
         for said, reason in EXHAUSTED.items():
             if said in text:
                 return reason
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__
     return None

@@ -11,7 +11,7 @@ import msgspec
 import torch
 from torch import Tensor
 
-from mnist_lab.errors import UserError
+from mnist_lab.errors import RunFailed, UserError
 from mnist_lab.experiments.run import Run
 from mnist_lab.files import as_json
 from mnist_lab.machine import cpu_model, package_version
@@ -63,7 +63,10 @@ class FileKeeper:
 
     def keep(self, kept: Kept) -> None:
         metadata = {"bound": self.bound, "curves": [asdict(epoch) for epoch in kept.curves]}
-        save_tensors(self.path, kept.tensors, metadata)
+        try:
+            save_tensors(self.path, kept.tensors, metadata)
+        except RunFailed as error:  # the training itself may well find its place in the end
+            print(f"{error}; were it killed, this training would start anew", flush=True)
 
 
 def _outline(tensors: Mapping[str, Tensor]) -> dict[str, Any]:

@@ -126,7 +126,7 @@ def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int,
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if found != dict(shapes):
         different = sorted(name for name in found.keys() | shapes.keys() if found.get(name) != shapes.get(name))
-        raise ValueError(f"it does not hold the model that it describes, but other {', '.join(different)}")
+        raise ValueError(f"it does not hold the model that it describes, but other {', '.join(different[:8])}")
     for name, tensor in tensors.items():
         if tensor.dtype not in WEIGHTS:
             raise ValueError(f"{name} is of type {tensor.dtype}")

@@ -15,7 +15,7 @@ from mnist_lab.data import DataSpec
 class FFNConfig:
     """`widths` of the hidden layers."""
 
-    widths: tuple[Annotated[int, Meta(ge=1)], ...]
+    widths: Annotated[tuple[Annotated[int, Meta(ge=1)], ...], Meta(max_length=16)]
     data: DataSpec
     kind: Literal["ffn"] = "ffn"
 

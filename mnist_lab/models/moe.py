@@ -8,9 +8,10 @@ input, N = B·K (input, expert) pairs, sorted by expert.
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+from msgspec import Meta
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -82,7 +83,7 @@ class SparseMoEConfig:
     model_width: int
     expert_width: int
     output_width: int
-    head_widths: tuple[int, ...]
+    head_widths: Annotated[tuple[int, ...], Meta(max_length=16)]
     routing: RoutingConfig
     data: DataSpec
     kind: Literal["moe"] = "moe"

@@ -182,6 +182,9 @@ GRAPHS: dict[str, Callable[[], onnx.ModelProto]] = {
     "expand of the input": lambda: bomb(node("Expand", ["pixels", "s"]), constants=[sizes("s", 10**6, 1, 28, 28)]),
     "range": lambda: bomb(node("Range", ["a", "b", "c"]), constants=[sizes("a", 0), sizes("b", 10**12), sizes("c", 1)]),
     "outer product": lambda: bomb(node("Mul", ["w", "v"]), constants=[values("w", 10**5, 1), values("v", 1, 10**5)]),
+    "constants with an input left out": lambda: bomb(
+        node("Gemm", ["w", "v", ""]), constants=[values("w", 10**4, 1), values("v", 1, 10**4)]
+    ),
     "constant of shape": lambda: bomb(node("ConstantOfShape", ["s"]), constants=[sizes("s", 10**10)]),
     "tile": lambda: bomb(node("Tile", ["pixels", "s"]), constants=[sizes("s", 10**9, 1, 1, 1)]),
     "outside": lambda: bomb(node("Add", ["pixels", "w"]), constants=[outside("/etc/passwd")]),
