@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from mnist_lab.errors import RunFailed, UserError
+from mnist_lab.errors import RunFailed, UserError, why_exhausted
 
 TEMPORARY = ".tmp-"  # how the names of unfinished files begin
 BLANK = f"sha256:{'0' * 64}"  # where a file's own digest goes
@@ -63,13 +63,15 @@ def reading(path: Path, advice: str = "Move it away and make it again.") -> Iter
     """Whatever a library says of a file inside becomes one line: the file is broken.
 
     Raises:
-        UserError: something was raised but a UserError, RunFailed or MemoryError, which pass.
+        UserError: something was raised but a UserError, a RunFailed, or that the system gave no more, which pass.
     """
     try:
         yield
-    except (UserError, RunFailed, MemoryError):
+    except (UserError, RunFailed):
         raise
     except Exception as error:  # the libraries' errors share no base class
+        if why_exhausted(error):  # which says nothing of the file
+            raise
         raise UserError(f"{path} is broken: {first_line(error)}. {advice}") from error
 
 

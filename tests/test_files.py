@@ -111,7 +111,7 @@ def test_errors_of_libraries_become_one_line_and_others_pass(tmp_path: Path) -> 
         raise KeyError("first\nsecond")
     assert "\n" not in str(caught.value)
     assert "x.json is broken" in str(caught.value)
-    for error in (UserError("own"), RunFailed("own"), MemoryError()):
+    for error in (UserError("own"), RunFailed("own"), MemoryError(), RuntimeError("std::bad_alloc")):
         with pytest.raises(type(error)), reading(tmp_path / "x.json"):
             raise error
 

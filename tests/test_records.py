@@ -113,7 +113,12 @@ def test_table_pools_seeds_of_the_same_settings_and_threads_only(tmp_path: Path)
         write_files(tmp_path, record)
         record.config = {"epochs": 5}
     assert records.usable_records(runs, tmp_path, "here")[0] == runs
-    for other in (replace(runs[1], config={"epochs": 6}), replace(runs[1], train_threads=1)):
+    others = (
+        replace(runs[1], config={"epochs": 6}),
+        replace(runs[1], train_threads=1),
+        replace(runs[1], device="cuda"),
+    )
+    for other in others:
         mixed = [runs[0], other, runs[2]]
         usable, left_out = records.usable_records(mixed, tmp_path, "here")
         assert usable == [runs[0], runs[2]]

@@ -8,24 +8,11 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn
 
+from mnist_lab.errors import why_exhausted
+
 GRACE_S = 2.0  # to put things in order after a signal, before the process ends anyway
 ENDINGS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
 KEPT = "finished models and rows are kept"
-# What libraries say, in errors of their own, where the system gives no more.
-EXHAUSTED = {
-    "can't allocate memory": "too little memory",
-    "cannot allocate memory": "too little memory",
-    "failed to allocate memory": "too little memory",
-    "bad allocation": "too little memory",
-    "bad_alloc": "too little memory",
-    "failed to map segment": "too little memory",
-    "error return without exception set": "too little memory",  # as extensions do that cannot even say so
-    "can't start new thread": "the system starts no more threads",
-    "no space left on device": "No space left on device",
-    "too many open files": "Too many open files",
-    "file too large": "File too large",
-    "disk quota exceeded": "Disk quota exceeded",
-}
 
 
 class Stopped(KeyboardInterrupt):
@@ -99,25 +86,20 @@ def _raise_again(unraisable: "sys.UnraisableHookArgs") -> None:
 
 def _print_uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """What happens before a script's own handling: one line where the cause is the system's, else a traceback."""
-    reason = why_exhausted(error)
+    reason = why_failed(error)
     if reason is None:
         sys.__excepthook__(kind, error, trace)
     else:
         print(f"failed: {reason}", file=sys.stderr)
 
 
-def why_exhausted(error: BaseException) -> str | None:
-    """What the system did not give, where an error or one behind it says so."""
+def why_failed(error: BaseException) -> str | None:
+    """The reason in one line, where an error or one behind it is the system's and not the suite's own."""
     cause: BaseException | None = error
     while cause is not None:
-        if isinstance(cause, MemoryError):
-            return "too little memory"
         if isinstance(cause, OSError) and cause.strerror:
-            where = f": {cause.filename}" if cause.filename else ""
-            return f"{cause.strerror}{where}"
-        text = str(cause).lower()
-        for said, reason in EXHAUSTED.items():
-            if said in text:
-                return reason
+            return f"{cause.strerror}{f': {cause.filename}' if cause.filename else ''}"
+        if (reason := why_exhausted(cause)) is not None:
+            return reason
         cause = cause.__cause__
     return None

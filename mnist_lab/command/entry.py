@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args, get_ori
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
-from mnist_lab.command.ending import Stopped, ignore_signals, why_exhausted
+from mnist_lab.command.ending import Stopped, ignore_signals, why_failed
 from mnist_lab.errors import RunFailed, UserError
 from mnist_lab.folders import own_temporary_folder
 
@@ -93,7 +93,7 @@ def run_script(main: Callable[[T], None], options_type: type[T], description: st
         stopped = error if isinstance(error, Stopped) else Stopped(signal.SIGINT)
         _leave(stopped.message, stopped.code)
     except Exception as error:
-        reason = why_exhausted(error)
+        reason = why_failed(error)
         if reason is None:
             raise
         _leave(f"failed: {reason}", 1)

@@ -15,7 +15,7 @@ from mnist_lab.deploy.inside import choose_experts
 from mnist_lab.experiments.run import Provenance, Run, read_provenance
 from mnist_lab.experiments.technique import Proof
 from mnist_lab.files import as_json, sha256
-from mnist_lab.machine import describe_machine, package_versions, usable_cpus
+from mnist_lab.machine import cpu_model, describe_machine, package_versions, usable_cpus
 from mnist_lab.models import Model, count_parameters, parameter_bytes
 from mnist_lab.models.checkpoints import load_checkpoint
 from mnist_lab.models.moe import SparseMoE, without_expert
@@ -110,6 +110,7 @@ def _identity(run: Run, found: Provenance) -> dict[str, Any]:
         "artifact": {"file": run.artifact.name, "sha256": sha256(run.artifact)},
         "layout": read_provenance(run.artifact).layout,
         "train_threads": found.train_threads,
+        "device": found.device,
         "curves": found.curves,
         "machine": describe_machine(),
         "versions": package_versions(),
@@ -131,7 +132,7 @@ def find_known(run: Run) -> Record | None:
     Those do not that are of other files or library versions, or lack a figure; none does where the record lacks one.
     """
     record = load_record(run.record) if run.record.exists() else None
-    if record is None or record.checkpoint["sha256"] != sha256(run.output) or record.machine != describe_machine():
+    if record is None or record.checkpoint["sha256"] != sha256(run.output) or record.machine["cpu"] != cpu_model():
         return None
     is_whole = (
         not is_lacking(record)

@@ -37,6 +37,7 @@ class Provenance:
     curves: list[Epoch] = field(default_factory=list)
     proof: dict[str, Any] = field(default_factory=dict)  # what a step did
     train_threads: Count | None = None
+    device: str | None = None  # of training
 
 
 @dataclass(frozen=True)

@@ -126,6 +126,7 @@ class Record:
     measurements: dict[str, Measurement]  # by runtime
     train_seconds: Amount | None = None
     train_threads: Count | None = None
+    device: str | None = None  # of training
     expert_by_class: list[list[Share]] | None = None  # [class][expert], share of the class's test pairs
     layout: dict[str, Any] | None = None  # of an MoE's artifact
     proof: dict[str, Any] | None = None  # what the technique did, or what the engine executes
@@ -306,7 +307,7 @@ def usable_records(
 
 
 def _settings(record: Record) -> dict[str, Any]:
-    return {**record.config, "versions": record.versions, "threads": record.train_threads}
+    return {**record.config, "versions": record.versions, "threads": record.train_threads, "device": record.device}
 
 
 def first_seeds(records: Iterable[Record]) -> list[Record]:

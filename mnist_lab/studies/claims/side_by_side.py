@@ -4,12 +4,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 
-from mnist_lab.errors import RunFailed, UserError
+from mnist_lab.errors import RunFailed, UserError, why_exhausted
 
 Job = Callable[[], None]  # can be pickled
 
@@ -41,8 +40,12 @@ def _start(job: Job) -> tuple[BaseProcess, Connection]:
     context = multiprocessing.get_context("spawn")
     outcome, sender = context.Pipe(duplex=False)
     process = context.Process(target=_work, args=(job, sender))
-    with _ignored(signal.SIGINT):  # by the child too: of a Ctrl-C in the terminal its parent speaks
+    # Blocked in the child for good: of a Ctrl-C in the terminal its parent speaks, which hears it a moment later.
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
         process.start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     sender.close()
     return process, outcome
 
@@ -59,15 +62,6 @@ def _finish(name: str, process: BaseProcess, outcome: Connection) -> None:
         raise RunFailed(f"{name}: its process was {how}; run again to go on") from None
 
 
-@contextmanager
-def _ignored(number: signal.Signals) -> Iterator[None]:
-    before = signal.signal(number, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(number, before)
-
-
 def _work(job: Job, sender: Connection) -> None:
     """What the process does."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -75,8 +69,11 @@ def _work(job: Job, sender: Connection) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         job()
-    except (UserError, RunFailed) as error:
-        sender.send(error)
+    except Exception as error:
+        reason = why_exhausted(error)
+        if reason is None and not isinstance(error, UserError | RunFailed):
+            raise
+        sender.send(error if reason is None else RunFailed(reason))
         raise SystemExit(1) from error
 
 
