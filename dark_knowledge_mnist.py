@@ -5,7 +5,7 @@ python dark_knowledge_mnist.py              # two seeds: expect 93 % of the thre
 
 from dataclasses import dataclass, replace
 
-from mnist_lab.command.console import print_notice
+from mnist_lab.command.console import print_notice, use_allowed_cpus
 from mnist_lab.command.entry import run_script
 from mnist_lab.command.options import DataOptions, check_count, check_device, seeds_from
 from mnist_lab.data import load_dataset
@@ -40,6 +40,7 @@ class DarkKnowledgeOptions(DataOptions):
 
 
 def main(options: DarkKnowledgeOptions) -> None:
+    use_allowed_cpus()
     dataset = load_dataset(options.dataset, options.data_dir)
     name = f"{dataset.name}-dark-knowledge" + ("" if options.epochs is None else f"-epochs{options.epochs}")
     results = options.results / name

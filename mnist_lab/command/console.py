@@ -55,7 +55,7 @@ def find_lab(options: Options) -> Lab:
     Raises:
         UserError: the data cannot be had.
     """
-    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
+    use_allowed_cpus()
     dataset = load_dataset(options.dataset, options.data_dir)
     folder = f"{dataset.name}-{options.preset}-{options.recipe}"
     return Lab(
@@ -70,6 +70,11 @@ def find_lab(options: Options) -> Lab:
         runtimes=_find_runtimes(options),
         data_dir=options.data_dir,
     )
+
+
+def use_allowed_cpus() -> None:
+    """Let torch compute on no more threads than this process may use CPUs."""
+    torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
 
 
 def make_and_print(run: Run, *, beside: Run | None = None) -> Record:

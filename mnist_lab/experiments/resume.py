@@ -56,7 +56,11 @@ class FileKeeper:
         except (UserError, KeyError, msgspec.ValidationError) as error:
             print(f"{error}\nThe training starts anew.", flush=True)
             return None
-        if metadata.get("bound") != self.bound or _outline(tensors) != _outline(like):
+        bound = metadata.get("bound") or {}
+        different = [key for key in self.bound if bound.get(key) != self.bound[key]]
+        if different or _outline(tensors) != _outline(like):
+            reason = ", ".join(different) or "weights"
+            print(f"{self.path.name} is of a training with other {reason}; this one starts anew", flush=True)
             return None
         print(f"{self.path.name}: going on after epoch {len(curves)}", flush=True)
         return Kept(tensors, curves)

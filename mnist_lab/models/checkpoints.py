@@ -82,11 +82,11 @@ def read_metadata(path: Path) -> dict[str, Any]:
 def _read(path: Path, advice: str) -> tuple[bytes, dict[str, Any]]:
     content = read_bytes(path, "no checkpoint at {}")
     with reading(path, advice):
-        check_seal(content)
         strings = msgspec.json.decode(content[8 : _header_end(content)])["__metadata__"]
         metadata = {key: msgspec.json.decode(value) for key, value in strings.items()}
         if metadata["format"] != FORMAT:
             raise ValueError(f"its format is {metadata['format']}, this version reads {FORMAT}")
+        check_seal(content)
     del metadata["digest"]
     return content, metadata
 
