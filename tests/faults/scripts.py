@@ -18,6 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 DIGITS = ("--dataset", "digits")
 QUICK = (*DIGITS, "--recipe", "quick", "--epochs", "2", "--batch-size", "512")
+LOAD = ["--mode", "load", *QUICK]
 
 
 @dataclass

@@ -6,9 +6,7 @@ import pickle
 import random
 import re
 import resource
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +17,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save
 
-from faults.scripts import QUICK, ROOT, fork_script, preload
+from faults.scripts import LOAD, QUICK, ROOT, fork_script
 from faults.test_damage import FILES, IS_LONG, SEED, Kind, damage, kinds  # noqa: F401  a fixture
 from mnist_lab.deploy.artifacts import read_artifact
 from mnist_lab.errors import UserError
@@ -27,7 +25,6 @@ from mnist_lab.files import BLANK, DIGEST, seal
 from mnist_lab.models.checkpoints import read_tensors
 
 NAME = "digits-compact-quick"
-LOAD = ["--mode", "load", *QUICK]
 # What runs code that it reads, or reads what it is told to.
 FORBIDDEN = {"pickle", "dill", "cloudpickle", "shelve", "marshal", "joblib", "eval", "exec", "compile", "allow_pickle"}
 FORBIDDEN_CALLS = {"torch.load", "torch.save", "torch.export.load", "torch.jit.load", "np.memmap.dump", "yaml.load"}
@@ -61,21 +58,6 @@ class Bomb:
 
     def __reduce__(self) -> tuple[Any, tuple[str]]:
         return (os.mkdir, (str(self.marker),))
-
-
-@pytest.fixture(scope="module")
-def finished() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        preload()
-        started = fork_script("run_all_experiments", LOAD, Path(folder), Path(folder) / "log")
-        assert started.wait(300) == 0, started.log.read_text()[-2000:]
-        yield Path(folder)
-
-
-@pytest.fixture
-def folder(finished: Path, tmp_path: Path) -> Path:
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    return tmp_path
 
 
 def run(script: str, arguments: list[str], folder: Path) -> tuple[int | None, str]:

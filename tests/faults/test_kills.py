@@ -117,7 +117,7 @@ def end(started: Started, number: signal.Signals, after_s: float, what: str) -> 
     took_s = time.monotonic() - start
     log = started.log.read_text(errors="replace")
     assert code in {ENDS[number], 0}, f"{what}: ended with {code}: {log[-2000:]}"
-    assert took_s < 10, f"{what}: took {took_s:.1f} s"  # three where nothing else runs
+    assert took_s < 5, f"{what}: took {took_s:.1f} s"  # three where nothing else runs
     ENDED_AFTER_S.append(took_s)
     assert "Traceback" not in log, f"{what}: {log[-2000:]}"
     if number in SAYS and code != 0:

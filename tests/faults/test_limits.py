@@ -2,39 +2,21 @@
 
 import os
 import resource
-import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from faults.scripts import QUICK, ROOT, fork_script, preload
+from faults.scripts import LOAD, QUICK, ROOT, fork_script, preload
 from faults.test_damage import IS_LONG
 from faults.test_kills import files_of
 
 NAME = "digits-compact-quick"
-LOAD = ["--mode", "load", *QUICK]
 TRAIN = ["--mode", "train", *QUICK]
-
-
-@pytest.fixture(scope="module")
-def finished() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory() as folder:
-        preload()
-        started = fork_script("run_all_experiments", LOAD, Path(folder), Path(folder) / "log")
-        assert started.wait(300) == 0, started.log.read_text()[-2000:]
-        yield Path(folder)
-
-
-@pytest.fixture
-def folder(finished: Path, tmp_path: Path) -> Path:
-    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
-    return tmp_path
 
 
 def run_limited(
