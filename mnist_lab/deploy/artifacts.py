@@ -1,31 +1,18 @@
 """ONNX artifacts as files: sealed, checked before anything runs them, and what they say of themselves."""
 
 import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import msgspec
-import numpy as np
 import onnx
-from onnx import TensorProto, numpy_helper
+from onnx import numpy_helper
 
+from mnist_lab.deploy.safety import check_graph, constant_bytes
 from mnist_lab.files import BLANK, check_seal, read_bytes, reading, seal, write_atomically
 
 ADVICE = "Move it away and make it again."
-# What the suite's graphs are made of, as `deploy/onnx.py` writes them and ONNX Runtime's converter changes them.
-OPERATORS = {
-    "Add", "Cast", "Concat", "DequantizeLinear", "Div", "DynamicQuantizeLinear", "Expand", "Flatten", "Gather",
-    "GatherElements", "Gemm", "MatMul", "MatMulInteger", "Mul", "QuantizeLinear", "Range", "Relu", "Reshape",
-    "ScatterElements", "Shape", "Softmax", "Split", "Squeeze", "Sub", "TopK", "Unsqueeze",
-}  # fmt: skip
-OF_CONSTANTS = {"Cast", "DequantizeLinear"}  # that may compute from constants alone: the result is no larger by much
-SIZED_BY = {"Expand": (1, "Shape"), "Range": (1, "Squeeze")}  # which input says how large the result is, and its source
-ITEM_BYTES: dict[int, int] = {
-    TensorProto.FLOAT: 4, TensorProto.BFLOAT16: 2, TensorProto.INT64: 8, TensorProto.INT32: 4,
-    TensorProto.INT8: 1, TensorProto.UINT8: 1,
-}  # fmt: skip
 
 
 def save_onnx(model: onnx.ModelProto, path: Path, metadata: Mapping[str, Any]) -> None:
@@ -75,7 +62,7 @@ def read_onnx_metadata(path: Path) -> dict[str, Any]:
 
 def artifact_bytes(path: Path) -> int:
     """Bytes of all constants that an artifact stores."""
-    return sum(_constant_bytes(constant) for constant in read_onnx(path).graph.initializer)
+    return sum(constant_bytes(constant) for constant in read_onnx(path).graph.initializer)
 
 
 def _read(path: Path) -> tuple[bytes, onnx.ModelProto]:
@@ -83,46 +70,5 @@ def _read(path: Path) -> tuple[bytes, onnx.ModelProto]:
     with reading(path, ADVICE):
         check_seal(content)
         model = onnx.load_from_string(content)
-        _check_graph(model)
+        check_graph(model)
     return content, model
-
-
-def _check_graph(model: onnx.ModelProto) -> None:
-    """Raise ValueError where running a model could read other files, run other code, or take memory without measure."""
-    graph = model.graph
-    if model.functions or graph.sparse_initializer or any(opset.domain for opset in model.opset_import):
-        raise ValueError("it has functions or operators of its own")
-    if [value.name for value in graph.input] != ["pixels"] or [value.name for value in graph.output] != ["logits"]:
-        raise ValueError("it does not take pixels and give logits")
-    for constant in graph.initializer:
-        if constant.external_data or len(constant.raw_data) != _constant_bytes(constant):
-            raise ValueError(f"{constant.name} is not stored as its shape says")
-        if not _is_finite(constant):
-            raise ValueError(f"{constant.name} holds what is no finite number")
-    constants = {constant.name for constant in graph.initializer}
-    made_by: dict[str, str] = {}
-    for node in graph.node:
-        if node.op_type not in OPERATORS or node.domain:
-            raise ValueError(f"it has the operator {node.op_type}, which the suite does not write")
-        if constants.issuperset(name for name in node.input if name):  # an optional input may be left out
-            if node.op_type not in OF_CONSTANTS:
-                raise ValueError(f"{node.name} computes from constants alone")
-            constants.update(node.output)
-        place, source = SIZED_BY.get(node.op_type, (0, ""))
-        if source and made_by.get(node.input[place]) != source:
-            raise ValueError(f"{node.name} may be of any size")
-        made_by |= dict.fromkeys(node.output, node.op_type)
-
-
-def _is_finite(constant: onnx.TensorProto) -> bool:
-    """Whether all exponents of floating-point values are below the largest, which infinity and NaN have."""
-    if constant.data_type == TensorProto.FLOAT:
-        return bool(np.isfinite(np.frombuffer(constant.raw_data, np.float32)).all())
-    if constant.data_type == TensorProto.BFLOAT16:
-        return bool((np.frombuffer(constant.raw_data, np.uint16) & 0x7F80 != 0x7F80).all())
-    return True
-
-
-def _constant_bytes(constant: onnx.TensorProto) -> int:
-    """Of a constant's values, by its shape and type; a type that the suite does not write counts as none."""
-    return math.prod(constant.dims) * ITEM_BYTES.get(constant.data_type, 0)

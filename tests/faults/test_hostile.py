@@ -141,6 +141,31 @@ def node(operator: str, inputs: list[str], output: str = "logits", **attributes:
     return helper.make_node(operator, inputs, [output], name=output, **attributes)
 
 
+def flat() -> onnx.NodeProto:
+    return node("Flatten", ["pixels"], "x0")
+
+
+def doubled(times: int = 25) -> list[onnx.NodeProto]:
+    return [node("Concat", [f"x{n}", f"x{n}"], f"x{n + 1}", axis=1) for n in range(times)]
+
+
+def split_and_doubled() -> list[onnx.NodeProto]:
+    halves = helper.make_node("Split", ["x0", "s"], ["x1", "y"], name="halves")
+    return [halves, node("Concat", ["x1", "x1"], "x2"), node("Concat", ["x2", "y"])]
+
+
+def squared(*, by: str) -> list[onnx.NodeProto]:
+    """Each value of a batch times each other."""
+    return [node("Reshape", ["x0", "c"], "x1"), node("Reshape", ["x0", "r"], "x2"), node(by, ["x1", "x2"])]
+
+
+def counted(start: int, step: int) -> onnx.ModelProto:
+    return bomb(
+        node("Shape", ["pixels"], "shape"), node("Squeeze", ["shape"], "end"), node("Range", ["a", "end", "c"]),
+        constants=[numpy_helper.from_array(np.array(value), name) for name, value in (("a", start), ("c", step))],
+    )  # fmt: skip
+
+
 def outside(path: str) -> onnx.TensorProto:
     constant = values("w", 4)
     constant.ClearField("raw_data")
@@ -166,6 +191,15 @@ GRAPHS: dict[str, Callable[[], onnx.ModelProto]] = {
     "outer product": lambda: bomb(node("Mul", ["w", "v"]), constants=[values("w", 10**5, 1), values("v", 1, 10**5)]),
     "constants with an input left out": lambda: bomb(
         node("Gemm", ["w", "v", ""]), constants=[values("w", 10**4, 1), values("v", 1, 10**4)]
+    ),
+    "range from far below": lambda: counted(-(10**12), 1),
+    "joined with itself": lambda: bomb(flat(), *doubled()),
+    "a part joined twice": lambda: bomb(flat(), *split_and_doubled(), constants=[sizes("s", 1, 1)]),
+    "every value by every other": lambda: bomb(
+        flat(), *squared(by="Mul"), constants=[sizes("c", -1, 1), sizes("r", 1, -1), values("w", 1000)]
+    ),
+    "product of all": lambda: bomb(
+        flat(), *squared(by="MatMul"), constants=[sizes("c", -1, 1), sizes("r", 1, -1), values("w", 1000)]
     ),
     "constant of shape": lambda: bomb(node("ConstantOfShape", ["s"]), constants=[sizes("s", 10**10)]),
     "tile": lambda: bomb(node("Tile", ["pixels", "s"]), constants=[sizes("s", 10**9, 1, 1, 1)]),

@@ -1,0 +1,138 @@
+"""Whether a graph is safe to run: of the suite's own operators, and of results whose sizes are known before."""
+
+import math
+from collections.abc import Iterable
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from mnist_lab.measure import EVALUATION_BATCH
+
+# What the suite's graphs are made of, as `deploy/onnx.py` writes them and ONNX Runtime's converter changes them.
+OPERATORS = {
+    "Add", "Cast", "Concat", "DequantizeLinear", "Div", "DynamicQuantizeLinear", "Expand", "Flatten", "Gather",
+    "GatherElements", "Gemm", "MatMul", "MatMulInteger", "Mul", "QuantizeLinear", "Range", "Relu", "Reshape",
+    "ScatterElements", "Shape", "Softmax", "Split", "Squeeze", "Sub", "TopK", "Unsqueeze",
+}  # fmt: skip
+OF_CONSTANTS = {"Cast", "DequantizeLinear"}  # that may compute from constants alone: the result is no larger by much
+ITEM_BYTES: dict[int, int] = {
+    TensorProto.FLOAT: 4, TensorProto.BFLOAT16: 2, TensorProto.INT64: 8, TensorProto.INT32: 4,
+    TensorProto.INT8: 1, TensorProto.UINT8: 1,
+}  # fmt: skip
+MAX_INDICES = 2000  # constants of no more whole numbers than that are shapes, axes, counts by expert
+
+
+def constant_bytes(constant: onnx.TensorProto) -> int:
+    """Of a constant's values, by its shape and type; a type that the suite does not write counts as none."""
+    return math.prod(constant.dims) * ITEM_BYTES.get(constant.data_type, 0)
+
+
+def check_graph(model: onnx.ModelProto) -> None:
+    """Find out whether running a model could read other files, run other code, or take memory without measure.
+
+    Raises:
+        ValueError: it could.
+    """
+    graph = model.graph
+    if model.functions or graph.sparse_initializer or any(opset.domain for opset in model.opset_import):
+        raise ValueError("it has functions or operators of its own")
+    if [value.name for value in graph.input] != ["pixels"] or [value.name for value in graph.output] != ["logits"]:
+        raise ValueError("it does not take pixels and give logits")
+    for constant in graph.initializer:
+        if constant.external_data or len(constant.raw_data) != constant_bytes(constant):
+            raise ValueError(f"{constant.name} is not stored as its shape says")
+        if not _is_finite(constant):
+            raise ValueError(f"{constant.name} holds what is no finite number")
+    constants = {constant.name for constant in graph.initializer}
+    for node in graph.node:
+        if node.op_type not in OPERATORS or node.domain:
+            raise ValueError(f"it has the operator {node.op_type}, which the suite does not write")
+        if constants.issuperset(name for name in node.input if name):  # an optional input may be left out
+            if node.op_type not in OF_CONSTANTS:
+                raise ValueError(f"{node.name} computes from constants alone")
+            constants.update(node.output)
+    _check_sizes(graph, model.opset_import)
+
+
+def _check_sizes(graph: onnx.GraphProto, opsets: Iterable[onnx.OperatorSetIdProto]) -> None:
+    """Raise ValueError where a result may hold more values per image than the file holds constants.
+
+    Each that a layer gives is one of its weights' dimensions wide; an MoE's K experts of an image have no more rows
+    than all its experts have weights.
+    """
+    most = EVALUATION_BATCH * sum(math.prod(constant.dims) for constant in graph.initializer)
+    sketch = helper.make_model(_sketch(graph), opset_imports=list(opsets))
+    inferred = onnx.shape_inference.infer_shapes(sketch, strict_mode=True, data_prop=True).graph
+    sizes = {value.name: _size(value) for value in [*inferred.value_info, *inferred.output]}
+    for node in graph.node:
+        for name in filter(None, node.output):
+            size = sizes.get(name)
+            if size is None or size > most:
+                raise ValueError(f"{name} may be of any size")
+
+
+def _size(value: onnx.ValueInfoProto) -> int | None:
+    """How many values a tensor holds, where that is known."""
+    dims = value.type.tensor_type.shape.dim
+    return math.prod(dim.dim_value for dim in dims) if all(dim.HasField("dim_value") for dim in dims) else None
+
+
+def _sketch(graph: onnx.GraphProto) -> onnx.GraphProto:
+    """A graph of the same shapes for one batch at most, from which all of them follow: without weights, and without
+    what depends on how many rows an expert gets. Each is taken to get all.
+    """
+    sketch, kept = onnx.GraphProto(name="sketch"), {}
+    pixels = sketch.input.add()
+    pixels.CopyFrom(graph.input[0])
+    pixels.type.tensor_type.shape.dim[0].dim_value = EVALUATION_BATCH
+    sketch.output.append(helper.make_tensor_value_info(graph.output[0].name, TensorProto.FLOAT, None))
+    for constant in graph.initializer:
+        if constant.data_type == TensorProto.INT64 and math.prod(constant.dims) <= MAX_INDICES:
+            sketch.initializer.add().CopyFrom(constant)
+            kept[constant.name] = constant
+        else:
+            sketch.input.append(helper.make_tensor_value_info(constant.name, constant.data_type, constant.dims))
+    made_by = {name: node for node in graph.node for name in node.output}
+    part: dict[str, set[str]] = {}  # which outputs of the Split a tensor comes from
+    for node in graph.node:
+        parts = {name: part.get(name, set()) for name in node.input}
+        sources = list(node.output) if node.op_type == "Split" else []
+        for name in node.output:
+            part[name] = {name} if sources else set().union(*parts.values())
+        same_size = node.input[:1]
+        if node.op_type == "Concat":
+            if not all(len(found) == 1 for found in parts.values()) or len(part[node.output[0]]) != len(node.input):
+                raise ValueError(f"{node.name} does not join what was split")
+        elif node.op_type == "Range":
+            same_size = _counted(node, made_by, kept)
+        elif node.op_type != "Split" and not (node.op_type == "TopK" and node.input[1] not in kept):
+            sketch.node.add().CopyFrom(node)
+            continue
+        for name in node.output:
+            sketch.node.append(helper.make_node("Identity", same_size, [name]))
+    return sketch
+
+
+def _counted(node: onnx.NodeProto, made_by: dict[str, onnx.NodeProto], kept: dict[str, onnx.TensorProto]) -> list[str]:
+    """The vector whose places a Range counts.
+
+    Raises:
+        ValueError: it counts something else.
+    """
+    start, end, step = node.input
+    squeeze = made_by.get(end)
+    shape = made_by.get(squeeze.input[0]) if squeeze is not None and squeeze.op_type == "Squeeze" else None
+    by_one = [numpy_helper.to_array(kept[name]).tolist() for name in (start, step) if name in kept] == [0, 1]
+    if shape is None or shape.op_type != "Shape" or not by_one:
+        raise ValueError(f"{node.name} may be of any size")
+    return list(shape.input)
+
+
+def _is_finite(constant: onnx.TensorProto) -> bool:
+    """Whether all exponents of floating-point values are below the largest, which infinity and NaN have."""
+    if constant.data_type == TensorProto.FLOAT:
+        return bool(np.isfinite(np.frombuffer(constant.raw_data, np.float32)).all())
+    if constant.data_type == TensorProto.BFLOAT16:
+        return bool((np.frombuffer(constant.raw_data, np.uint16) & 0x7F80 != 0x7F80).all())
+    return True
