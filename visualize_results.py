@@ -16,6 +16,7 @@ from mnist_lab.errors import FolderInUse, RunFailed, UserError
 from mnist_lab.folders import only_run_in
 from mnist_lab.machine import cpu_model
 from mnist_lab.report.records import CLAIMS_FOLDER, RECORD_PATTERN, Record, load_records, usable_records
+from mnist_lab.report.text import read_run_names
 
 # As in data.py, models/ and training.py, which import torch.
 DatasetName = Literal["mnist", "fashion-mnist", "kmnist", "qmnist", "digits"]
@@ -71,7 +72,9 @@ def choose_records(folder: Path, records: list[Record], checkpoints: Path) -> li
     own = checkpoints / parent / name if name == CLAIMS_FOLDER else checkpoints / name
     cpus = [record.machine["cpu"] for record in records]
     cpu = cpu_model() if cpu_model() in cpus else cpus[0]
-    usable, left_out = usable_records(records, own if own.is_dir() else None, cpu)
+    in_table = read_run_names(folder)
+    current = [record for record in records if record.run_name in in_table]
+    usable, left_out = usable_records(records, own if own.is_dir() else None, cpu, current=current)
     for line in left_out:
         print(f"not drawn: {line}")
     if not usable:

@@ -2,6 +2,7 @@
 
 import atexit
 import contextlib
+import errno
 import getpass
 import os
 import secrets
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     import filelock
 
 LOCK = ".lock"
+NO_LOCKS = {errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 SCRATCH = "mnist-lab-"  # how the names of folders for temporary files begin
 
 
@@ -55,27 +57,47 @@ def only_run_in(folder: Path, *, wait: bool = False) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = filelock.FileLock(folder / LOCK, is_singleton=True)  # which one process may take twice
         try:
-            lock.acquire(timeout=0)
+            is_locked = _acquire(lock)
+            if not is_locked:
+                print(f"{folder} lies where nothing can be locked: take care that no other run uses it", flush=True)
         except filelock.Timeout:
             holder = (folder / LOCK).read_text(errors="replace").strip() or "another run"
             if not wait:
                 raise FolderInUse(f"{folder} is in use by {holder}. Wait for it to end, or pass --wait.") from None
             print(f"waiting for {holder} to end, which uses {folder}", flush=True)
             lock.acquire()
+            is_locked = True
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
     try:
         with contextlib.suppress(OSError):
             (folder / LOCK).write_text(f"process {os.getpid()} ({Path(sys.argv[0]).name})\n")
-        remove_leftovers(folder)
+        if is_locked:  # or they may be another run's, which is at work
+            remove_leftovers(folder)
         yield
     finally:
-        if lock.lock_counter == 1:
+        if lock.lock_counter <= 1:
             (folder / LOCK).unlink(missing_ok=True)  # still held: who waits for it sees that it is gone
         lock.release()
         with contextlib.suppress(OSError):
             for path in made:
                 path.rmdir()
+
+
+def _acquire(lock: "filelock.BaseFileLock") -> bool:
+    """Take a lock that nobody holds; False where the file system has none, as some of a network have not.
+
+    Raises:
+        filelock.Timeout: somebody holds it.
+        OSError: its file cannot be written.
+    """
+    try:
+        lock.acquire(timeout=0)
+    except OSError as error:
+        if error.errno not in NO_LOCKS:
+            raise
+        return False
+    return True
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -105,7 +127,7 @@ def own_temporary_folder() -> Iterator[None]:
                 left.unlink()
         folder = root / f"{SCRATCH}{secrets.token_hex(8)}"
         lock = filelock.FileLock(folder.with_suffix(LOCK))
-        lock.acquire(timeout=0)
+        _acquire(lock)
         folder.mkdir()
         atexit.register(_remove_scratch, folder, lock)  # after libraries have removed what is theirs
     except OSError as error:

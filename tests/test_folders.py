@@ -1,6 +1,7 @@
 """One run at a time writes a folder; what killed ones left in it, or of temporary files, goes."""
 
 import errno
+import fcntl
 import os
 import subprocess
 import sys
@@ -75,6 +76,24 @@ def test_what_killed_runs_left_in_a_folder_goes_at_the_next_start(tmp_path: Path
     with only_run_in(tmp_path):
         assert {path.name for path in tmp_path.rglob("*")} == {folders.LOCK, "runs", "kept.json"}
     assert {path.name for path in tmp_path.rglob("*")} == {"runs", "kept.json"}
+
+
+@pytest.mark.parametrize("number", [errno.ENOTSUP, errno.ENOLCK])
+def test_file_system_without_locks_is_said_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    def refuse(*_: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "tmp"))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    (tmp_path / "tmp").mkdir()
+    (tmp_path / ".tmp-0123.json").write_text("another run's, perhaps")
+    with own_temporary_folder(), only_run_in(tmp_path), only_run_in(tmp_path):
+        write_text(tmp_path / "x.txt", "")
+    assert "nothing can be locked" in capsys.readouterr().out
+    assert {path.name for path in tmp_path.iterdir()} == {"x.txt", "tmp", ".tmp-0123.json"}
 
 
 def test_folder_in_which_nothing_was_made_is_not_left_behind(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import logging
 import platform
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -44,6 +44,12 @@ MIN_ROWS = 32
 # Besides the products: Relu, which joins its Gemm only when both are quantized, and what moves an MoE's rows,
 # which then are bytes instead of floats.
 STATIC_OPERATORS = ["MatMul", "Gemm", "Relu", "Gather", "Split", "Concat"]
+MIXED = {
+    "sorted_outputs",
+    "by_image",
+    "mixed",
+    "mixed.relu",
+}  # what becomes of the experts' outputs in `deploy/onnx.py`
 CALIBRATORS: dict[CalibrationMethod, Callable[..., calibrate.CalibraterBase]] = {
     "minmax": calibrate.MinMaxCalibrater,
     # As many bins as levels, the default, would leave it no choice but the whole range.
@@ -303,7 +309,17 @@ def _find_ranges(
             onnx.save(isolate_experts(artifact, rare), probe)
             for name, found in _calibrate(probe, calibration, method, Path(folder)).items():
                 ranges[name] = found
+            _widen(ranges, [ranges[f"expert{expert}.out"] for expert in rare])
     return ranges
+
+
+def _widen(ranges: calibrate.TensorsData, outputs: Sequence[calibrate.TensorData]) -> None:
+    """Let what is mixed of the experts' outputs reach as far as these do: weights of a mixture add up to no more."""
+    for name in MIXED & ranges.keys():
+        mixed = ranges[name]
+        mixed.highest = max(mixed.highest, *(output.highest for output in outputs))
+        if name != "mixed.relu":
+            mixed.lowest = min(mixed.lowest, *(output.lowest for output in outputs))
 
 
 def _calibrate(model: Path, calibration: Array, method: CalibrationMethod, folder: Path) -> calibrate.TensorsData:

@@ -268,8 +268,8 @@ def usable_records(
 
     Args:
         checkpoints: the folder of the files that the records are of; None where they are not at hand, nor checked.
-        current: the records just made, whose settings a model's other seeds must share; a model that is not
-            among them goes by its lowest seed.
+        current: the records just made, or that a table holds, whose settings a model's other seeds must share; a
+            model that is not among them goes by its lowest seed.
     """
     references = {record.model: record for record in [*reversed(first_seeds(records)), *reversed(current)]}
     by_name = {record.run_name: record for record in records}
@@ -291,12 +291,13 @@ def usable_records(
         own_files = [record.checkpoint, record.artifact, *(m.file for m in record.measurements.values())]
         if changed := next((file["file"] for file in own_files if is_other(file)), None):
             return f"{changed} is gone or has changed"
-        if _settings(record) != _settings(reference):
-            return f"made with other settings, training threads or library versions than {reference.run_name}"
+        own, its = _settings(record), _settings(reference)
+        if differing := [name for name in own | its if own.get(name) != its.get(name)]:
+            return f"made with other {' and '.join(differing)} than {reference.run_name}; make it again"
         for parent in record.parents.values():
             parent_name = f"{parent['model']}-seed{record.seed}"
-            own = by_name.get(parent_name)  # or it is of another data set's folder
-            is_left_out = own is not None and own.checkpoint["file"] == parent["file"] and why_not(parent_name)
+            here = by_name.get(parent_name)  # or it is of another data set's folder
+            is_left_out = here is not None and here.checkpoint["file"] == parent["file"] and why_not(parent_name)
             if is_left_out or is_other(parent):
                 return f"{parent_name}, from which it was made, is left out, gone or changed since"
         return None
@@ -307,7 +308,8 @@ def usable_records(
 
 
 def _settings(record: Record) -> dict[str, Any]:
-    return {**record.config, "versions": record.versions, "threads": record.train_threads, "device": record.device}
+    others = {"library versions": record.versions, "training threads": record.train_threads, "device": record.device}
+    return {**record.config, **others}
 
 
 def first_seeds(records: Iterable[Record]) -> list[Record]:

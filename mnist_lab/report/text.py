@@ -1,5 +1,6 @@
 """The table as text and files: CSV, Markdown, and what fits a screen. No torch here."""
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -7,7 +8,7 @@ from typing import Any, Literal
 import pandas as pd
 from tabulate import tabulate
 
-from mnist_lab.files import write_text
+from mnist_lab.files import read_bytes, reading, write_text
 from mnist_lab.measure import TABLE_BATCHES
 from mnist_lab.report.columns import COLUMNS, Column
 from mnist_lab.report.table import compare, find_fastest
@@ -46,6 +47,20 @@ def write_table(
         format_fastest(table, style="github"),
     ]
     write_text(folder / "table.md", "\n\n".join(parts) + "\n")
+
+
+def read_run_names(folder: Path) -> set[str]:
+    """The runs that the table in a folder is of; none where there is no table.
+
+    Raises:
+        UserError: it is broken.
+    """
+    path = folder / "table.csv"
+    if not path.exists():
+        return set()
+    with reading(path, "Delete it."):
+        rows = csv.DictReader(read_bytes(path).decode().splitlines())
+        return {f"{row['model']}-seed{seed}" for row in rows for seed in row["seed_numbers"].split()}
 
 
 def format_table(table: pd.DataFrame, *, columns: Sequence[Column] = COLUMNS) -> str:
