@@ -5,6 +5,8 @@ python dark_knowledge_mnist.py              # two seeds: expect 93 % of the thre
 
 from dataclasses import dataclass, replace
 
+import torch
+
 from mnist_lab.command.console import print_notice, use_allowed_cpus
 from mnist_lab.command.entry import run_script
 from mnist_lab.command.options import DataOptions, check_count, check_device, seeds_from
@@ -45,7 +47,16 @@ def main(options: DarkKnowledgeOptions) -> None:
     name = f"{dataset.name}-dark-knowledge" + ("" if options.epochs is None else f"-epochs{options.epochs}")
     results = options.results / name
     recipe = find_recipe("standard", "compact")  # its rows bring their own
-    lab = Lab(dataset, "compact", "standard", recipe, options.checkpoints / name, results, options.device)
+    lab = Lab(
+        dataset=dataset,
+        preset_name="compact",
+        recipe_name="standard",
+        recipe=recipe,
+        checkpoints=options.checkpoints / name,
+        results=results,
+        device=options.device,
+        train_threads=torch.get_num_threads(),  # of all seeds, which the table sets side by side
+    )
     with only_run_in(lab.checkpoints, wait=options.wait), only_run_in(results, wait=options.wait):
         run_seeds(options, lab)
 

@@ -15,7 +15,7 @@ from mnist_lab.experiments.lab import Lab
 from mnist_lab.experiments.make import ensure_files, ensure_weights
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.run import Run
-from mnist_lab.files import write_atomically, write_text
+from mnist_lab.files import BLANK, seal, write_atomically, write_text
 from mnist_lab.machine import cpu_flags, describe_machine, package_versions
 from mnist_lab.models import PresetName
 from mnist_lab.report.drawing import Figure, draw_png
@@ -83,10 +83,11 @@ def write_outputs(
     """Write the table to `folder/NAME.csv`, the text to .md, and print it.
 
     Args:
-        draw: the figure, written to .png, and with it all that was measured to .json.
+        draw: the figure, written to .png, and with it all that was measured to .json, sealed.
         measured: beside the table.
     """
     record = {
+        "digest": BLANK,
         "machine": describe_machine() | {"flags": sorted(cpu_flags())},
         "versions": package_versions(),
         **measured,
@@ -94,7 +95,7 @@ def write_outputs(
     }
     texts = {"csv": table.to_csv(index=False), "md": f"{text}\n"}
     if draw is not None:
-        texts["json"] = json.dumps(record, indent=1, allow_nan=False)
+        texts["json"] = seal(json.dumps(record, indent=1, allow_nan=False).encode()).decode()
     for extension, content in texts.items():
         write_text(folder / f"{name}.{extension}", content)
     print(f"\n{text}\n\nwritten: {folder / name}.{', .'.join(texts)}", flush=True)

@@ -3,20 +3,21 @@ from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
-import pandas as pd
 import pytest
-from builders import make_measurement, make_record
+from builders import HERE, edit_json, make_measurement, make_record
 from scipy import stats
 from tiny import SMALL, make_lab
 
 from mnist_lab.compress.distill import DistillationConfig
 from mnist_lab.compress.int8 import StaticInt8
 from mnist_lab.deploy.inside import JOBS
+from mnist_lab.errors import UserError
 from mnist_lab.experiments.row import Row, describe
 from mnist_lab.experiments.run import Run
+from mnist_lab.machine import cpu_model
 from mnist_lab.report.records import Epoch, Record, load_record, save_predictions
 from mnist_lab.studies.claims import run as claims_run
 from mnist_lab.studies.claims.evidence import (
@@ -40,7 +41,15 @@ from mnist_lab.studies.claims.findings import (
     write_claims,
 )
 from mnist_lab.studies.claims.rows import CALIBRATIONS, calibrated, claim_rows, grid_rows, winners
-from mnist_lab.studies.claims.settle import Settings, find_winner, settle_claims, settle_dark_knowledge, settle_scaling
+from mnist_lab.studies.claims.run import _settle_other_files
+from mnist_lab.studies.claims.settle import (
+    Settings,
+    find_winner,
+    load_scaling,
+    settle_claims,
+    settle_dark_knowledge,
+    settle_scaling,
+)
 
 SEEDS = range(3)
 CLAIM = Claim(1, "it is so")
@@ -223,7 +232,7 @@ def test_softening_is_the_softmax_of_divided_logits() -> None:
     np.testing.assert_allclose(soften(probabilities, 3), softened)
 
 
-def test_scaling_table_tells_whether_sparse_wins_when_large() -> None:
+def test_scaling_tells_whether_sparse_wins_when_large(tmp_path: Path) -> None:
     kinds = {"sparse": 2.0, "dense, equal total": 8.0, "dense, equal active": 1.0}
     rows = [
         {"sweep": sweep, "experts": 8, "width": 512, "batch": 256, "kind": kind, "median_ms": ms * size}
@@ -232,8 +241,40 @@ def test_scaling_table_tells_whether_sparse_wins_when_large() -> None:
         for size in (2, 64)
         for kind, ms in kinds.items()
     ]
-    findings = settle_scaling(pd.DataFrame(rows))
+    path = tmp_path / "scaling.json"
+
+    def save(**fields: Any) -> None:
+        edit_json(path, {"machine": HERE, "rows": rows} | fields)
+
+    save()
+    findings = settle_scaling(load_scaling(path).rows)
     assert [(finding.verdict, finding.effect) for finding in findings] == [("supported", 0.25), ("reported", 2.0)] * 2
+    wrongs: list[dict[str, Any]] = [
+        {"rows": []},
+        {"rows": rows[1:]},
+        {"rows": [{**rows[0], "median_ms": -1}]},
+        {"machine": None},
+    ]
+    for wrong in wrongs:
+        save(**wrong)
+        with pytest.raises(UserError, match=r"scaling.json is broken"):
+            load_scaling(path)
+    save()
+    path.write_text(path.read_text().replace("8.0", "7.0"))
+    with pytest.raises(UserError, match="not what was written"):
+        load_scaling(path)
+
+
+def test_scaling_of_another_cpu_settles_nothing_here(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    kinds = ("sparse", "dense, equal total", "dense, equal active")
+    point = {"experts": 8, "width": 8, "batch": 8, "median_ms": 2, "q1_ms": 1, "q3_ms": 3, "num_calls": 9}
+    rows = [{"sweep": sweep, "kind": kind, **point} for sweep in ("experts", "width") for kind in kinds]
+    for cpu, num_findings in ((cpu_model(), 4), ("another", 0)):
+        edit_json(tmp_path / "benchmarks" / "scaling.json", {"machine": {**HERE, "cpu": cpu}, "rows": rows})
+        findings, notes = _settle_other_files(tmp_path, "mnist")
+        assert len(findings) == num_findings
+        assert any("another CPU" in note for note in notes) == (cpu == "another")
 
 
 def test_dark_knowledge_counts_threes() -> None:

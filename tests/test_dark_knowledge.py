@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +8,15 @@ from tiny import make_lab
 
 from mnist_lab.errors import UserError
 from mnist_lab.studies.dark_knowledge import (
+    PAPER,
+    DarkKnowledge,
+    Errors,
     best_bias,
     format_dark_knowledge,
     load_dark_knowledge,
     paper_rows,
     raise_bias,
+    recipes_of,
     run_seed,
     save_dark_knowledge,
 )
@@ -59,9 +64,23 @@ def test_student_sees_no_three_and_finished_models_are_kept(tmp_path: Path, monk
     assert "206" in text
     assert str(run.errors["labels"].all_digits) in text
     assert torch.equal(lab.dataset.train.labels.unique(), torch.arange(10))
-    path = tmp_path / "dark_knowledge.json"
-    save_dark_knowledge(path, [run])
-    assert load_dark_knowledge(path) == [run]
-    path.write_text(path.read_text().replace('"seed": 0', '"seed": 1'))
+
+
+def test_file_is_read_where_it_is_of_this_data_set_and_these_recipes(tmp_path: Path) -> None:
+    path, recipes = tmp_path / "dark_knowledge.json", recipes_of(paper_rows())
+    errors = dict.fromkeys(PAPER, Errors(3, 1))
+    run = DarkKnowledge(0, "mnist", recipes, errors, bias=0.1, num_images=100, num_threes=10)
+    runs = [run, replace(run, seed=1)]
+    save_dark_knowledge(path, runs)
+    assert load_dark_knowledge(path, "mnist") == runs
+    with pytest.raises(UserError, match="not of kmnist"):
+        load_dark_knowledge(path, "kmnist")
+    others = [[], [run, run], [replace(run, errors={})], [replace(run, recipes=recipes_of(paper_rows(SHORT)))]]
+    for other in others:
+        save_dark_knowledge(path, other)
+        with pytest.raises(UserError, match=r"dark_knowledge.json is broken"):
+            load_dark_knowledge(path, "mnist")
+    save_dark_knowledge(path, runs)
+    path.write_text(path.read_text().replace('"num_threes": 10', '"num_threes": 11'))
     with pytest.raises(UserError, match=r"dark_knowledge.json is broken"):
-        load_dark_knowledge(path)
+        load_dark_knowledge(path, "mnist")

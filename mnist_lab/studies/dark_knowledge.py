@@ -8,7 +8,7 @@ the 3 is then raised by what gives the fewest errors on the validation images, w
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import msgspec
 import numpy as np
@@ -20,10 +20,10 @@ from mnist_lab.compress.train import TrainFFN
 from mnist_lab.data import Augmentation, Split
 from mnist_lab.experiments.lab import Lab
 from mnist_lab.experiments.make import ensure_weights
-from mnist_lab.experiments.row import Row
+from mnist_lab.experiments.row import Row, describe
 from mnist_lab.experiments.run import Run
 from mnist_lab.experiments.technique import Made, Step, Work
-from mnist_lab.files import BLANK, check_seal, read_bytes, reading, seal, write_atomically
+from mnist_lab.files import BLANK, as_json, check_seal, read_bytes, reading, seal, write_atomically
 from mnist_lab.models import Model
 from mnist_lab.training import Recipe, torch_predictor
 
@@ -88,6 +88,8 @@ class DarkKnowledge:
     """One seed's outcome."""
 
     seed: int
+    dataset: str
+    recipes: dict[str, Any] = field(repr=False)  # by role
     errors: dict[str, Errors] = field(repr=False)  # by role, and "bias corrected"
     bias: float  # that the corrected student's 3 was given
     num_images: int  # of the test split
@@ -106,10 +108,16 @@ def run_seed(lab: Lab, rows: Sequence[Row], seed: int) -> DarkKnowledge:
         run = Run(lab, row, seed)
         ensure_weights(run)
         models[row.name] = run.load()
-    return _count_errors(models, lab, seed)
+    return _count_errors(models, lab, seed, recipes_of(rows))
 
 
-def _count_errors(models: dict[str, Model], lab: Lab, seed: int) -> DarkKnowledge:
+def recipes_of(rows: Sequence[Row]) -> dict[str, Any]:
+    """What each role learns by, as JSON gives it back."""
+    recipes: dict[str, Any] = as_json({row.name: describe(row.step) for row in rows})
+    return recipes
+
+
+def _count_errors(models: dict[str, Model], lab: Lab, seed: int, recipes: dict[str, Any]) -> DarkKnowledge:
     pixels, labels = lab.test.numpy()
     logits = {role: measure.predict(torch_predictor(model), pixels) for role, model in models.items()}
     student = models["distilled-without-3"]
@@ -120,6 +128,8 @@ def _count_errors(models: dict[str, Model], lab: Lab, seed: int) -> DarkKnowledg
     wrong = {role: of_role.argmax(axis=1) != labels for role, of_role in logits.items()}
     return DarkKnowledge(
         seed=seed,
+        dataset=lab.dataset.name,
+        recipes=recipes,
         errors={role: Errors(int(w.sum()), int(w[is_three].sum())) for role, w in wrong.items()},
         bias=bias,
         num_images=len(labels),
@@ -149,16 +159,22 @@ def save_dark_knowledge(path: Path, runs: Sequence[DarkKnowledge]) -> None:
     write_atomically(path, lambda temporary: temporary.write_bytes(seal(content + b"\n")))
 
 
-def load_dark_knowledge(path: Path) -> list[DarkKnowledge]:
-    """What `save_dark_knowledge` kept.
+def load_dark_knowledge(path: Path, dataset: str) -> list[DarkKnowledge]:
+    """What `save_dark_knowledge` kept of seeds that learned of this data set as the paper has it.
 
     Raises:
-        UserError: the file is missing, damaged or edited.
+        UserError: the file is missing, damaged, edited, or of something else.
     """
     content = read_bytes(path)
     with reading(path, "Delete it and run dark_knowledge_mnist.py again."):
         check_seal(content)
-        return msgspec.convert(msgspec.json.decode(content)["runs"], list[DarkKnowledge])
+        runs = msgspec.convert(msgspec.json.decode(content)["runs"], list[DarkKnowledge])
+        if not runs or len({run.seed for run in runs}) < len(runs):
+            raise ValueError("it holds no seed, or one twice")
+        recipes = recipes_of(paper_rows())
+        if any(run.dataset != dataset or run.recipes != recipes or run.errors.keys() != PAPER.keys() for run in runs):
+            raise ValueError(f"it is not of {dataset} and of the recipes of this version")
+    return runs
 
 
 def format_dark_knowledge(runs: Sequence[DarkKnowledge]) -> str:

@@ -25,6 +25,7 @@ from mnist_lab.idx import UINT8, find_idx
 from mnist_lab.models import config_from_dict
 from mnist_lab.models.checkpoints import load_checkpoint, read_tensors
 from mnist_lab.report.records import load_record
+from mnist_lab.studies.claims.settle import load_scaling
 from mnist_lab.studies.dark_knowledge import load_dark_knowledge
 
 READERS: dict[str, Callable[[Path], object]] = {
@@ -32,7 +33,8 @@ READERS: dict[str, Callable[[Path], object]] = {
     "checkpoint": load_checkpoint,
     "artifact": read_artifact,
     "record": load_record,
-    "dark knowledge": load_dark_knowledge,
+    "dark knowledge": lambda path: load_dark_knowledge(path, "mnist"),
+    "scaling": load_scaling,
     "idx": lambda path: find_idx(path, dtype=UINT8).read(5),
 }
 JSON = st.recursive(
@@ -53,7 +55,7 @@ def test_any_bytes(name: str, content: bytes, is_sealed: bool) -> None:
             READERS[name](path)
 
 
-@pytest.mark.parametrize("name", ["record", "dark knowledge"])
+@pytest.mark.parametrize("name", ["record", "dark knowledge", "scaling"])
 @SETTINGS
 @given(value=st.dictionaries(st.text(), JSON))
 def test_any_json(name: str, value: dict[str, Any]) -> None:

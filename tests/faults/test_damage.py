@@ -25,7 +25,15 @@ from mnist_lab.experiments.run import Run, read_provenance
 from mnist_lab.models.checkpoints import load_checkpoint, read_tensors
 from mnist_lab.report.records import load_predictions, load_record
 from mnist_lab.runtimes import open_session, why_missing
-from mnist_lab.studies.dark_knowledge import DarkKnowledge, Errors, load_dark_knowledge, save_dark_knowledge
+from mnist_lab.studies.dark_knowledge import (
+    PAPER,
+    DarkKnowledge,
+    Errors,
+    load_dark_knowledge,
+    paper_rows,
+    recipes_of,
+    save_dark_knowledge,
+)
 from mnist_lab.training import EpochMetrics, Kept
 
 FILES = int(os.environ.get("FAULT_FILES", "20"))
@@ -68,7 +76,8 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
         lambda path: open_in("onnxruntime", path),
     ]
     FileKeeper(folder / "state.fit1.safetensors", {}).keep(Kept({"model.x": torch.ones(1000)}, [METRICS]))
-    dark = DarkKnowledge(0, {"teacher": Errors(3, 1)}, 0.1, 100, 10)
+    errors = dict.fromkeys(PAPER, Errors(3, 1))
+    dark = DarkKnowledge(0, "mnist", recipes_of(paper_rows()), errors, bias=0.1, num_images=100, num_threes=10)
     save_dark_knowledge(folder / "dark_knowledge.json", [dark])
     kinds = {
         "checkpoint": Kind(run.output, checkpoint),
@@ -78,7 +87,7 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
         "record": Kind(run.record, [load_record]),
         "predictions": Kind(run.record.with_suffix(".npz"), [lambda _: load_predictions(results, record)]),
         "training state": Kind(folder / "state.fit1.safetensors", [read_tensors]),
-        "dark knowledge": Kind(folder / "dark_knowledge.json", [load_dark_knowledge]),
+        "dark knowledge": Kind(folder / "dark_knowledge.json", [lambda path: load_dark_knowledge(path, "mnist")]),
     }
     if "torchao" in runtimes:
         path = Run(lab, INT8, 0).file("safetensors")

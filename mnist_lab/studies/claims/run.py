@@ -1,6 +1,5 @@
 """Train what claims compare, settle them, and write verdicts and figures."""
 
-import io
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, replace
@@ -8,7 +7,6 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import pandas as pd
 import torch
 
 from mnist_lab.compress.distill import DistillationConfig
@@ -18,7 +16,7 @@ from mnist_lab.experiments.make import load_or_make, make_all
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import MOE, student
 from mnist_lab.experiments.run import Run
-from mnist_lab.files import read_bytes, reading
+from mnist_lab.machine import cpu_model
 from mnist_lab.report.records import Record
 from mnist_lab.studies.claims.evidence import Evidence
 from mnist_lab.studies.claims.figures import draw_claims
@@ -28,6 +26,7 @@ from mnist_lab.studies.claims.settle import (
     STUDENT,
     Settings,
     find_winner,
+    load_scaling,
     settle_claims,
     settle_dark_knowledge,
     settle_scaling,
@@ -116,15 +115,16 @@ def _settle_other_files(results: Path, dataset: str) -> tuple[list[Finding], lis
     notes = []
     dark_knowledge = results / f"{dataset}-dark-knowledge" / "dark_knowledge.json"
     if dark_knowledge.is_file():
-        findings += settle_dark_knowledge([asdict(run) for run in load_dark_knowledge(dark_knowledge)])
+        findings += settle_dark_knowledge([asdict(run) for run in load_dark_knowledge(dark_knowledge, dataset)])
     else:
         notes.append("Claim 12 is not tested here: run `python dark_knowledge_mnist.py` first.")
-    scaling = results / "benchmarks" / "scaling.csv"
-    if scaling.is_file():
-        with reading(scaling, "Delete it, and run `python -m benchmarks.scaling` again."):
-            findings += settle_scaling(pd.read_csv(io.BytesIO(read_bytes(scaling))))
+    scaling = results / "benchmarks" / "scaling.json"
+    found = load_scaling(scaling) if scaling.is_file() else None
+    if found is not None and found.machine["cpu"] == cpu_model():
+        findings += settle_scaling(found.rows)
     else:
-        notes.append("Claim 14 is not tested at larger scale: run `python -m benchmarks.scaling` first.")
+        missing = "was measured on another CPU" if found else "is not tested"
+        notes.append(f"Claim 14 at larger scale {missing}: run `python -m benchmarks.scaling` first.")
     return findings, notes
 
 

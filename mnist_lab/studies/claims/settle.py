@@ -2,13 +2,17 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypedDict
 
+import msgspec
 import numpy as np
 import pandas as pd
 
+from mnist_lab.files import check_seal, read_bytes, reading
+from mnist_lab.machine import Machine
 from mnist_lab.measure import TABLE_BATCHES
-from mnist_lab.report.records import CONTROL, Record
+from mnist_lab.report.records import CONTROL, Amount, Count, Record
 from mnist_lab.studies.claims.evidence import (
     Evidence,
     cost_of_closing,
@@ -275,12 +279,48 @@ def _overhead(evidence: Evidence) -> list[Finding]:
     ]
 
 
-def settle_scaling(table: pd.DataFrame) -> list[Finding]:
-    """Claim 14 at larger scale, from the table of `benchmarks/scaling.py`: the largest of its experts and widths."""
+class Point(msgspec.Struct):
+    """What `benchmarks/scaling.py` measured of one kind of model at one size."""
+
+    sweep: str
+    kind: str
+    experts: int
+    width: int
+    batch: int
+    median_ms: Amount
+    q1_ms: Amount
+    q3_ms: Amount
+    num_calls: Count
+
+
+class Scaling(msgspec.Struct):
+    """What `benchmarks/scaling.py` keeps, as far as a claim needs it."""
+
+    machine: Machine
+    rows: list[Point]
+
+
+def load_scaling(path: Path) -> Scaling:
+    """What `benchmarks/scaling.py` kept.
+
+    Raises:
+        UserError: the file is damaged, edited, or lacks what is compared.
+    """
+    content = read_bytes(path)
+    with reading(path, "Delete it, and run `python -m benchmarks.scaling` again."):
+        check_seal(content)
+        found = msgspec.json.decode(content, type=Scaling)
+        settle_scaling(found.rows)
+    return found
+
+
+def settle_scaling(points: Sequence[Point]) -> list[Finding]:
+    """Claim 14 at larger scale: the largest of the experts and widths that were measured."""
+    table = pd.DataFrame([msgspec.structs.asdict(point) for point in points])
     findings = []
     for sweep in ("experts", "width"):
-        points = table[table["sweep"] == sweep]
-        largest = points[points[sweep] == points[sweep].max()].set_index("kind")
+        swept = table[table["sweep"] == sweep]
+        largest = swept[swept[sweep] == swept[sweep].max()].set_index("kind")
         sparse = largest.loc["sparse"]
         for rival in ("dense, equal total", "dense, equal active"):
             dense = largest.loc[rival]
