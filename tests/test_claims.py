@@ -251,7 +251,7 @@ def test_scaling_tells_whether_sparse_wins_when_large(tmp_path: Path) -> None:
     assert [(finding.verdict, finding.effect) for finding in findings] == [("supported", 0.25), ("reported", 2.0)] * 2
     wrongs: list[dict[str, Any]] = [
         {"rows": []},
-        {"rows": rows[1:]},
+        {"rows": rows[:-1]},
         {"rows": [{**rows[0], "median_ms": -1}]},
         {"machine": None},
     ]

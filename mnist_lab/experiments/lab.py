@@ -60,6 +60,7 @@ class Lab:
         """
         if name == self.dataset.name:
             return self
+        assert self.checkpoints.name != CLAIMS_FOLDER, "claims stay on one data set"
         if name not in self._other_labs:
             folder = f"{name}-{self.preset_name}-{self.recipe_name}"
             self._other_labs[name] = replace(

@@ -3,6 +3,7 @@
 import copy
 import time
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,7 @@ from mnist_lab.experiments.resume import forget, keepers
 from mnist_lab.experiments.run import Run
 from mnist_lab.experiments.technique import Proof, Work
 from mnist_lab.files import write_atomically
+from mnist_lab.folders import only_run_in
 from mnist_lab.machine import package_versions
 from mnist_lab.models import Model
 from mnist_lab.models.checkpoints import save_checkpoint
@@ -68,7 +70,9 @@ def produce(run: Run) -> Produced:
     """Write a run's own file from parents that are up to date."""
     run.why_stale()  # refuses to overwrite what is not this run's
     for parent in run.parents.values():
-        ensure_weights(parent)
+        own = parent.lab == run.lab
+        with nullcontext() if own else only_run_in(parent.lab.checkpoints, wait=True):  # another data set's folder
+            ensure_weights(parent)
     work, start = run.work(run.load_parents()), time.perf_counter()
     if run.row.step is None:
         assert work.source is not None

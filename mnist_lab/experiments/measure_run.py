@@ -1,24 +1,21 @@
 """Every figure of a finished run but its latency: quality and size in each runtime, kept as a record."""
 
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from mnist_lab import measure
-from mnist_lab.data import Split
 from mnist_lab.deploy.artifacts import artifact_bytes
-from mnist_lab.deploy.inside import choose_experts
+from mnist_lab.experiments.experts import acc_without_expert, expert_by_class, routes_changed
 from mnist_lab.experiments.run import Provenance, Run, read_provenance
 from mnist_lab.experiments.technique import Proof
 from mnist_lab.files import as_json, sha256
 from mnist_lab.machine import cpu_model, describe_machine, package_versions, usable_cpus
 from mnist_lab.models import Model, count_parameters, parameter_bytes
 from mnist_lab.models.checkpoints import load_checkpoint
-from mnist_lab.models.moe import SparseMoE, without_expert
+from mnist_lab.models.moe import SparseMoE
 from mnist_lab.report.records import (
     FileId,
     Measurement,
@@ -31,7 +28,6 @@ from mnist_lab.report.records import (
 )
 from mnist_lab.runtimes import EXTENSIONS, RUNTIMES, RuntimeName, Session, open_session
 from mnist_lab.runtimes.pytorch import PyTorchSession
-from mnist_lab.training import torch_predictor
 
 
 def measure_run(
@@ -69,7 +65,7 @@ def measure_run(
     for runtime in asked:
         measurements[runtime] = _measure_quality(run, runtime, sessions[runtime], logits_in[runtime], reference)
     params_total, params_active = count_parameters(model)
-    is_trained_moe = isinstance(model, SparseMoE) and run.row.step is not None
+    moe = model if isinstance(model, SparseMoE) and run.row.step is not None else None  # trained, not converted
     record = Record(
         **_identity(run, found),
         predictions=save_predictions(run.lab.results, run.name, test_logits, test_labels),
@@ -81,11 +77,11 @@ def measure_run(
         validation_loss=measure.cross_entropy(validation_logits, validation_labels),
         train_seconds=known.train_seconds if known is not None else train_seconds,
         measurements=measurements,
-        expert_by_class=_expert_by_class(model, run.lab.test) if is_trained_moe else None,
+        expert_by_class=expert_by_class(moe, run.lab.test) if moe else None,
         proof=proof,
         scaled=_scale_temperature(validation_logits, validation_labels, test_logits, test_labels),
-        acc_without_expert=_acc_without_expert(model, run.lab.test) if is_trained_moe else None,
-        routes_changed=_routes_changed(run, model),
+        acc_without_expert=acc_without_expert(moe, run.lab.test) if moe else None,
+        routes_changed=routes_changed(run, model),
         figures=_figures(run, model),
     )
     save_record(run.lab.results, record)
@@ -207,61 +203,6 @@ def _measure_quality(
         bins=asdict(test.bins),
         confusion=test.confusion,
     )
-
-
-def _expert_by_class(model: Model, split: Split) -> list[list[float]]:
-    """Share of each class's (image, expert) pairs that go to each expert: [class][expert]."""
-    assert isinstance(model, SparseMoE)
-    with torch.inference_mode():
-        experts_NK = torch.cat(
-            [model.routed(pixels).experts for pixels in split.pixels.split(measure.EVALUATION_BATCH)]
-        )
-    num_experts, num_classes = model.config.routing.num_experts, model.config.data.num_classes
-    pair_class = split.labels.repeat_interleave(experts_NK.shape[1])
-    counts = torch.bincount(pair_class * num_experts + experts_NK.flatten(), minlength=num_classes * num_experts)
-    by_class = counts.view(num_classes, num_experts).double()
-    shares: list[list[float]] = (by_class / by_class.sum(dim=1, keepdim=True).clamp(min=1)).tolist()
-    return shares
-
-
-def _acc_without_expert(model: Model, split: Split) -> list[list[float]] | None:
-    """Accuracy on each class with one expert closed: [expert][class]; None where there is only one."""
-    assert isinstance(model, SparseMoE)
-    num_experts, num_classes = model.config.routing.num_experts, model.config.data.num_classes
-    if num_experts == 1:
-        return None
-    pixels, labels = split.numpy()
-    images = np.maximum(np.bincount(labels, minlength=num_classes), 1)
-    with torch.inference_mode():
-        routed = [model.routed(batch) for batch in split.pixels.split(measure.EVALUATION_BATCH)]
-    is_right = torch.cat([batch.logits for batch in routed]).argmax(dim=1).numpy() == labels
-    experts_NK = torch.cat([batch.experts for batch in routed]).numpy()
-    table = []
-    for expert in range(num_experts):
-        still_right, moved = is_right.copy(), (experts_NK == expert).any(axis=1)  # all others stay as they are
-        if moved.any():
-            logits = measure.predict(torch_predictor(without_expert(model, expert)), pixels[moved])
-            still_right[moved] = logits.argmax(axis=1) == labels[moved]
-        table.append((np.bincount(labels[still_right], minlength=num_classes) / images).tolist())
-    return table
-
-
-def _routes_changed(run: Run, model: Model) -> float | None:
-    """Share of test images that the artifact sends to other experts than the original's does.
-
-    None where that says nothing: of an original, of a model without experts or with other ones, and of a form that
-    ONNX Runtime, which is looked into, does not run.
-    """
-    original = run.original
-    if original == run or not isinstance(model, SparseMoE) or "onnxruntime" not in run.row.form.runtimes:
-        return None
-    before, after = (
-        run.lab.once("test routes", file, partial(choose_experts, file, run.lab.test.numpy()[0]))
-        for file in (original.artifact, run.artifact)
-    )
-    if before.shape != after.shape:
-        return None
-    return float((before != after).any(axis=1).mean())
 
 
 def _scale_temperature(
