@@ -28,6 +28,7 @@ EXHAUSTED = {
     "failed to allocate memory": "too little memory",
     "bad allocation": "too little memory",
     "bad_alloc": "too little memory",
+    "could not create a primitive": "too little memory",  # oneDNN, of a product that it does know
     "failed to map segment": "too little memory",
     "error return without exception set": "too little memory",  # as extensions do that cannot even say so
     "can't start new thread": "the system starts no more threads",
