@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from mnist_lab.errors import RunFailed, TrainingDiverged
+from mnist_lab.errors import RunFailed
 from mnist_lab.experiments.measure_run import find_known, measure_run
 from mnist_lab.experiments.resume import forget, keepers
 from mnist_lab.experiments.run import Run
@@ -88,7 +88,7 @@ def produce(run: Run) -> Produced:
         made = run.row.step.make(replace(work, keepers=keepers(run)))
         if before is not None and _same_weights(made.model, before):
             raise RunFailed(f"{run.name}: the technique changed none of {run.parents['source'].model}'s weights")
-    except TrainingDiverged:  # going on would end the same way
+    except RunFailed:  # going on would end the same way
         forget(run)
         raise
     outcome = {"curves": [asdict(epoch) for epoch in made.curves], "proof": made.proof}
