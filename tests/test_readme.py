@@ -98,6 +98,7 @@ def test_scripts_headers_name_the_reference_runs_results() -> None:
         "run_all_experiments": [f"FFN {acc['FFN_baseline']}, MoE {acc['Sparse_MoE']}, student {acc['KD_FFN_Student']}"],
         "claims_mnist": [f"{len(re.findall(r'^## .*: supported$', claims, re.M))} of 14 supported"],
         "dark_knowledge_mnist": [f"{before} of the threes, {corrected} with the bias corrected"],
+        "prune_mnist": [],
         "visualize_results": [f"{len(FIGURES)} plots a folder"],
     }
     assert {path.stem for path in ROOT.glob("*.py")} == set(expected)

@@ -10,6 +10,8 @@ from tiny import HALVED, SMALL, TAUGHT, exchange_weights, make_lab
 
 from mnist_lab import training
 from mnist_lab.compress.distill import Distil
+from mnist_lab.compress.finetune import Finetuning
+from mnist_lab.compress.prune_weights import PruneWeights
 from mnist_lab.compress.train import TrainMoE
 from mnist_lab.data import Augmentation, Split
 from mnist_lab.errors import RunFailed, TrainingDiverged
@@ -23,8 +25,14 @@ from mnist_lab.training import EpochMetrics, Recipe
 pytestmark = pytest.mark.slow
 
 MOE = Row("MoE", TrainMoE(RoutingConfig(num_experts=3, balance="cv", capacity_factor=1.0)))
-ROWS = {"FFN": SMALL, "MoE": MOE, "student": Row("Student", Distil(shape=(8,)), teacher=SMALL)}
 EPOCHS = 4
+RAMP = PruneWeights(finetuning=Finetuning(finetune_epochs=EPOCHS))
+ROWS = {
+    "FFN": SMALL,
+    "MoE": MOE,
+    "student": Row("Student", Distil(shape=(8,)), teacher=SMALL),
+    "pruned": Row("Pruned", RAMP, source=SMALL),
+}
 
 
 class Killed(BaseException):

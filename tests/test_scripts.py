@@ -43,6 +43,7 @@ OPTIONS = {
     "claims_mnist": "ClaimOptions",
     "dark_knowledge_mnist": "DarkKnowledgeOptions",
 }
+OF_SUBCOMMANDS = {"prune_mnist": "PruneOptions"}
 FOLDER = "digits-compact-quick"
 QUICK = ["--dataset", "digits", "--recipe", "quick", "--epochs", "1"]
 pytestmark = pytest.mark.slow
@@ -90,7 +91,7 @@ def run(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> i
         monkeypatch.setattr(module, "has_bfloat16", lambda: True)  # torch emulates it where the CPU has none
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(SystemExit) as exit_info:
-        run_script(module.main, getattr(module, OPTIONS[script]), module.__doc__ or "")
+        run_script(module.main, getattr(module, (OPTIONS | OF_SUBCOMMANDS)[script]), module.__doc__ or "")
     return int(exit_info.value.code or 0)
 
 

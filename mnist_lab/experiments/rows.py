@@ -5,6 +5,8 @@ from collections.abc import Iterable
 from mnist_lab.compress.bfloat16 import BFloat16
 from mnist_lab.compress.distill import Distil, DistillationConfig
 from mnist_lab.compress.int8 import DynamicInt8, StaticInt8
+from mnist_lab.compress.prune_experts import PruneExperts
+from mnist_lab.compress.prune_weights import PruneWeights
 from mnist_lab.compress.train import TrainFFN, TrainMoE
 from mnist_lab.experiments.row import Row
 from mnist_lab.models.moe import RoutingConfig
@@ -47,6 +49,16 @@ def dynamic_int8(source: Row) -> Row:
 def bfloat16(source: Row) -> Row:
     """A trained row in BF16."""
     return Row({FFN.family: "FFN_BF16"}.get(source.family, f"{source.family}_BF16"), source=source, form=BFloat16())
+
+
+def pruned_weights(source: Row, step: PruneWeights) -> Row:
+    """A trained row with most of its weights at zero."""
+    return Row(f"{source.family}_pruned", step, source=source)
+
+
+def pruned_experts(step: PruneExperts, source: Row = MOE) -> Row:
+    """The mixture with fewer experts."""
+    return Row(f"{source.family}_fewer_experts", step, source=source)
 
 
 MODELS = (

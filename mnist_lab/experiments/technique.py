@@ -43,10 +43,20 @@ class Work:
             return build_model(config)
 
     def fit(
-        self, model: torch.nn.Module, objective: Objective = supervised_loss, *, budget: float = 1.0
+        self,
+        model: torch.nn.Module,
+        objective: Objective = supervised_loss,
+        *,
+        budget: float = 1.0,
+        epochs: int | None = None,
     ) -> list[EpochMetrics]:
-        """Train `model` in place for that share of the recipe's epochs, at least one; the learning curves."""
-        recipe = replace(self.recipe, epochs=max(1, round(budget * self.recipe.epochs)))
+        """Train `model` in place; the learning curves.
+
+        Args:
+            budget: share of the recipe's epochs, at least one.
+            epochs: that many in place of a share.
+        """
+        recipe = replace(self.recipe, epochs=epochs or max(1, round(budget * self.recipe.epochs)))
         return fit(
             model,
             self.dataset,

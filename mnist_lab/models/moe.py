@@ -7,6 +7,7 @@ input, N = B·K (input, expert) pairs, sorted by expert.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal, NamedTuple
 
@@ -17,7 +18,16 @@ from torch.nn import functional as F
 
 from mnist_lab.data import DataSpec
 from mnist_lab.errors import UserError
-from mnist_lab.models.ffn import Normalize, apply_linear, cast_like, draw_normal, linear_chain, relu_chain
+from mnist_lab.models.ffn import (
+    FFN,
+    FFNConfig,
+    Normalize,
+    apply_linear,
+    cast_like,
+    draw_normal,
+    linear_chain,
+    relu_chain,
+)
 
 MAX_EXPERTS = 1000
 Balance = Literal["entropy", "switch", "cv", "none", "wrong-sign"]
@@ -271,30 +281,54 @@ class EveryExpert(nn.Module):
 
 
 def without_expert(model: SparseMoE, expert: int) -> SparseMoE:
-    """The same mixture with one expert closed, in evaluation mode: its images go to the best of the others.
-
-    A gate over all experts is then one over all the others.
+    """The same mixture with one expert closed.
 
     Raises:
         ValueError: there is no other expert.
     """
-    routing = model.config.routing
-    others = [index for index in range(routing.num_experts) if index != expert]
-    if not others:
+    return with_experts(model, [index for index in range(model.config.routing.num_experts) if index != expert])
+
+
+def with_experts(model: SparseMoE, kept: Sequence[int]) -> SparseMoE:
+    """The same mixture with these experts only, in evaluation mode: images of the others go to the best of these.
+
+    A gate over all experts is then one over all that are left, and K falls to their number.
+
+    Raises:
+        ValueError: none is left.
+    """
+    if not kept:
         raise ValueError("a mixture of one expert has none to spare")
+    chosen, routing = list(kept), model.config.routing
     weights = {
-        name: weight[:, others]
+        name: weight[:, chosen]
         if name.startswith("router.")
-        else weight[others]
+        else weight[chosen]
         if name.startswith("experts.")
         else weight
         for name, weight in model.state_dict().items()
     }
-    rest = replace(routing, num_experts=len(others), top_k=min(routing.top_k, len(others)))
+    rest = replace(routing, num_experts=len(chosen), top_k=min(routing.top_k, len(chosen)))
     with torch.device("meta"):  # draws no weights
         smaller = SparseMoE(replace(model.config, routing=rest))
     smaller.load_state_dict(weights, assign=True)
     return smaller.eval()
+
+
+def as_dense(model: SparseMoE) -> FFN:
+    """A mixture of one expert as the dense FFN that it is: every image goes there, with weight 1."""
+    config, experts = model.config, model.experts
+    weight_in, weight_out = experts.weight_in.squeeze(0), experts.weight_out.squeeze(0)
+    hidden = [_linear(weight_in, experts.bias_in[0]), _linear(weight_out, experts.bias_out[0])]
+    with torch.device("meta"):
+        dense = FFN(
+            FFNConfig((config.model_width, config.expert_width, config.output_width, *config.head_widths), config.data)
+        )
+    layers = nn.ModuleList([model.stem, *hidden, *model.head])
+    weights = {f"layers.{name}": tensor for name, tensor in layers.state_dict().items()}
+    weights |= {f"normalize.{name}": tensor for name, tensor in model.normalize.state_dict().items()}
+    dense.load_state_dict(weights, assign=True)
+    return dense.eval()
 
 
 def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:

@@ -1,0 +1,81 @@
+"""Training a little more after something was taken out of a model: on the labels, or towards what it said before."""
+
+import contextlib
+import copy
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import nn
+
+from mnist_lab.compress.distill import DistillationConfig, distillation_objective
+from mnist_lab.errors import UserError
+from mnist_lab.experiments.technique import Work
+from mnist_lab.models import Model
+from mnist_lab.training import EpochMetrics, Objective, supervised_loss
+
+BUDGET = 0.2  # of the recipe's epochs
+MAX_EPOCHS = 10**6
+Wrap = Callable[[Objective], Objective]
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """How long a model is trained afterwards, and on what."""
+
+    finetune_epochs: int | None = field(default=None, metadata={"tag": "ft"})
+    """Passes over the training images afterwards; when not given, a fifth of the recipe's, 0 for none."""
+    teacher: Literal["none", "self"] = "none"
+    """Whom the model learns from besides the labels: nobody, or itself as it was before."""
+
+    def __post_init__(self) -> None:
+        if self.finetune_epochs is not None and not 0 <= self.finetune_epochs <= MAX_EPOCHS:
+            raise UserError(f"--finetune-epochs {self.finetune_epochs} must lie between 0 and {MAX_EPOCHS:,}")
+
+    def num_epochs(self, work: Work) -> int:
+        if self.finetune_epochs is not None:
+            return self.finetune_epochs
+        return max(1, round(BUDGET * work.recipe.epochs))
+
+
+def finetune(
+    work: Work,
+    model: Model,
+    before: Model,
+    config: Finetuning,
+    *,
+    only: Iterable[str] | None = None,
+    wrap: Wrap = lambda objective: objective,
+) -> list[EpochMetrics]:
+    """Train `model` in place; the learning curves.
+
+    Args:
+        before: the model that it was made from; not changed.
+        only: parameters to train, by name; all when not given.
+        wrap: of the objective, for a technique that changes the model on the way.
+    """
+    epochs = config.num_epochs(work)
+    if epochs == 0:
+        return []
+    objective: Objective = supervised_loss
+    if config.teacher == "self":
+        fixed_pixels = work.dataset.train.pixels if work.recipe.augmentation is None else None
+        objective = distillation_objective(
+            copy.deepcopy(before), DistillationConfig(), device=work.device, fixed_pixels=fixed_pixels
+        )
+    with _training_only(model, only):
+        return work.fit(model, wrap(objective), epochs=epochs)
+
+
+@contextlib.contextmanager
+def _training_only(model: nn.Module, names: Iterable[str] | None) -> Iterator[None]:
+    """All other parameters stay as they are."""
+    chosen = None if names is None else set(names)
+    frozen = [p for name, p in model.named_parameters() if chosen is not None and name not in chosen]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)

@@ -1,0 +1,82 @@
+"""Leave something out of a trained model, train the rest a little more, and measure it beside the original.
+
+python prune_mnist.py weights                                  # four of five weights of the MoE become zero
+python prune_mnist.py weights --model ffn --ratio 0.95 --criterion wanda
+python prune_mnist.py experts --keep 1                         # the MoE's best expert becomes a dense FFN
+python prune_mnist.py experts --keep 2 --criterion exact --teacher self
+"""
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal
+
+from tyro.conf import subcommand
+
+from mnist_lab.command.console import make_and_print, open_lab, print_proof
+from mnist_lab.command.entry import run_script
+from mnist_lab.command.options import Options
+from mnist_lab.compress.finetune import Finetuning
+from mnist_lab.compress.prune_experts import ExpertPruning, PruneExperts, check_experts
+from mnist_lab.compress.prune_weights import PruneWeights, WeightPruning
+from mnist_lab.errors import UserError
+from mnist_lab.experiments.row import Row
+from mnist_lab.experiments.rows import FFN, MOE, STUDENT, pruned_experts, pruned_weights
+from mnist_lab.experiments.run import Run
+from mnist_lab.models.moe import RoutingConfig
+
+SOURCES = {"ffn": FFN, "moe": MOE, "student": STUDENT}
+
+
+@dataclass(frozen=True)
+class WeightOptions(Options):
+    """Set the weights that matter least to zero."""
+
+    model: Literal["ffn", "moe", "student"] = "moe"
+    """Trained model to prune; student is KD_FFN_Student."""
+    pruning: WeightPruning = field(default_factory=WeightPruning)
+    finetuning: Finetuning = field(default_factory=Finetuning)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.pruning.allocation != "even" and self.model != "moe":
+            raise UserError(
+                f"--allocation {self.pruning.allocation} shares out among experts, and {self.model} has none"
+            )
+
+    @property
+    def row(self) -> Row:
+        return pruned_weights(SOURCES[self.model], PruneWeights(self.pruning, self.finetuning))
+
+
+@dataclass(frozen=True)
+class ExpertOptions(Options):
+    """Take the experts that matter least out of the MoE."""
+
+    pruning: ExpertPruning = field(default_factory=ExpertPruning)
+    train: Literal["all", "router"] = "all"
+    """What is trained afterwards."""
+    finetuning: Finetuning = field(default_factory=Finetuning)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_experts(RoutingConfig().num_experts, self.pruning)
+        if self.train == "router" and self.pruning.keep == 1:
+            raise UserError("--train router: the one expert of --keep 1 needs none")
+
+    @property
+    def row(self) -> Row:
+        return pruned_experts(PruneExperts(self.pruning, self.train, self.finetuning))
+
+
+PruneOptions = Annotated[WeightOptions, subcommand("weights")] | Annotated[ExpertOptions, subcommand("experts")]
+
+
+def main(options: WeightOptions | ExpertOptions) -> None:
+    row = options.row
+    assert row.source is not None
+    with open_lab(options) as lab:
+        source = Run(lab, row.source, options.seed)
+        print_proof(make_and_print(Run(lab, row, options.seed), beside=source))
+
+
+if __name__ == "__main__":
+    run_script(main, PruneOptions, __doc__)  # type: ignore[arg-type]

@@ -1,0 +1,64 @@
+"""`prune_mnist.py`, as the command line runs it."""
+
+import pytest
+from test_scripts import FOLDER, QUICK, Bench, bench, finished, finished_bench  # noqa: F401  fixtures
+
+from mnist_lab.models.checkpoints import load_checkpoint
+from mnist_lab.models.ffn import FFN
+from mnist_lab.report.records import load_record
+
+pytestmark = pytest.mark.slow
+
+
+def prune(bench: Bench, kind: str, *arguments: str, says: str = "") -> str:  # noqa: F811
+    """The script's output; where it `says` what is wrong, that it does."""
+    if says:
+        bench.expect_user_error("prune_mnist", kind, *QUICK, *arguments, says=says, quick=False)
+        return ""
+    outcome = bench("prune_mnist", kind, *QUICK, *arguments, quick=False)
+    assert outcome.code == 0, outcome.err
+    return outcome.out
+
+
+def test_weights_are_zero_in_the_file_and_the_record_says_how_many(finished_bench: Bench) -> None:  # noqa: F811
+    out = prune(finished_bench, "weights", "--model", "ffn", "--ratio", "0.5")
+    assert "50.0% of the weights are zero" in out
+    name = "FFN_baseline_pruned-0.5-epochs1-seed0"
+    model = load_checkpoint(finished_bench.checkpoints / f"{name}.safetensors").model
+    assert isinstance(model, FFN)
+    weights = [weight for weight in model.parameters() if weight.ndim == 2]
+    assert [float((weight == 0).double().mean()) for weight in weights] == [pytest.approx(0.5, abs=1e-3)] * 3
+    record = load_record(finished_bench.results / "runs" / f"{name}.json")
+    assert record.original == "FFN_baseline-epochs1"
+    assert record.proof == {"text": "50.0% of the weights are zero", "zeros": pytest.approx(0.5, abs=1e-3)}
+
+
+def test_one_expert_is_a_smaller_dense_model(finished_bench: Bench) -> None:  # noqa: F811
+    out = prune(finished_bench, "experts", "--keep", "1", "--criterion", "reap", "--teacher", "self")
+    assert "kept expert " in out
+    (path,) = finished_bench.checkpoints.glob("Sparse_MoE_fewer_experts-1-reap-*.safetensors")
+    assert isinstance(load_checkpoint(path).model, FFN)
+    whole = finished_bench.checkpoints / "Sparse_MoE-epochs1-seed0.onnx"
+    assert path.with_suffix(".onnx").stat().st_size < 0.46 * whole.stat().st_size
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "says"),
+    [
+        ("weights", ["--ratio", "0"], "--ratio"),
+        ("weights", ["--ratio", "1"], "--ratio"),
+        ("weights", ["--model", "ffn", "--allocation", "utilization"], "--allocation"),
+        ("weights", ["--scope", "global", "--allocation", "sensitivity"], "--allocation"),
+        ("weights", ["--finetune-epochs", "-1"], "--finetune-epochs"),
+        ("experts", ["--keep", "0"], "--keep"),
+        ("experts", ["--keep", "4"], "--keep"),
+        ("experts", ["--keep", "1", "--train", "router"], "--train"),
+        ("experts", ["--model", "ffn"], "--model"),
+    ],
+)
+def test_bad_input_ends_with_exit_code_2(bench: Bench, kind: str, arguments: list[str], says: str) -> None:  # noqa: F811
+    prune(bench, kind, *arguments, says=says)
+
+
+def test_what_it_prunes_is_needed_first(bench: Bench) -> None:  # noqa: F811
+    prune(bench, "experts", says="Sparse_MoE")
