@@ -238,10 +238,7 @@ class Pruner:
         """Keep what scores highest, of as much as is due: s = s_end·(1 − (1 − t)³) (arXiv:1710.01878)."""
         due = 1 - (1 - min(progress, 1.0)) ** 3
         stored = {name: self._stored(name) for name in self.parameters}
-        scores = {
-            m: (m.of(stored[m.parameter][0]).abs().cpu() * scale)
-            for m, scale in self.scale.items()
-        }
+        scores = {m: (m.of(stored[m.parameter][0]).abs().cpu() * scale) for m, scale in self.scale.items()}
         kept = {matrix: 1 - due * (1 - share) for matrix, share in self.kept_shares.items()}
         for matrix, mask in choose_kept(scores, kept, self.config.scope).items():
             matrix.of(stored[matrix.parameter][1]).copy_(mask)

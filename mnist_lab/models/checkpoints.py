@@ -87,7 +87,7 @@ def _read(path: Path, advice: str) -> tuple[bytes, dict[str, Any]]:
         if metadata["format"] != FORMAT:
             raise ValueError(f"its format is {metadata['format']}, this version reads {FORMAT}")
         check_seal(content)
-    del metadata["digest"]
+        del metadata["digest"]
     return content, metadata
 
 

@@ -22,7 +22,7 @@ from faults.test_damage import FILES, IS_LONG, SEED, Kind, damage, kinds  # noqa
 from mnist_lab.deploy.artifacts import read_artifact
 from mnist_lab.errors import UserError
 from mnist_lab.files import BLANK, DIGEST, seal
-from mnist_lab.models.checkpoints import read_tensors
+from mnist_lab.models.checkpoints import FORMAT, read_tensors
 
 NAME = "digits-compact-quick"
 # What runs code that it reads, or reads what it is told to.
@@ -256,6 +256,7 @@ HEADERS = {
     "of another size": (2**31).to_bytes(8, "little") + b"{}" * 10,
     "nested": (200_000).to_bytes(8, "little") + b"[" * 100_000 + b"]" * 100_000,
     "without metadata": save({"x": torch.ones(3)}),
+    "with a digest elsewhere": save({"x": torch.ones(3)}, metadata={"format": f'"{FORMAT}"', "architecture": "{}"}),
     "with numbers": save({"x": torch.ones(3)}, metadata={"format": "12"}),
 }
 
