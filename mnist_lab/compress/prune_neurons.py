@@ -1,0 +1,302 @@
+"""Structured pruning: hidden units that matter least are taken out, and the model really becomes smaller.
+
+Units are those of the FFN's hidden layers; of an MoE its stem, the inside of its experts, their outputs and its head.
+Each layer loses the same share; each expert its own units, as many as every other, so that experts stay stacked.
+
+Scores of a unit: the norms of its weights in and out, multiplied; first-order importance, (a·∂L/∂a)² of its activation
+(Molchanov et al. 2019, arXiv:1906.10771, with gates); its mean activation times the norm of its weights out; or
+without any gradient: units are masked at random and the loss is regressed on the masks (arXiv:2402.05406).
+
+Shapes: D stem width, E experts, H expert width, O expert output width, U units of all layers, M masks.
+"""
+
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from mnist_lab.compress.finetune import Finetuning, finetune
+from mnist_lab.compress.prune_weights import layer_inputs
+from mnist_lab.errors import RunFailed, UserError
+from mnist_lab.experiments.technique import Made, Work
+from mnist_lab.models import Model, ModelConfig, build_model, count_parameters
+from mnist_lab.models.ffn import FFN
+from mnist_lab.models.moe import SparseMoE
+
+CHOOSING_SIZE = 1000  # training images that the choice is made on
+BATCH = 100  # images of one gradient
+MULTIPLE = 8  # of units: products of other widths are slower, or cannot be grouped by expert
+NUM_MASKS = 1000
+CLOSED_SHARE = 0.5  # of the units, by each mask
+RIDGE = 1.0
+Criterion = Literal["norm", "taylor", "activation", "masks"]
+Units = dict[str, Tensor]  # by layer: (width,), and (E, H) inside experts
+
+
+@dataclass(frozen=True)
+class NeuronPruning:
+    """How many hidden units go, and which."""
+
+    ratio: float = field(default=0.5, metadata={"tag": ""})
+    """Share of each layer's units that are taken out, up to multiples of 8 that stay."""
+    criterion: Criterion = field(default="taylor", metadata={"tag": ""})
+    """What a unit is worth: the norms of its weights; first-order importance by gradients; its activation; or the loss
+    regressed on random masks, with forward passes only."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ratio < 1:
+            raise UserError(f"--ratio {self.ratio} must lie between 0 and 1, and be neither")
+
+
+def hidden_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """The layers whose units may go, and how many they have."""
+    if isinstance(model, FFN):
+        return {f"layers.{index}": (width,) for index, width in enumerate(model.config.widths)}
+    assert isinstance(model, SparseMoE)
+    experts = (model.config.routing.num_experts, model.config.expert_width)
+    inner: dict[str, tuple[int, ...]] = {
+        "stem": (model.config.model_width,),
+        "experts": experts,
+        "output": (model.config.output_width,),
+    }
+    return inner | {f"head.{index}": (width,) for index, width in enumerate(model.config.head_widths)}
+
+
+def incoming(model: Model) -> dict[str, list[Tensor]]:
+    """By layer the parameters that make its units, each (…, inputs or 1, units)."""
+    if isinstance(model, FFN):
+        return {f"layers.{i}": _into(layer) for i, layer in enumerate(model.layers[:-1])}
+    assert isinstance(model, SparseMoE)
+    experts = model.experts
+    inner: dict[str, list[Tensor]] = {
+        "stem": _into(model.stem),
+        "experts": [experts.weight_in, experts.bias_in.unsqueeze(1)],
+        "output": [experts.weight_out.flatten(0, 1), experts.bias_out],
+    }
+    return inner | {f"head.{i}": _into(layer) for i, layer in enumerate(model.head[:-1])}
+
+
+def outgoing(model: Model) -> dict[str, list[Tensor]]:
+    """By layer the weights that its units go into, each (…, units, outputs)."""
+    if isinstance(model, FFN):
+        return {f"layers.{i}": _out_of(layer) for i, layer in enumerate(model.layers[1:])}
+    assert isinstance(model, SparseMoE)
+    experts = model.experts
+    into_experts = experts.weight_in.transpose(0, 1).flatten(1)  # (D, E·H)
+    inner: dict[str, list[Tensor]] = {
+        "stem": [model.router.gate, into_experts],
+        "experts": [experts.weight_out],
+        "output": _out_of(model.head[0]),
+    }
+    return inner | {f"head.{i}": _out_of(layer) for i, layer in enumerate(model.head[1:])}
+
+
+def _linear(layer: nn.Module) -> nn.Linear:
+    assert isinstance(layer, nn.Linear)
+    return layer
+
+
+def _into(layer: nn.Module) -> list[Tensor]:
+    return [_linear(layer).weight.T, _linear(layer).bias.unsqueeze(0)]
+
+
+def _out_of(layer: nn.Module) -> list[Tensor]:
+    return [_linear(layer).weight.T]
+
+
+def masked_logits(model: Model, pixels: Tensor, masks: Units) -> Tensor:
+    """The forward pass with every hidden unit's activation multiplied by its mask; of 0, as if the unit were gone."""
+    if isinstance(model, FFN):
+        return _masked_chain(model.layers, "layers", model.normalize(pixels), masks)
+    assert isinstance(model, SparseMoE)
+    hidden_BD = model.embed(pixels) * masks["stem"]
+    decision, experts = model.router(hidden_BD), model.experts
+    mixed_BO = hidden_BD.new_zeros(len(hidden_BD), model.config.output_width)
+    for e in range(model.config.routing.num_experts):
+        image_N, place_N = (decision.experts_BK == e).nonzero(as_tuple=True)
+        inner_NH = (
+            torch.addmm(experts.bias_in[e], hidden_BD[image_N], experts.weight_in[e]).relu() * masks["experts"][e]
+        )
+        output_NO = torch.addmm(experts.bias_out[e], inner_NH, experts.weight_out[e])
+        mixed_BO = mixed_BO.index_add(0, image_N, output_NO * decision.weights_BK[image_N, place_N].unsqueeze(1))
+    return _masked_chain(model.head, "head", mixed_BO.relu() * masks["output"], masks)
+
+
+def _masked_chain(layers: nn.ModuleList, name: str, rows: Tensor, masks: Units) -> Tensor:
+    for index, layer in enumerate(layers[:-1]):
+        rows = layer(rows).relu() * masks[f"{name}.{index}"]
+    logits: Tensor = layers[-1](rows)
+    return logits
+
+
+@torch.no_grad()
+def norms(model: Model) -> Units:
+    """The norm of each unit's incoming parameters times that of its outgoing weights."""
+    out = _outgoing_norms(model)
+    return {name: _norm(parts, -2) * out[name] for name, parts in incoming(model).items()}
+
+
+def _outgoing_norms(model: Model) -> Units:
+    return {name: _norm(parts, -1) for name, parts in outgoing(model).items()}
+
+
+def _norm(parts: Iterable[Tensor], dim: int) -> Tensor:
+    squares: Tensor = sum((part.square().sum(dim=dim) for part in parts), start=torch.zeros(()))
+    return squares.sqrt()
+
+
+@torch.no_grad()
+def activations(model: Model, pixels: Tensor) -> Units:
+    """Mean activation over the images that reach a unit, times the norm of its outgoing weights."""
+    rows = {(matrix.parameter, matrix.expert): found.rows for matrix, found in layer_inputs(model, pixels).items()}
+    means: Units = {}
+    for name, shape in hidden_shapes(model).items():
+        if name == "stem":
+            assert isinstance(model, SparseMoE)
+            means[name] = model.embed(pixels).mean(dim=0)
+        elif name == "experts":
+            inside = [rows["experts.weight_out", expert] for expert in range(shape[0])]
+            means[name] = torch.stack([own.sum(dim=0) / max(1, len(own)) for own in inside])
+        else:
+            room, _, index = name.partition(".")
+            then = f"{room}.{int(index) + 1}" if index else "head.0"
+            means[name] = rows[f"{then}.weight", None].mean(dim=0)
+    return {name: means[name] * norm for name, norm in _outgoing_norms(model).items()}
+
+
+def first_order(model: Model, pixels: Tensor, labels: Tensor) -> Units:
+    """(∂L/∂m)² of a mask m = 1 on each unit's activation, which is (Σ a·∂L/∂a)²; mean over batches."""
+    scores = {name: torch.zeros(shape) for name, shape in hidden_shapes(model).items()}
+    for batch, targets in zip(pixels.split(BATCH), labels.split(BATCH), strict=True):
+        masks = {name: torch.ones_like(score, requires_grad=True) for name, score in scores.items()}
+        loss = F.cross_entropy(masked_logits(model, batch, masks), targets)
+        for score, slope in zip(scores.values(), torch.autograd.grad(loss, list(masks.values())), strict=True):
+            score += slope.square()
+    return scores
+
+
+@torch.inference_mode()
+def regressed(model: Model, pixels: Tensor, labels: Tensor, seed: int) -> Units:
+    """Minus the slope of the loss in each unit's mask, by ridge regression on masks that close half of the units."""
+    shapes = hidden_shapes(model)
+    sizes = [math.prod(shape) for shape in shapes.values()]
+    generator = torch.Generator().manual_seed(seed)
+    masks_MU = (torch.rand(NUM_MASKS, sum(sizes), generator=generator) < 1 - CLOSED_SHARE).float()
+    batches = list(zip(pixels.split(BATCH), labels.split(BATCH), strict=True))
+    losses = []
+    for number, mask_U in enumerate(masks_MU):
+        masks = {
+            name: part.view(shape) for (name, shape), part in zip(shapes.items(), mask_U.split(sizes), strict=True)
+        }
+        batch, targets = batches[number % len(batches)]
+        losses.append(F.cross_entropy(masked_logits(model, batch, masks), targets))
+    loss_M = torch.stack(losses)
+    centred_MU = masks_MU - masks_MU.mean(dim=0)
+    gram_MM = centred_MU @ centred_MU.T  # the dual: there are fewer masks than units
+    worth_U = -centred_MU.T @ torch.linalg.solve(gram_MM + RIDGE * torch.eye(len(gram_MM)), loss_M - loss_M.mean())
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), worth_U.split(sizes), strict=True)}
+
+
+def score_units(model: Model, criterion: Criterion, work: Work) -> Units:
+    """What each unit is worth."""
+    pixels, labels = work.dataset.train.pixels[:CHOOSING_SIZE], work.dataset.train.labels[:CHOOSING_SIZE]
+    if criterion == "norm":
+        return norms(model)
+    if criterion == "activation":
+        return activations(model, pixels)
+    return first_order(model, pixels, labels) if criterion == "taylor" else regressed(model, pixels, labels, work.seed)
+
+
+def num_kept(width: int, ratio: float) -> int:
+    """Units of a layer that stay: the nearest multiple of 8, at least 8, and no more than there are."""
+    return min(width, max(MULTIPLE, MULTIPLE * round((1 - ratio) * width / MULTIPLE)))
+
+
+def with_units(model: Model, kept: Units) -> Model:
+    """The same model with these units only, in evaluation mode.
+
+    Args:
+        kept: their places by layer, in order; inside experts (E, units), each its own.
+    """
+    return _smaller_ffn(model, kept) if isinstance(model, FFN) else _smaller_moe(model, kept)
+
+
+def _smaller_ffn(model: FFN, kept: Units) -> Model:
+    widths = tuple(len(places) for places in kept.values())
+    weights = dict(model.normalize.state_dict(prefix="normalize."))
+    weights |= _smaller_chain(model.layers, "layers", [None, *kept.values(), None])
+    return _load(replace(model.config, widths=widths), weights)
+
+
+def _smaller_moe(model: SparseMoE, kept: Units) -> Model:
+    stem, inside, output, *head = kept["stem"], kept["experts"], kept["output"], *list(kept.values())[3:]
+    experts = model.experts
+    weights = dict(model.normalize.state_dict(prefix="normalize."))
+    weights |= {"stem.weight": _linear(model.stem).weight[stem], "stem.bias": _linear(model.stem).bias[stem]}
+    weights |= {"router.gate": model.router.gate[stem], "router.noise": model.router.noise[stem]}
+    weights |= {
+        "experts.weight_in": torch.stack([w[stem][:, own] for w, own in zip(experts.weight_in, inside, strict=True)]),
+        "experts.bias_in": experts.bias_in.gather(1, inside),
+        "experts.weight_out": torch.stack(
+            [w[own][:, output] for w, own in zip(experts.weight_out, inside, strict=True)]
+        ),
+        "experts.bias_out": experts.bias_out[:, output],
+    }
+    weights |= _smaller_chain(model.head, "head", [output, *head, None])
+    config = replace(
+        model.config,
+        model_width=len(stem),
+        expert_width=inside.shape[1],
+        output_width=len(output),
+        head_widths=tuple(len(places) for places in head),
+    )
+    return _load(config, weights)
+
+
+def _smaller_chain(layers: nn.ModuleList, name: str, kept: Sequence[Tensor | None]) -> dict[str, Tensor]:
+    """Weights of linear layers, between each two of these sets of units; None for all."""
+    weights = {}
+    for index, (layer, (before, after)) in enumerate(zip(layers, itertools.pairwise(kept), strict=True)):
+        weight, bias = _linear(layer).weight, _linear(layer).bias
+        weight = weight if before is None else weight[:, before]
+        weights[f"{name}.{index}.weight"] = weight if after is None else weight[after]
+        weights[f"{name}.{index}.bias"] = bias if after is None else bias[after]
+    return weights
+
+
+def _load(config: ModelConfig, weights: Mapping[str, Tensor]) -> Model:
+    with torch.device("meta"):
+        model = build_model(config)
+    model.load_state_dict({name: weight.detach().clone() for name, weight in weights.items()}, assign=True)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class PruneNeurons:
+    """A trained model with narrower hidden layers."""
+
+    label: ClassVar[str] = "pruned neurons"
+    cost: ClassVar[float] = 0.3
+    pruning: NeuronPruning = NeuronPruning()
+    finetuning: Finetuning = field(default_factory=Finetuning)
+
+    def make(self, work: Work) -> Made:
+        before = work.source
+        assert before is not None
+        scores = score_units(before, self.pruning.criterion, work)
+        kept = {
+            name: score.topk(num_kept(score.shape[-1], self.pruning.ratio), dim=-1).indices.sort(dim=-1).values
+            for name, score in scores.items()
+        }
+        if all(kept[name].shape == score.shape for name, score in scores.items()):
+            raise RunFailed(f"{work.name}: no layer has a unit to spare, as {MULTIPLE} stay")
+        model = with_units(before, kept)
+        curves = finetune(work, model, before, self.finetuning)
+        widths = ", ".join(f"{name} {kept[name].shape[-1]} of {score.shape[-1]}" for name, score in scores.items())
+        left = count_parameters(model)[0] / count_parameters(before)[0]
+        return Made(model, curves, {"text": f"{left:.1%} of the parameters left: {widths}", "left": left})

@@ -1,0 +1,157 @@
+"""Which units go, and that what is left is the same model without them."""
+
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+import torch
+from test_prune_experts import make_moe, make_work
+from tiny import make_dataset, spec
+from torch import Tensor
+from torch.nn import functional as F
+
+from mnist_lab.compress import prune_neurons as p
+from mnist_lab.compress.finetune import Finetuning
+from mnist_lab.compress.prune_neurons import Criterion, NeuronPruning, PruneNeurons
+from mnist_lab.deploy.onnx import build_onnx
+from mnist_lab.errors import RunFailed, UserError
+from mnist_lab.models import Model, build_model
+from mnist_lab.models.ffn import FFNConfig
+from mnist_lab.models.moe import RoutingConfig, SparseMoE, SparseMoEConfig
+
+NO_TRAINING = Finetuning(finetune_epochs=0)
+MODELS = ("ffn", "moe")
+
+
+def make_model(name: str) -> Model:
+    torch.manual_seed(0)
+    routing, data = RoutingConfig(num_experts=3), spec(0.18, 0.18)
+    config = FFNConfig((24, 16), data) if name == "ffn" else SparseMoEConfig(24, 16, 16, (16,), routing, data)
+    model = build_model(config).eval()
+    for parameter_name, parameter in model.named_parameters():
+        if "bias" in parameter_name:
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def some_units(model: Model, seed: int = 0) -> p.Units:
+    """Eight of each layer, at random."""
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.rand(shape, generator=generator).topk(8, dim=-1).indices.sort(dim=-1).values
+        for name, shape in p.hidden_shapes(model).items()
+    }
+
+
+def all_open(model: Model) -> p.Units:
+    return {name: torch.ones(shape) for name, shape in p.hidden_shapes(model).items()}
+
+
+@pytest.fixture
+def pixels() -> Tensor:
+    return make_dataset().train.pixels[:100]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_model_without_units_is_as_if_they_were_silent(name: str, pixels: Tensor) -> None:
+    model = make_model(name)
+    torch.testing.assert_close(p.masked_logits(model, pixels, all_open(model)), model(pixels))
+    kept = some_units(model)
+    masks = {layer: torch.zeros(shape).scatter(-1, kept[layer], 1.0) for layer, shape in p.hidden_shapes(model).items()}
+    smaller = p.with_units(model, kept)
+    torch.testing.assert_close(smaller(pixels), p.masked_logits(model, pixels, masks))
+    assert all(shape[-1] == 8 for shape in p.hidden_shapes(smaller).values())
+    assert sum(w.numel() for w in smaller.parameters()) < 0.7 * sum(w.numel() for w in model.parameters())
+    assert len(build_onnx(smaller).graph.node) == len(build_onnx(model).graph.node)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_norms_are_of_what_makes_a_unit_and_what_it_goes_into(name: str) -> None:
+    model = make_model(name)
+    scores = p.norms(model)
+    state = model.state_dict()
+    if isinstance(model, SparseMoE):
+        into = torch.cat([state["stem.weight"][5], state["stem.bias"][5:6]]).norm()
+        out = torch.cat([state["router.gate"][5], state["experts.weight_in"][:, 5].flatten()]).norm()
+        assert scores["stem"][5] == pytest.approx(float(into * out), rel=1e-5)
+        into = torch.cat([state["experts.weight_in"][1, :, 3], state["experts.bias_in"][1, 3:4]]).norm()
+        out = state["experts.weight_out"][1, 3].norm()
+        assert scores["experts"][1, 3] == pytest.approx(float(into * out), rel=1e-5)
+        into = torch.cat([state["experts.weight_out"][:, :, 2].flatten(), state["experts.bias_out"][:, 2]]).norm()
+        assert scores["output"][2] == pytest.approx(float(into * state["head.0.weight"][:, 2].norm()), rel=1e-5)
+    else:
+        into = torch.cat([state["layers.1.weight"][4], state["layers.1.bias"][4:5]]).norm()
+        assert scores["layers.1"][4] == pytest.approx(float(into * state["layers.2.weight"][:, 4].norm()), rel=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_first_order_importance_foretells_what_a_little_less_of_a_unit_costs(name: str, pixels: Tensor) -> None:
+    model, labels = make_model(name), make_dataset().train.labels[:100]
+    scores = p.first_order(model, pixels, labels)  # of one batch
+    step = 1e-2
+
+    def loss_at(layer: str, unit: tuple[int, ...], mask: float) -> float:
+        masks = all_open(model)
+        masks[layer][unit] = mask
+        return float(F.cross_entropy(p.masked_logits(model, pixels, masks).double(), labels).detach())
+
+    for layer, score in scores.items():
+        unit = tuple(int(place) for place in torch.unravel_index(score.argmax(), score.shape))
+        slope = (loss_at(layer, unit, 1 + step) - loss_at(layer, unit, 1 - step)) / (2 * step)
+        assert float(score[unit]) == pytest.approx(slope**2, rel=0.1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_activations_are_means_over_the_images_that_come(name: str, pixels: Tensor) -> None:
+    model = make_model(name)
+    scores = p.activations(model, pixels)
+    if isinstance(model, SparseMoE):
+        visits = (model.routed(pixels).experts == 2).any(dim=1)
+        inner = (model.embed(pixels)[visits] @ model.experts.weight_in[2] + model.experts.bias_in[2]).relu()
+        expected = inner.mean(dim=0) * model.experts.weight_out[2].norm(dim=1)
+        torch.testing.assert_close(scores["experts"][2], expected.detach())
+    else:
+        first = model.layers[0](model.normalize(pixels)).relu().mean(dim=0)
+        expected = first * model.get_parameter("layers.1.weight").norm(dim=0)
+        torch.testing.assert_close(scores["layers.0"], expected.detach())
+
+
+def test_masks_find_the_units_that_the_loss_hangs_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, data = make_model("ffn"), make_dataset().train
+    with torch.no_grad():
+        model.get_parameter("layers.1.weight")[:, 8:] = 0  # the others of the first layer do nothing
+    monkeypatch.setattr(p, "NUM_MASKS", 2000)
+    worth = p.regressed(model, data.pixels[:100], model(data.pixels[:100]).argmax(dim=1), 0)["layers.0"]
+    assert worth[:8].abs().mean() > 5 * worth[8:].abs().mean()
+    assert not worth.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("width", "ratio", "expected"),
+    [(256, 0.5, 128), (256, 0.75, 64), (128, 0.99, 8), (8, 0.9, 8), (5, 0.5, 5), (20, 0.5, 8)],
+)
+def test_multiples_of_eight_stay(width: int, ratio: float, expected: int) -> None:
+    assert p.num_kept(width, ratio) == expected
+
+
+@pytest.mark.parametrize("criterion", get_args(Criterion))
+@pytest.mark.parametrize("name", MODELS)
+def test_every_criterion_makes_a_smaller_model(
+    criterion: Criterion, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(p, "NUM_MASKS", 50)
+    work = replace(make_work(make_moe()), source=make_model(name))
+    made = PruneNeurons(NeuronPruning(0.5, criterion), NO_TRAINING).make(work)
+    assert {shape[-1] for shape in p.hidden_shapes(made.model).values()} == {8, 16}  # of 16 and 24
+    assert 0 < made.proof["left"] < 0.7
+    trained = PruneNeurons(NeuronPruning(0.5, criterion), Finetuning(finetune_epochs=1)).make(work)
+    assert len(trained.curves) == 1
+
+
+def test_nothing_to_spare_is_an_error_and_so_is_a_ratio_out_of_range() -> None:
+    narrow = build_model(FFNConfig((8,), spec())).eval()
+    with pytest.raises(RunFailed, match="no layer has a unit to spare"):
+        PruneNeurons(finetuning=NO_TRAINING).make(replace(make_work(make_moe()), source=narrow))
+    for ratio in (0, 1, -1, float("nan")):
+        with pytest.raises(UserError, match="--ratio"):
+            NeuronPruning(ratio)
