@@ -2,6 +2,8 @@
 
 python prune_mnist.py weights                                  # four of five weights of the MoE become zero
 python prune_mnist.py weights --model ffn --ratio 0.95 --criterion wanda
+python prune_mnist.py neurons --ratio 0.5                      # layers of half the width
+python prune_mnist.py router --ratio 0.5                       # half of the gate's weights become zero
 python prune_mnist.py experts --keep 1                         # the MoE's best expert becomes a dense FFN
 python prune_mnist.py experts --keep 2 --criterion exact --teacher self
 """
@@ -16,10 +18,12 @@ from mnist_lab.command.entry import run_script
 from mnist_lab.command.options import Options
 from mnist_lab.compress.finetune import Finetuning
 from mnist_lab.compress.prune_experts import ExpertPruning, PruneExperts, check_experts
+from mnist_lab.compress.prune_neurons import NeuronPruning, PruneNeurons
+from mnist_lab.compress.prune_router import PruneRouter
 from mnist_lab.compress.prune_weights import PruneWeights, WeightPruning
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.row import Row
-from mnist_lab.experiments.rows import FFN, MOE, STUDENT, pruned_experts, pruned_weights
+from mnist_lab.experiments.rows import FFN, MOE, STUDENT, pruned_experts, pruned_neurons, pruned_router, pruned_weights
 from mnist_lab.experiments.run import Run
 from mnist_lab.models.moe import RoutingConfig
 
@@ -48,6 +52,31 @@ class WeightOptions(Options):
 
 
 @dataclass(frozen=True)
+class NeuronOptions(Options):
+    """Take the hidden units that matter least out of every layer."""
+
+    model: Literal["ffn", "moe", "student"] = "moe"
+    """Trained model to prune; student is KD_FFN_Student."""
+    pruning: NeuronPruning = field(default_factory=NeuronPruning)
+    finetuning: Finetuning = field(default_factory=Finetuning)
+
+    @property
+    def row(self) -> Row:
+        return pruned_neurons(SOURCES[self.model], PruneNeurons(self.pruning, self.finetuning))
+
+
+@dataclass(frozen=True)
+class RouterOptions(Options):
+    """Set the weights of the MoE's gate that matter least to zero."""
+
+    pruning: PruneRouter = field(default_factory=PruneRouter)
+
+    @property
+    def row(self) -> Row:
+        return pruned_router(self.pruning)
+
+
+@dataclass(frozen=True)
 class ExpertOptions(Options):
     """Take the experts that matter least out of the MoE."""
 
@@ -67,10 +96,15 @@ class ExpertOptions(Options):
         return pruned_experts(PruneExperts(self.pruning, self.train, self.finetuning))
 
 
-PruneOptions = Annotated[WeightOptions, subcommand("weights")] | Annotated[ExpertOptions, subcommand("experts")]
+PruneOptions = (
+    Annotated[WeightOptions, subcommand("weights")]
+    | Annotated[NeuronOptions, subcommand("neurons")]
+    | Annotated[RouterOptions, subcommand("router")]
+    | Annotated[ExpertOptions, subcommand("experts")]
+)
 
 
-def main(options: WeightOptions | ExpertOptions) -> None:
+def main(options: WeightOptions | NeuronOptions | RouterOptions | ExpertOptions) -> None:
     row = options.row
     assert row.source is not None
     with open_lab(options) as lab:

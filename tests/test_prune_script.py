@@ -42,6 +42,18 @@ def test_one_expert_is_a_smaller_dense_model(finished_bench: Bench) -> None:  # 
     assert path.with_suffix(".onnx").stat().st_size < 0.46 * whole.stat().st_size
 
 
+def test_narrower_layers_are_a_smaller_file(finished_bench: Bench) -> None:  # noqa: F811
+    out = prune(finished_bench, "neurons", "--ratio", "0.5", "--criterion", "norm")
+    assert "stem 128 of 256, experts 128 of 256, output 128 of 256" in out
+    (path,) = finished_bench.checkpoints.glob("Sparse_MoE_narrower-norm-*.onnx")
+    whole = finished_bench.checkpoints / "Sparse_MoE-epochs1-seed0.onnx"
+    assert path.stat().st_size < 0.4 * whole.stat().st_size
+
+
+def test_router_says_how_many_images_it_still_sends_where_it_did(finished_bench: Bench) -> None:  # noqa: F811
+    assert "50.0% of the router's weights are zero" in prune(finished_bench, "router")
+
+
 @pytest.mark.parametrize(
     ("kind", "arguments", "says"),
     [
@@ -50,6 +62,8 @@ def test_one_expert_is_a_smaller_dense_model(finished_bench: Bench) -> None:  # 
         ("weights", ["--model", "ffn", "--allocation", "utilization"], "--allocation"),
         ("weights", ["--scope", "global", "--allocation", "sensitivity"], "--allocation"),
         ("weights", ["--finetune-epochs", "-1"], "--finetune-epochs"),
+        ("neurons", ["--ratio", "1"], "--ratio"),
+        ("router", ["--ratio", "2"], "--ratio"),
         ("experts", ["--keep", "0"], "--keep"),
         ("experts", ["--keep", "4"], "--keep"),
         ("experts", ["--keep", "1", "--train", "router"], "--train"),

@@ -38,6 +38,16 @@ class Finetuning:
         return max(1, round(BUDGET * work.recipe.epochs))
 
 
+def check_ratio(ratio: float) -> None:
+    """Raise UserError for a --ratio that would leave nothing, or everything."""
+    if not 0 < ratio < 1:
+        raise UserError(f"--ratio {ratio} must lie between 0 and 1, and be neither")
+
+
+def as_it_is(objective: Objective) -> Objective:
+    return objective
+
+
 def finetune(
     work: Work,
     model: Model,
@@ -45,7 +55,7 @@ def finetune(
     config: Finetuning,
     *,
     only: Iterable[str] | None = None,
-    wrap: Wrap = lambda objective: objective,
+    wrap: Wrap = as_it_is,
 ) -> list[EpochMetrics]:
     """Train `model` in place; the learning curves.
 

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mnist_lab.compress.finetune import Finetuning, finetune
+from mnist_lab.compress.finetune import Finetuning, check_ratio, finetune
 from mnist_lab.compress.prune_weights import layer_inputs
-from mnist_lab.errors import RunFailed, UserError
+from mnist_lab.errors import RunFailed
 from mnist_lab.experiments.technique import Made, Work
 from mnist_lab.models import Model, ModelConfig, build_model, count_parameters
 from mnist_lab.models.ffn import FFN
@@ -49,8 +49,7 @@ class NeuronPruning:
     regressed on random masks, with forward passes only."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
-            raise UserError(f"--ratio {self.ratio} must lie between 0 and 1, and be neither")
+        check_ratio(self.ratio)
 
 
 def hidden_shapes(model: Model) -> dict[str, tuple[int, ...]]:

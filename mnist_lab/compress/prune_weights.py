@@ -11,6 +11,7 @@ import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
@@ -19,13 +20,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from mnist_lab.compress.finetune import Finetuning, finetune
+from mnist_lab.compress.finetune import Finetuning, Wrap, as_it_is, check_ratio, finetune
 from mnist_lab.errors import RunFailed, UserError
 from mnist_lab.experiments.technique import Made, Work
 from mnist_lab.models import Model
 from mnist_lab.models.ffn import apply_linear
 from mnist_lab.models.moe import SparseMoE
-from mnist_lab.training import Batch, Objective, StepLoss
+from mnist_lab.training import Batch, EpochMetrics, Objective, StepLoss
 
 CALIBRATION_SIZE = 1000
 RAMP_SHARE = 0.7  # of fine-tuning, in which the zeros grow to their share; the rest trains with all of them
@@ -53,8 +54,7 @@ class WeightPruning:
     """All at once, or along a cubic ramp while the model is fine-tuned."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.ratio < 1:
-            raise UserError(f"--ratio {self.ratio} must lie between 0 and 1, and be neither")
+        check_ratio(self.ratio)
         if self.scope == "global" and self.allocation != "even":
             raise UserError(f"--allocation {self.allocation} shares out within layers: drop --scope global")
 
@@ -211,12 +211,17 @@ class _Mask(nn.Module):
 
 
 class Pruner:
-    """Masks on all matrices of a model, which it cuts, and in the end folds into the weights."""
+    """Masks on matrices of a model, which it cuts, and in the end folds into the weights.
 
-    def __init__(self, model: Model, config: WeightPruning, work: Work) -> None:
-        self.model, self.config = model, config
-        self.scale = importance(model, config.criterion, work.calibration(CALIBRATION_SIZE))
-        self.kept_shares = kept_shares(model, config, work)
+    Args:
+        scale: what |w| is multiplied with for its score, by matrix.
+        kept_shares: of each matrix's weights.
+    """
+
+    def __init__(
+        self, model: Model, scale: Mapping[Matrix, Tensor], kept_shares: Mapping[Matrix, float], scope: Scope = "layer"
+    ) -> None:
+        self.model, self.scale, self.kept_shares, self.scope = model, scale, kept_shares, scope
         self.parameters = list(dict.fromkeys(matrix.parameter for matrix in self.kept_shares))
         for name in self.parameters:
             module, weight = self._place(name)
@@ -240,13 +245,11 @@ class Pruner:
         stored = {name: self._stored(name) for name in self.parameters}
         scores = {m: (m.of(stored[m.parameter][0]).abs().cpu() * scale) for m, scale in self.scale.items()}
         kept = {matrix: 1 - due * (1 - share) for matrix, share in self.kept_shares.items()}
-        for matrix, mask in choose_kept(scores, kept, self.config.scope).items():
+        for matrix, mask in choose_kept(scores, kept, self.scope).items():
             matrix.of(stored[matrix.parameter][1]).copy_(mask)
 
     def on_the_way(self, objective: Objective, num_steps: int) -> Objective:
         """The same objective, which cuts as training goes on."""
-        if self.config.schedule == "one-shot":
-            return objective
         ramp = max(1, round(RAMP_SHARE * num_steps))
 
         def cut_and_lose(model: nn.Module, batch: Batch) -> StepLoss:
@@ -257,6 +260,19 @@ class Pruner:
             return objective(model, batch)
 
         return cut_and_lose
+
+    def train(self, work: Work, before: Model, finetuning: Finetuning, schedule: Schedule) -> list[EpochMetrics]:
+        """Cut at once or along a ramp, train what is left, and fold; the learning curves."""
+        epochs = finetuning.num_epochs(work)
+        wrap: Wrap = as_it_is
+        if schedule == "one-shot" or epochs == 0:
+            self.cut()
+        else:
+            steps = epochs * math.ceil(len(work.dataset.train) / work.recipe.batch_size)
+            wrap = partial(self.on_the_way, num_steps=steps)
+        curves = finetune(work, self.model, before, finetuning, wrap=wrap)
+        self.fold()
+        return curves
 
     def fold(self) -> None:
         """Leave a plain model whose zeros are zeros."""
@@ -287,15 +303,9 @@ class PruneWeights:
         if self.pruning.allocation != "even" and not isinstance(model, SparseMoE):
             raise RunFailed(f"{work.name}: a dense model has no experts to share out among")
         before, zeros_before = copy.deepcopy(model), share_of_zeros(model)
-        pruner = Pruner(model, self.pruning, work)
-        epochs = self.finetuning.num_epochs(work)
-        if self.pruning.schedule == "one-shot" or epochs == 0:
-            pruner.cut()
-        steps = epochs * math.ceil(len(work.dataset.train) / work.recipe.batch_size)
-        curves = finetune(
-            work, model, before, self.finetuning, wrap=lambda objective: pruner.on_the_way(objective, steps)
-        )
-        pruner.fold()
+        scale = importance(model, self.pruning.criterion, work.calibration(CALIBRATION_SIZE))
+        pruner = Pruner(model, scale, kept_shares(model, self.pruning, work), self.pruning.scope)
+        curves = pruner.train(work, before, self.finetuning, self.pruning.schedule)
         zeros = share_of_zeros(model)
         if zeros <= zeros_before:
             raise RunFailed(f"{work.name}: no weight became zero")

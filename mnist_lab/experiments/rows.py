@@ -6,6 +6,8 @@ from mnist_lab.compress.bfloat16 import BFloat16
 from mnist_lab.compress.distill import Distil, DistillationConfig
 from mnist_lab.compress.int8 import DynamicInt8, StaticInt8
 from mnist_lab.compress.prune_experts import PruneExperts
+from mnist_lab.compress.prune_neurons import PruneNeurons
+from mnist_lab.compress.prune_router import PruneRouter
 from mnist_lab.compress.prune_weights import PruneWeights
 from mnist_lab.compress.train import TrainFFN, TrainMoE
 from mnist_lab.experiments.row import Row
@@ -54,6 +56,16 @@ def bfloat16(source: Row) -> Row:
 def pruned_weights(source: Row, step: PruneWeights) -> Row:
     """A trained row with most of its weights at zero."""
     return Row(f"{source.family}_pruned", step, source=source)
+
+
+def pruned_neurons(source: Row, step: PruneNeurons) -> Row:
+    """A trained row with narrower hidden layers."""
+    return Row(f"{source.family}_narrower", step, source=source)
+
+
+def pruned_router(step: PruneRouter, source: Row = MOE) -> Row:
+    """The mixture with most of its gate at zero."""
+    return Row(f"{source.family}_sparse_router", step, source=source)
 
 
 def pruned_experts(step: PruneExperts, source: Row = MOE) -> Row:
