@@ -22,12 +22,14 @@ from mnist_lab.experiments.rows import TABLE, families
 from mnist_lab.experiments.run import Run
 from mnist_lab.folders import only_run_in
 from mnist_lab.machine import cpu_model, usable_cpus
+from mnist_lab.report.columns import COMPRESSION
 from mnist_lab.report.records import Record, first_in, load_records, usable_records
 from mnist_lab.report.table import build_table, judge_distillation
-from mnist_lab.report.text import SUMMARY_LEGEND, format_fastest, format_summary, write_table
+from mnist_lab.report.text import SUMMARY_LEGEND, format_compression, format_fastest, format_summary, write_table
 from mnist_lab.runtimes import RUNTIMES, RuntimeName, why_missing
 
 Mode = Literal["train", "load"]
+ON_SCREEN = 6  # columns of compression that fit a screen
 MAX_LINE = 1000  # characters of an answer from a pipe
 MAX_ANSWERS = 3  # that are wrong, where nobody sits at a terminal
 SCRIPTS = {"FFN_baseline": "baseline_mnist.py", "Sparse_MoE": "moe_mnist.py", "KD_FFN_Student": "kd_mnist.py"}
@@ -145,6 +147,8 @@ def print_table(table: pd.DataFrame) -> None:
     """
     width = os.get_terminal_size(sys.stdout.fileno()).columns if sys.stdout.isatty() else None
     print(f"\n{format_summary(table, style='simple', width=width)}\n\n{SUMMARY_LEGEND}", flush=True)
+    if compression := format_compression(table, style="simple", columns=COMPRESSION[:ON_SCREEN]):
+        print(f"\ncompression, against each row's original:\n{compression}", flush=True)
     if table["model"].duplicated().any():
         print(f"\nfastest runtime:\n{format_fastest(table, style='simple')}", flush=True)
 

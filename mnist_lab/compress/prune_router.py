@@ -1,4 +1,4 @@
-"""Router pruning: the smallest weights of a mixture's gate become zero. They are few, and each matters to every route."""
+"""Router pruning: the smallest weights of a mixture's gate become zero; they are few, and all routes hang on them."""
 
 import copy
 from dataclasses import dataclass, field

@@ -29,7 +29,7 @@ from mnist_lab.models.moe import SparseMoE
 from mnist_lab.training import Batch, EpochMetrics, Objective, StepLoss
 
 CALIBRATION_SIZE = 1000
-RAMP_SHARE = 0.7  # of fine-tuning, in which the zeros grow to their share; the rest trains with all of them
+RAMP_SHARE = 0.5  # of fine-tuning, in which the zeros grow to their share; the rest trains with all of them
 STEPS_BETWEEN_CUTS = 10
 Criterion = Literal["magnitude", "wanda"]
 Scope = Literal["layer", "global"]

@@ -8,6 +8,7 @@ import numpy as np
 
 from mnist_lab import measure
 from mnist_lab.deploy.artifacts import artifact_bytes
+from mnist_lab.experiments.against_original import compare_with_original
 from mnist_lab.experiments.experts import acc_without_expert, expert_by_class, routes_changed
 from mnist_lab.experiments.run import Provenance, Run, read_provenance
 from mnist_lab.experiments.technique import Proof
@@ -66,6 +67,7 @@ def measure_run(
         measurements[runtime] = _measure_quality(run, runtime, sessions[runtime], logits_in[runtime], reference)
     params_total, params_active = count_parameters(model)
     moe = model if isinstance(model, SparseMoE) and run.row.step is not None else None  # trained, not converted
+    stored = _stored_model(run, model)
     record = Record(
         **_identity(run, found),
         predictions=save_predictions(run.lab.results, run.name, test_logits, test_labels),
@@ -82,7 +84,8 @@ def measure_run(
         scaled=_scale_temperature(validation_logits, validation_labels, test_logits, test_labels),
         acc_without_expert=acc_without_expert(moe, run.lab.test) if moe else None,
         routes_changed=routes_changed(run, model),
-        figures=_figures(run, model),
+        against_original=compare_with_original(run, stored, proof, logits=test_logits, reference=reference),
+        figures=_figures(run, stored),
     )
     save_record(run.lab.results, record)
     return record
@@ -113,12 +116,16 @@ def _identity(run: Run, found: Provenance) -> dict[str, Any]:
     }
 
 
-def _figures(run: Run, model: Model) -> dict[str, float | None]:
-    """What columns with a measurement of their own say of the weights as stored; None of a file that holds no model."""
+def _stored_model(run: Run, model: Model) -> Model | None:
+    """The model with the weights that a run's own file stores; None of a file that holds no PyTorch model."""
+    if run.row.step is not None:
+        return model
+    return run.load() if run.output.suffix == ".safetensors" else None
+
+
+def _figures(run: Run, stored: Model | None) -> dict[str, float | None]:
+    """What columns with a measurement of their own say of the weights as stored."""
     columns = [column for column in run.lab.columns if column.measure is not None]
-    if not columns:
-        return {}
-    stored = model if run.row.step is not None else run.load() if run.output.suffix == ".safetensors" else None
     return {column.name: column.measure(stored) if stored and column.measure else None for column in columns}
 
 

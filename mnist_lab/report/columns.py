@@ -111,3 +111,29 @@ COLUMNS = (
     *LATENCIES,
     Column("threads", lambda _, m: m.threads, format=".0f"),
 )
+
+
+def against_original(name: str, format: str = ".3f") -> Column:  # noqa: A002
+    """A figure of a model against the first of its chain: the mean over seeds; blank where it says nothing."""
+    return Column(name, lambda record, _: (record.against_original or {}).get(name), mean, format)
+
+
+# Of the models that were made from others, in a section of their own.
+COMPRESSION = (
+    against_original("file_ratio", ".2f"),
+    against_original("params_ratio", ".2f"),
+    against_original("nonzero_params", ",.0f"),
+    Column("same_class", lambda r, m: m.same_class if r.against_original else None, mean, ".4f"),
+    against_original("kl_to_original", ".4f"),
+    against_original("worst_class_points", "+.2f"),
+    against_original("top1_agreement"),
+    against_original("routes_jaccard"),
+    against_original("gate_kl", ".4f"),
+    against_original("route_margin", ".2f"),
+    against_original("load_cv_before", ".2f"),
+    against_original("load_cv", ".2f"),
+    against_original("dead_experts", ".1f"),
+    against_original("expert_cka_before"),
+    against_original("expert_cka"),
+    Column("technique_seconds", lambda r, _: r.train_seconds if r.against_original else None, mean, ".1f"),
+)

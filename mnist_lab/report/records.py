@@ -133,6 +133,7 @@ class Record:
     scaled: dict[str, Any] | None = None  # temperature fitted on validation, then test_loss, …, bins
     acc_without_expert: list[list[Share]] | None = None  # [expert][class], test accuracy with that expert closed
     routes_changed: Share | None = None  # of test images whose experts are not the original's
+    against_original: dict[str, float] | None = None  # what was lost and saved, and routing; None of an original
     time_by_job_us: dict[str, Amount] | None = None  # of an MoE's pass at batch 64, by ONNX Runtime's own profile
     figures: dict[str, float | None] = field(default_factory=dict)  # of columns that bring their own measurement
     schema: int = SCHEMA

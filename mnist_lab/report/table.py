@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from mnist_lab.measure import TABLE_BATCHES
-from mnist_lab.report.columns import COLUMNS, Column, first
+from mnist_lab.report.columns import COLUMNS, COMPRESSION, Column, first
 from mnist_lab.report.records import BASELINE, CONTROL, Record
 from mnist_lab.report.statistics import confidence_interval
 
@@ -30,6 +30,7 @@ def build_table(
             by_row.setdefault((record.model, runtime), []).append(record)
     models = list(dict.fromkeys(model for model, _ in by_row))
     keys = sorted(by_row, key=lambda key: (models.index(key[0]), key[1] != "pytorch", key[1]))
+    columns = [*columns, *COMPRESSION]
     rows = [_table_row(by_row[key], key[1], columns) for key in keys]
     return pd.DataFrame(rows, columns=[*(column.name for column in columns), *HIDDEN])
 

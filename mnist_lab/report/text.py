@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 from mnist_lab.files import read_bytes, reading, write_text
 from mnist_lab.measure import TABLE_BATCHES
-from mnist_lab.report.columns import COLUMNS, Column
+from mnist_lab.report.columns import COLUMNS, COMPRESSION, Column
 from mnist_lab.report.table import compare, find_fastest
 
 Style = Literal["simple", "github"]
@@ -24,6 +24,13 @@ COMPARISON_LEGEND = (
     "batch size; against the row's original (the first model of its chain) and against the baseline, both in the same "
     "runtime (torchao's rows: in torch-compile, whose engine they share)."
 )
+COMPRESSION_LEGEND = (
+    "Against the row's original, the first model of its chain: how many times smaller file and parameters are; "
+    "parameters that are not zero; images with the same class, KL divergence in nats, change of the worst class in "
+    "points. Of a mixture: images whose first expert is the same, overlap of the chosen sets (Jaccard), the gate's KL, "
+    "margin between the last expert chosen and the next, coefficient of variation of the load, experts with less than "
+    "a tenth of an even share, and linear CKA between experts' outputs (1: alike)."
+)
 # What a narrow terminal can do without, first what it misses least.
 DISPENSABLE = ("x orig", "seeds", "ms b1024", "precision", "ms b1", "MiB", "technique", "runtime")
 
@@ -33,6 +40,7 @@ def write_table(
 ) -> None:
     """Write `table.csv` and `table.md`; the latter adds a summary and the comparisons, that of students among them."""
     write_text(folder / "table.csv", table.to_csv(index=False))
+    compression = format_compression(table, style="github")
     parts = [
         f"# {title}",
         format_summary(table, style="github"),
@@ -43,6 +51,7 @@ def write_table(
         format_comparison(table),
         COMPARISON_LEGEND,
         *(["## Does distillation help?", distillation] if distillation else []),
+        *(["## Compression", compression, COMPRESSION_LEGEND] if compression else []),
         "## Fastest runtime",
         format_fastest(table, style="github"),
     ]
@@ -67,6 +76,17 @@ def format_table(table: pd.DataFrame, *, columns: Sequence[Column] = COLUMNS) ->
     """The table in Markdown; blank cells stay blank."""
     formats = {_short_header(column.name): column.format for column in columns}
     return _format(table[[column.name for column in columns]].rename(columns=_short_header), formats, "github")
+
+
+def format_compression(table: pd.DataFrame, *, style: Style, columns: Sequence[Column] = COMPRESSION) -> str:
+    """What the models that were made from others lost and saved, each in its first runtime; empty without any."""
+    made = table[table["file_ratio"].notna()].drop_duplicates("model")
+    found = [column for column in columns if made[column.name].notna().any()]
+    if made.empty:
+        return ""
+    headers = {column.name: column.name.replace("_", " ") for column in found}
+    formats = {headers[column.name]: column.format for column in found}
+    return _format(made[["model", *headers]].rename(columns=headers), formats, style)
 
 
 def format_comparison(table: pd.DataFrame) -> str:

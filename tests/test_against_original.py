@@ -1,0 +1,93 @@
+"""What a model lost against its original, by the formulas."""
+
+import copy
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from builders import make_record
+from test_prune_experts import make_moe
+from tiny import HALVED, SMALL, make_dataset, make_lab
+
+from mnist_lab.experiments import against_original as a
+from mnist_lab.experiments.make import make
+from mnist_lab.experiments.run import Run
+from mnist_lab.models.moe import RoutingConfig, with_experts
+from mnist_lab.report.table import build_table
+from mnist_lab.report.text import format_compression
+
+
+def test_divergence_and_worst_class_are_hand_computed() -> None:
+    reference = np.log(np.array([[0.5, 0.5], [0.9, 0.1]], np.float32))
+    logits = np.log(np.array([[0.25, 0.75], [0.9, 0.1]], np.float32))
+    expected = 0.5 * math.log(2) + 0.5 * math.log(0.5 / 0.75)
+    assert a.mean_divergence(reference, logits) == pytest.approx(expected / 2, rel=1e-5)
+    before = np.eye(3, dtype=np.float32)[[0, 0, 1, 1, 2]]
+    after = np.eye(3, dtype=np.float32)[[0, 1, 1, 1, 2]]
+    labels = np.array([0, 0, 1, 2, 2])
+    assert a.worst_class_points(before, after, labels) == -50
+    assert a.worst_class_points(before, before, labels) == 0
+
+
+def test_overlap_is_of_sets() -> None:
+    one = torch.tensor([[0, 1], [0, 1], [0, 1]])
+    two = torch.tensor([[1, 0], [1, 2], [2, 3]])
+    assert a.mean_jaccard(one, two) == pytest.approx((1 + 1 / 3 + 0) / 3)
+    assert a.mean_jaccard(one, torch.tensor([[0], [1], [2]])) == pytest.approx((0.5 + 0.5 + 0) / 3)
+
+
+def test_cka_is_1_for_a_turned_and_scaled_copy_and_little_for_noise() -> None:
+    torch.manual_seed(0)
+    features = torch.randn(500, 6, dtype=torch.float64)
+    features -= features.mean(dim=0)
+    turn = torch.linalg.qr(torch.randn(6, 6, dtype=torch.float64)).Q
+    other = torch.randn(500, 6, dtype=torch.float64)
+    assert a.linear_cka(features, 3 * features @ turn) == pytest.approx(1)
+    assert a.linear_cka(features, other - other.mean(dim=0)) < 0.1
+
+
+def test_routing_of_a_copy_is_the_same_and_of_some_experts_known_by_their_old_numbers() -> None:
+    model, pixels = make_moe(), make_dataset().train.pixels
+    same = a.compare_routing(model, copy.deepcopy(model), pixels, None)
+    assert (same["top1_agreement"], same["routes_jaccard"]) == (1, 1)
+    assert same["gate_kl"] == pytest.approx(0, abs=1e-9)
+    assert same["load_cv"] == same["load_cv_before"] == pytest.approx(a.variation(model.routed(pixels).expert_load))
+    assert same["expert_cka"] == same["expert_cka_before"]
+    top = model.routed(pixels).router_probs.log().topk(3, dim=1).values
+    assert same["route_margin"] == pytest.approx(float((top[:, 1] - top[:, 2]).mean().detach()), rel=1e-4)
+    kept = [1, 3]
+    fewer = a.compare_routing(model, with_experts(model, kept), pixels, kept)
+    stays = [set(experts) == {1, 3} for experts in model.routed(pixels).experts.tolist()]
+    assert 0 < sum(stays) < len(stays)
+    overlap = [len(set(experts) & {1, 3}) for experts in model.routed(pixels).experts.tolist()]
+    assert fewer["routes_jaccard"] == pytest.approx(np.mean([both / (4 - both) for both in overlap]))
+    assert "route_margin" not in fewer
+    assert "gate_kl" not in fewer
+
+
+def test_experts_to_which_next_to_nothing_comes_are_dead() -> None:
+    model = make_moe(RoutingConfig(num_experts=4, top_k=1))
+    with torch.no_grad():
+        model.router.gate[:, 2:] = -1e3
+        model.stem.bias.add_(1)
+    assert a.compare_routing(model, model, make_dataset().train.pixels, None)["dead_experts"] >= 2
+
+
+def test_record_and_table_hold_it_for_what_was_made_of_another(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path)
+    original, halved = (make(Run(lab, row, 0)) for row in (SMALL, HALVED))
+    assert original.against_original is None
+    found = halved.against_original
+    assert found is not None
+    assert found["params_ratio"] == 1
+    assert found["nonzero_params"] == pytest.approx(halved.params_total / 2, rel=0.05)
+    assert found["kl_to_original"] > 0
+    assert found["file_ratio"] == pytest.approx(1, abs=0.01)
+    table = build_table([original, halved])
+    text = format_compression(table, style="simple")
+    assert "Halved" in text
+    assert "Small" not in text
+    assert "gate" not in text  # no column without a value
+    assert format_compression(build_table([make_record()]), style="simple") == ""
