@@ -6,6 +6,7 @@ python prune_mnist.py neurons --ratio 0.5                      # layers of half 
 python prune_mnist.py router --ratio 0.5                       # half of the gate's weights become zero
 python prune_mnist.py experts --keep 1                         # the MoE's best expert becomes a dense FFN
 python prune_mnist.py experts --keep 2 --criterion exact --teacher self
+python prune_mnist.py merge --keep 2 --group outputs           # experts that resemble each other become one
 """
 
 from dataclasses import dataclass, field
@@ -17,13 +18,23 @@ from mnist_lab.command.console import make_and_print, open_lab, print_proof
 from mnist_lab.command.entry import run_script
 from mnist_lab.command.options import Options
 from mnist_lab.compress.finetune import Finetuning
-from mnist_lab.compress.prune_experts import ExpertPruning, PruneExperts, check_experts
+from mnist_lab.compress.merge_experts import MergeExperts, Merging
+from mnist_lab.compress.prune_experts import ExpertPruning, PruneExperts, check_experts, check_keep
 from mnist_lab.compress.prune_neurons import NeuronPruning, PruneNeurons
 from mnist_lab.compress.prune_router import PruneRouter
 from mnist_lab.compress.prune_weights import PruneWeights, WeightPruning
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.row import Row
-from mnist_lab.experiments.rows import FFN, MOE, STUDENT, pruned_experts, pruned_neurons, pruned_router, pruned_weights
+from mnist_lab.experiments.rows import (
+    FFN,
+    MOE,
+    STUDENT,
+    merged_experts,
+    pruned_experts,
+    pruned_neurons,
+    pruned_router,
+    pruned_weights,
+)
 from mnist_lab.experiments.run import Run
 from mnist_lab.models.moe import RoutingConfig
 
@@ -96,15 +107,32 @@ class ExpertOptions(Options):
         return pruned_experts(PruneExperts(self.pruning, self.train, self.finetuning))
 
 
+@dataclass(frozen=True)
+class MergeOptions(Options):
+    """Let experts of the MoE that resemble each other become one."""
+
+    merging: Merging = field(default_factory=Merging)
+    finetuning: Finetuning = field(default_factory=Finetuning)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_keep(self.merging.keep, RoutingConfig().num_experts)
+
+    @property
+    def row(self) -> Row:
+        return merged_experts(MergeExperts(self.merging, self.finetuning))
+
+
 PruneOptions = (
     Annotated[WeightOptions, subcommand("weights")]
     | Annotated[NeuronOptions, subcommand("neurons")]
     | Annotated[RouterOptions, subcommand("router")]
     | Annotated[ExpertOptions, subcommand("experts")]
+    | Annotated[MergeOptions, subcommand("merge")]
 )
 
 
-def main(options: WeightOptions | NeuronOptions | RouterOptions | ExpertOptions) -> None:
+def main(options: WeightOptions | NeuronOptions | RouterOptions | ExpertOptions | MergeOptions) -> None:
     row = options.row
     assert row.source is not None
     with open_lab(options) as lab:

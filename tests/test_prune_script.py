@@ -54,6 +54,10 @@ def test_router_says_how_many_images_it_still_sends_where_it_did(finished_bench:
     assert "50.0% of the router's weights are zero" in prune(finished_bench, "router")
 
 
+def test_merged_experts_are_named(finished_bench: Bench) -> None:  # noqa: F811
+    assert "experts merged: " in prune(finished_bench, "merge", "--group", "outputs")
+
+
 @pytest.mark.parametrize(
     ("kind", "arguments", "says"),
     [
@@ -64,6 +68,8 @@ def test_router_says_how_many_images_it_still_sends_where_it_did(finished_bench:
         ("weights", ["--finetune-epochs", "-1"], "--finetune-epochs"),
         ("neurons", ["--ratio", "1"], "--ratio"),
         ("router", ["--ratio", "2"], "--ratio"),
+        ("merge", ["--keep", "4"], "--keep"),
+        ("merge", ["--align", "abc"], "--align"),
         ("experts", ["--keep", "0"], "--keep"),
         ("experts", ["--keep", "4"], "--keep"),
         ("experts", ["--keep", "1", "--train", "router"], "--train"),

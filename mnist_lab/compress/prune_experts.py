@@ -38,8 +38,7 @@ class ExpertPruning:
     other; or exact, the loss of every subset."""
 
     def __post_init__(self) -> None:
-        if self.keep < 1:
-            raise UserError(f"--keep {self.keep} must be at least 1")
+        check_keep(self.keep)
 
 
 class Seen(NamedTuple):
@@ -141,10 +140,17 @@ def loss_with(model: SparseMoE, kept: Sequence[int], pixels: Tensor, labels: Ten
     return float(F.cross_entropy(logits, labels))
 
 
+def check_keep(keep: int, num_experts: int | None = None) -> None:
+    """Raise UserError where so many experts cannot stay, of as many as there are if that is known."""
+    if keep < 1:
+        raise UserError(f"--keep {keep} must be at least 1")
+    if num_experts is not None and keep >= num_experts:
+        raise UserError(f"--keep {keep} must be less than the {num_experts} experts that there are")
+
+
 def check_experts(num_experts: int, config: ExpertPruning) -> None:
     """Raise UserError where a mixture of so many experts cannot be pruned so."""
-    if config.keep >= num_experts:
-        raise UserError(f"--keep {config.keep} must be less than the {num_experts} experts that there are")
+    check_keep(config.keep, num_experts)
     if config.criterion == "exact" and num_experts > MAX_EXACT:
         raise UserError(
             f"--criterion exact tries every subset, and takes at most {MAX_EXACT} experts, not {num_experts}"

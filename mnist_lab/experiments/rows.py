@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from mnist_lab.compress.bfloat16 import BFloat16
 from mnist_lab.compress.distill import Distil, DistillationConfig
 from mnist_lab.compress.int8 import DynamicInt8, StaticInt8
+from mnist_lab.compress.merge_experts import MergeExperts
 from mnist_lab.compress.prune_experts import PruneExperts
 from mnist_lab.compress.prune_neurons import PruneNeurons
 from mnist_lab.compress.prune_router import PruneRouter
@@ -66,6 +67,11 @@ def pruned_neurons(source: Row, step: PruneNeurons) -> Row:
 def pruned_router(step: PruneRouter, source: Row = MOE) -> Row:
     """The mixture with most of its gate at zero."""
     return Row(f"{source.family}_sparse_router", step, source=source)
+
+
+def merged_experts(step: MergeExperts, source: Row = MOE) -> Row:
+    """The mixture with experts that became one."""
+    return Row(f"{source.family}_merged", step, source=source)
 
 
 def pruned_experts(step: PruneExperts, source: Row = MOE) -> Row:
