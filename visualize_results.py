@@ -94,7 +94,7 @@ def alone_where_possible(folder: Path) -> Iterator[None]:
 def draw(folder: Path, records: list[Record]) -> Iterator[Path]:
     """The figures of a results folder; one of claims has its own."""
     # Imported once there is something to draw: the rows, which give the order, bring torch.
-    from mnist_lab.experiments.rows import TABLE, families
+    from mnist_lab.experiments.rows import ORDER
     from mnist_lab.report.figures import draw_all
     from mnist_lab.report.results import Results
     from mnist_lab.studies.claims.evidence import Evidence
@@ -102,7 +102,7 @@ def draw(folder: Path, records: list[Record]) -> Iterator[Path]:
 
     if folder.absolute().name == CLAIMS_FOLDER:
         return draw_claims(folder, Evidence.in_folder(folder, records))
-    return draw_all(folder, Results(records, families(TABLE)))
+    return draw_all(folder, Results(records, ORDER))
 
 
 def main(options: PlotOptions) -> None:

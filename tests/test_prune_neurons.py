@@ -1,23 +1,29 @@
 """Which units go, and that what is left is the same model without them."""
 
 from dataclasses import replace
+from pathlib import Path
 from typing import get_args
 
 import pytest
 import torch
 from test_prune_experts import make_moe, make_work
-from tiny import make_dataset, spec
+from tiny import make_dataset, make_lab, spec
 from torch import Tensor
 from torch.nn import functional as F
 
 from mnist_lab.compress import prune_neurons as p
 from mnist_lab.compress.finetune import Finetuning
 from mnist_lab.compress.prune_neurons import Criterion, NeuronPruning, PruneNeurons
+from mnist_lab.compress.train import TrainFFN, TrainLike
 from mnist_lab.deploy.onnx import build_onnx
 from mnist_lab.errors import RunFailed, UserError
+from mnist_lab.experiments.make import make
+from mnist_lab.experiments.row import Row
+from mnist_lab.experiments.run import Run
 from mnist_lab.models import Model, build_model
 from mnist_lab.models.ffn import FFNConfig
 from mnist_lab.models.moe import RoutingConfig, SparseMoE, SparseMoEConfig
+from mnist_lab.training import Recipe
 
 NO_TRAINING = Finetuning(finetune_epochs=0)
 MODELS = ("ffn", "moe")
@@ -155,3 +161,14 @@ def test_nothing_to_spare_is_an_error_and_so_is_a_ratio_out_of_range() -> None:
     for ratio in (0, 1, -1, float("nan")):
         with pytest.raises(UserError, match="--ratio"):
             NeuronPruning(ratio)
+
+
+def test_rival_has_the_size_of_what_it_rivals_and_learns_from_scratch_for_as_long(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path, recipe=Recipe(epochs=5, batch_size=64))
+    narrower = Row("Narrower", PruneNeurons(NeuronPruning(0.5, "norm")), source=Row("Wide", TrainFFN((32,))))
+    rival = make(Run(lab, Row("Rival", TrainLike(), teacher=narrower), 0))
+    assert rival.architecture["widths"] == [16]
+    assert len(rival.curves) == 6
+    assert rival.original == rival.model
+    ours, theirs = (Run(lab, row, 0).load() for row in (Row("Rival", TrainLike(), teacher=narrower), narrower))
+    assert not torch.equal(ours.get_parameter("layers.0.weight"), theirs.get_parameter("layers.0.weight"))

@@ -6,9 +6,11 @@ from mnist_lab.compress.int8 import Calibration, StaticInt8
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import (
     BFLOAT16,
+    COMPRESSION,
     FFN,
     MODELS,
     MOE,
+    ORDER,
     STUDENT,
     STUDENT_WITHOUT_TEACHER,
     TABLE,
@@ -91,3 +93,12 @@ def test_row_is_exactly_one_of_a_step_and_another_form() -> None:
     ):
         with pytest.raises(AssertionError):
             Row("Wrong", **fields)
+
+
+def test_compression_has_a_rival_of_its_size_for_whatever_becomes_smaller() -> None:
+    names = [row.name for row in COMPRESSION]
+    assert len(set(names)) == len(names)
+    assert {row.family for row in COMPRESSION} <= set(ORDER)
+    rivals = {row.teacher.name for row in COMPRESSION if row.family.endswith("_rival") and row.teacher is not None}
+    smaller = {n for n in names if ("narrower" in n or "fewer" in n) and "rival" not in n and "masks" not in n}
+    assert rivals == smaller

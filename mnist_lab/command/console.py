@@ -18,7 +18,7 @@ from mnist_lab.experiments.lab import Lab
 from mnist_lab.experiments.latencies import measure_latencies
 from mnist_lab.experiments.make import load_or_make, load_or_measure, make, make_all
 from mnist_lab.experiments.row import Row
-from mnist_lab.experiments.rows import TABLE, families
+from mnist_lab.experiments.rows import ORDER, families
 from mnist_lab.experiments.run import Run
 from mnist_lab.folders import only_run_in
 from mnist_lab.machine import cpu_model, usable_cpus
@@ -93,7 +93,7 @@ def make_and_print(run: Run, *, beside: Run | None = None) -> Record:
     if beside is not None:
         records.append(load_or_measure(beside))
     measure_latencies(lab, first_in(records, lab.runtimes))
-    print_table(build_table(_as_asked(lab, records), order=families(TABLE), columns=lab.columns))
+    print_table(build_table(_as_asked(lab, records), order=ORDER, columns=lab.columns))
     print(f"\nmodel: {run.output}\nto deploy: {run.artifact}\nrecord: {run.record}")
     return records[0]
 
@@ -185,7 +185,7 @@ def run_rows(lab: Lab, rows: Sequence[Row], *, mode: Mode | None, seeds: range) 
     for line in left_out:
         print(f"not in the table: {line}")
     measure_latencies(lab, first_in(usable, lab.runtimes))
-    write_results(lab, usable, order=families(rows))
+    write_results(lab, usable, order=tuple(dict.fromkeys([*families(rows), *ORDER])))
 
 
 def print_checkpoints(runs: Sequence[Run]) -> None:

@@ -52,3 +52,19 @@ class TrainMoE:
 
     def make(self, work: Work) -> Made:
         return train(work, self.config(work.preset, work.dataset.spec))
+
+
+@dataclass(frozen=True)
+class TrainLike:
+    """The rival of a compressed model: its architecture from scratch, with as many epochs as both its trainings had."""
+
+    label: ClassVar[str] = "from scratch"
+    cost: ClassVar[float] = 1.5
+    budget: float = 1.2  # of the recipe's epochs: the original's, and a fifth of fine-tuning
+
+    def make(self, work: Work) -> Made:
+        assert work.teacher is not None  # which gives its size only
+        model = work.build(work.teacher.config)
+        curves = work.fit(model, budget=self.budget)
+        text = f"{count_parameters(model)[0]:,} parameters trained from scratch over {len(curves)} epochs"
+        return Made(model, curves, {"text": text})

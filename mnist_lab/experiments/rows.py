@@ -1,16 +1,17 @@
 """The rows of the table, in its order."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from mnist_lab.compress.bfloat16 import BFloat16
 from mnist_lab.compress.distill import Distil, DistillationConfig
+from mnist_lab.compress.finetune import Finetuning
 from mnist_lab.compress.int8 import DynamicInt8, StaticInt8
 from mnist_lab.compress.merge_experts import MergeExperts
-from mnist_lab.compress.prune_experts import PruneExperts
-from mnist_lab.compress.prune_neurons import PruneNeurons
+from mnist_lab.compress.prune_experts import ExpertPruning, PruneExperts
+from mnist_lab.compress.prune_neurons import NeuronPruning, PruneNeurons
 from mnist_lab.compress.prune_router import PruneRouter
-from mnist_lab.compress.prune_weights import PruneWeights
-from mnist_lab.compress.train import TrainFFN, TrainMoE
+from mnist_lab.compress.prune_weights import PruneWeights, WeightPruning
+from mnist_lab.compress.train import TrainFFN, TrainLike, TrainMoE
 from mnist_lab.experiments.row import Row
 from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.report.records import BASELINE, CONTROL
@@ -94,6 +95,36 @@ BFLOAT16 = (bfloat16(FFN), bfloat16(MOE))  # for a CPU that has it
 TABLE = (*MODELS, *BFLOAT16)
 
 
+def rival(compressed: Row) -> Row:
+    """A model of a compressed one's size, trained from scratch."""
+    return Row(f"{compressed.family}_rival", TrainLike(), teacher=compressed)
+
+
+def _compression() -> Iterator[Row]:
+    """What a trained model loses when something is left out of it, beside the same size from scratch."""
+    by_itself = Finetuning(teacher="self")
+    yield from (FFN, MOE)
+    for source, ratios in ((FFN, (0.8, 0.95)), (MOE, (0.5, 0.8, 0.9, 0.95, 0.98))):
+        for ratio in ratios:
+            yield pruned_weights(source, PruneWeights(WeightPruning(ratio), by_itself))
+    yield pruned_router(PruneRouter(0.5, by_itself))
+    yield pruned_neurons(MOE, PruneNeurons(NeuronPruning(0.5, "masks"), by_itself))
+    for source in (FFN, MOE):
+        for ratio in (0.5, 0.75):
+            narrower = pruned_neurons(source, PruneNeurons(NeuronPruning(ratio), by_itself))
+            yield from (narrower, rival(narrower))
+    for keep in (2, 1):
+        fewer = pruned_experts(PruneExperts(ExpertPruning(keep), finetuning=by_itself))
+        yield from (fewer, rival(fewer))
+    yield merged_experts(MergeExperts(finetuning=by_itself))
+
+
+COMPRESSION = tuple(_compression())
+
+
 def families(rows: Iterable[Row]) -> tuple[str, ...]:
     """The table's order: each family stands where its first row does."""
     return tuple(dict.fromkeys(row.family for row in rows))
+
+
+ORDER = families((*TABLE, *COMPRESSION))
