@@ -25,7 +25,7 @@ class Finetuning:
 
     finetune_epochs: int | None = field(default=None, metadata={"tag": "ft"})
     """Passes over the training images afterwards; when not given, a fifth of the recipe's, 0 for none."""
-    teacher: Literal["none", "self"] = "none"
+    teacher: Literal["none", "self"] = field(default="none", metadata={"tag": ""})
     """Whom the model learns from besides the labels: nobody, or itself as it was before."""
 
     def __post_init__(self) -> None:
