@@ -16,6 +16,7 @@ Labels = npt.NDArray[np.int64]
 K = TypeVar("K")
 
 TABLE_BATCHES = (1, 64, 1024)  # at which every row's latency is measured
+DEAD_SHARE = 0.1  # an expert with less than that of an even share is dead
 EVALUATION_BATCH = 1000  # dynamic INT8 scales depend on the batch, so it is one size everywhere
 NUM_BINS = 15
 MIB = 2**20

@@ -67,6 +67,15 @@ def test_routing_of_a_copy_is_the_same_and_of_some_experts_known_by_their_old_nu
     assert "gate_kl" not in fewer
 
 
+def test_a_gate_that_is_all_but_sure_gives_a_finite_divergence() -> None:
+    model, pixels = make_moe(), make_dataset().train.pixels
+    sure = copy.deepcopy(model)
+    with torch.no_grad():
+        sure.router.gate.mul_(1e4)
+    for one, two in ((model, sure), (sure, model)):
+        assert math.isfinite(a.compare_routing(one, two, pixels, None)["gate_kl"])
+
+
 def test_experts_to_which_next_to_nothing_comes_are_dead() -> None:
     model = make_moe(RoutingConfig(num_experts=4, top_k=1))
     with torch.no_grad():

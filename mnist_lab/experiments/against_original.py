@@ -14,7 +14,6 @@ from mnist_lab.models import Model, count_parameters, inference_parameters
 from mnist_lab.models.moe import SparseMoE
 
 NUM_IMAGES = 1000  # of the test split, on which experts are compared
-DEAD_SHARE = 0.1  # of an even share, below which an expert is dead
 Figures = dict[str, float]
 
 
@@ -75,12 +74,12 @@ def compare_routing(before: SparseMoE, after: SparseMoE, pixels: Tensor, kept: S
         "routes_jaccard": mean_jaccard(was.experts, experts_now),
         "load_cv_before": variation(was.expert_load),
         "load_cv": variation(now.expert_load),
-        "dead_experts": float((now.expert_load < DEAD_SHARE * now.expert_load.double().mean()).sum()),
+        "dead_experts": float((now.expert_load < measure.DEAD_SHARE * now.expert_load.double().mean()).sum()),
         "expert_cka_before": mean_similarity(before, pixels),
         "expert_cka": mean_similarity(after, pixels),
     }
     if kept is None:
-        p, q = was.router_probs.double().log(), now.router_probs.double().log()
+        p, q = (model.router(model.embed(pixels)).logits_BE.double().log_softmax(dim=1) for model in (before, after))
         figures["gate_kl"] = float((p.exp() * (p - q)).sum(dim=1).mean())
     if (margin := mean_margin(after, pixels)) is not None:
         figures["route_margin"] = margin

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
+from mnist_lab.measure import DEAD_SHARE
 from mnist_lab.report.records import CONTROL, Measurement, Predictions, Record, load_predictions
 from mnist_lab.studies.claims.findings import Values, mcnemar
 
 RUNTIME = "onnxruntime"
 NUM_SHUFFLES = 100
 EPSILON = 1e-12  # keeps the logarithm of a probability that half precision rounded to 0 finite
-DEAD_SHARE = 0.1  # an expert with less than that of an even share is dead
 ROUTING_JOBS = ("router", "sort", "move rows", "combine", "gate")
 
 
