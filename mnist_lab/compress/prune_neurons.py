@@ -24,7 +24,7 @@ from mnist_lab.compress.finetune import Finetuning, check_ratio, finetune
 from mnist_lab.compress.prune_weights import layer_inputs
 from mnist_lab.errors import RunFailed
 from mnist_lab.experiments.technique import Made, Work
-from mnist_lab.models import Model, ModelConfig, build_model, count_parameters
+from mnist_lab.models import Model, ModelConfig, build_skeleton, count_parameters
 from mnist_lab.models.ffn import FFN
 from mnist_lab.models.moe import SparseMoE
 
@@ -269,8 +269,7 @@ def _smaller_chain(layers: nn.ModuleList, name: str, kept: Sequence[Tensor | Non
 
 
 def _load(config: ModelConfig, weights: Mapping[str, Tensor]) -> Model:
-    with torch.device("meta"):
-        model = build_model(config)
+    model = build_skeleton(config)
     model.load_state_dict({name: weight.detach().clone() for name, weight in weights.items()}, assign=True)
     return model.eval()
 

@@ -15,7 +15,7 @@ from onnx.utils import Extractor
 
 from mnist_lab.deploy.artifacts import read_artifact, read_onnx
 from mnist_lab.measure import EVALUATION_BATCH, Array
-from mnist_lab.runtimes import COMBINE
+from mnist_lab.runtimes import COMBINE, COMBINE_BIASES
 from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options
 
 NUM_CALLS = 200
@@ -23,7 +23,8 @@ ROUTING = {"router", "top_logits", "router_probs", "expert_weights"}
 SORTING = {"expert_of_pair", "num_pairs", "ones", "load", "sorted_experts", "image"}
 SORTING |= {"end", "pairs", "place", "place_by_image"}
 MOVING = {"sorted_rows", "expert0.rows", "sorted_outputs", "by_image"}
-GATING = {"no_gates", "gates", "gates_as_column", "by_expert", "gated", "gated_rows"}
+GATING = {"no_gates", "gates", "gates_as_column", "gates_as_row", "by_expert", "lows_by_expert", "gated", "gated_rows"}
+COMBINING = {"weights_as_row", COMBINE, COMBINE_BIASES, "inners", "lows", "mixed_inners", "outputs", "mixed"}
 JOBS = ["stem and head", "experts", "router", "sort", "move rows", "combine", "gate", "quantize"]
 
 
@@ -92,6 +93,6 @@ def job_of(node: str, operator: str) -> str:
     for job, names in (("router", ROUTING), ("sort", SORTING), ("move rows", MOVING), ("gate", GATING)):
         if name in names:
             return job
-    if name.startswith("expert"):
+    if name.startswith(("expert", "shared")):
         return "experts"
-    return "combine" if name in {"weights_as_row", COMBINE, "mixed"} else "stem and head"
+    return "combine" if name in COMBINING else "stem and head"

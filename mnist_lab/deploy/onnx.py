@@ -4,10 +4,11 @@ The normalisation is folded into the first layer. The MoE has two layouts with t
 "sparse" sorts the (image, expert) pairs by expert, as `models/moe.py` does, so that cost grows
 with K; "dense" runs every expert on every image as two large products, and a gate of zeros and
 weights between them keeps the chosen ones. The first computes less, the second moves less. Which one a file
-gets does not depend on the machine: the same model gives the same bytes.
+gets does not depend on the machine: the same model gives the same bytes. Experts with a shared base have a layout
+of their own, "shared", that multiplies with each base once an image, and with the small additions of every expert.
 
 Shapes: B images, P pixels, D model width, H expert width, O expert output width, E experts, K experts per image,
-N = B·K (image, expert) pairs, n of one expert, C classes. In the graph weights are (inputs, outputs).
+N = B·K (image, expert) pairs, n of one expert, C classes, R rank. In the graph weights are (inputs, outputs).
 """
 
 from collections.abc import Iterable, Mapping
@@ -25,17 +26,20 @@ from mnist_lab.deploy.artifacts import save_onnx
 from mnist_lab.measure import Array
 from mnist_lab.models import Model
 from mnist_lab.models.ffn import Normalize
-from mnist_lab.models.moe import SparseMoE, SparseMoEConfig
-from mnist_lab.runtimes import COMBINE, ROUTER
+from mnist_lab.models.moe import SharedBaseExperts, SparseMoE, SparseMoEConfig
+from mnist_lab.runtimes import COMBINE, COMBINE_BIASES, ROUTER
 
 OPSET = 17
 IR_VERSION = 8  # the oldest that has this opset: older runtimes can read the file
-Layout = Literal["sparse", "dense"]
+Layout = Literal["sparse", "dense", "shared"]
 
 
 def choose_layout(config: SparseMoEConfig) -> Layout:
     """The faster one as a rule: sorting the pairs saves nothing where every image visits every expert."""
-    return "dense" if config.routing.top_k == config.routing.num_experts else "sparse"
+    if config.shared_rank is not None:
+        return "shared"
+    is_even = config.expert_widths is None
+    return "dense" if is_even and config.routing.top_k == config.routing.num_experts else "sparse"
 
 
 def write_onnx(model: Model, path: Path, metadata: Mapping[str, Any], *, layout: Layout | None = None) -> None:
@@ -108,6 +112,10 @@ class _Graph:
         weight = self.weight(f"{name}.weight", layer.weight, layer.dtype)
         return self.add("Gemm", [rows, weight, self.weight(f"{name}.bias", layer.bias, layer.dtype)], name)
 
+    def matmul(self, name: str, rows: str, weight: Tensor) -> str:
+        """Without a bias; a weight (inputs, outputs)."""
+        return self.add("MatMul", [rows, self.weight(f"{name}.weight", _array(weight), weight.dtype)], name)
+
     def to_model(self) -> onnx.ModelProto:
         image_shape: list[str | int | None] = ["batch", 1, *self.data.image_size]
         pixels = helper.make_tensor_value_info("pixels", TensorProto.FLOAT, image_shape)
@@ -133,8 +141,7 @@ def _add_layers(graph: _Graph, name: str, layers: list[_Layer], rows: str) -> st
 def _add_moe(graph: _Graph, model: SparseMoE, rows: str, layout: Layout) -> str:
     stem = _fold_normalization(model.normalize, _layers([model.stem])[0])
     hidden = graph.add("Relu", [graph.gemm("stem", rows, stem)], "hidden")  # (B, D)
-    gate = graph.weight("router.gate", _array(model.router.gate), model.router.gate.dtype)  # (D, E)
-    router_logits = graph.add("MatMul", [hidden, gate], ROUTER)  # (B, E)
+    router_logits = graph.matmul(ROUTER, hidden, model.router.gate)  # (B, E)
     top_k = graph.constant("top_k", [model.config.routing.top_k])
     graph.add("TopK", [router_logits, top_k], "top_logits", "top_experts", axis=-1)  # (B, K) each
     if model.config.routing.weighed_over == "all":
@@ -143,7 +150,7 @@ def _add_moe(graph: _Graph, model: SparseMoE, rows: str, layout: Layout) -> str:
         graph.add("GatherElements", ["router_probs", "top_experts"], "expert_weights", axis=-1)  # (B, K)
     else:
         graph.add("Softmax", ["top_logits"], "expert_weights", axis=-1)  # (B, K)
-    mixed = (_add_sparse_experts if layout == "sparse" else _add_dense_experts)(graph, model, hidden)  # (B, O)
+    mixed = EXPERTS[layout](graph, model, hidden)  # (B, O)
     return _add_layers(graph, "head", _layers(model.head), graph.add("Relu", [mixed], "mixed.relu"))  # (B, C)
 
 
@@ -164,10 +171,11 @@ def _add_sparse_experts(graph: _Graph, model: SparseMoE, hidden: str) -> str:
     own_rows = [f"expert{index}.rows" for index in range(num_experts)]
     graph.add("Split", [sorted_rows, load], *own_rows, axis=0)  # (n, D) each
     outputs = []
-    for index, rows in enumerate(own_rows):
-        name, (layer_in, layer_out) = f"expert{index}", _expert_layers(model, index)
-        inner = graph.add("Relu", [graph.gemm(f"{name}.in", rows, layer_in)], f"{name}.relu")  # (n, H)
-        outputs.append(graph.gemm(f"{name}.out", inner, layer_out))  # (n, O)
+    for index, (rows, own) in enumerate(zip(own_rows, model.experts.each(), strict=True)):
+        name = f"expert{index}"
+        inner = graph.gemm(f"{name}.in", rows, _layer(own.weight_in, own.bias_in))  # (n, H)
+        inner = graph.add("Relu", [inner], f"{name}.relu")
+        outputs.append(graph.gemm(f"{name}.out", inner, _layer(own.weight_out, own.bias_out)))  # (n, O)
     sorted_outputs = graph.add("Concat", outputs, "sorted_outputs", axis=0)  # (N, O)
 
     end = graph.add("Squeeze", [num_pairs], "end")
@@ -185,8 +193,7 @@ def _add_sparse_experts(graph: _Graph, model: SparseMoE, hidden: str) -> str:
 def _add_dense_experts(graph: _Graph, model: SparseMoE, hidden: str) -> str:
     """Σ g_e·(relu(h·W_e + b_e)·V_e + c_e) as two products over all experts: g is 0 where an expert was not chosen."""
     num_experts, experts = model.config.routing.num_experts, model.experts
-    no_gates = graph.add("Sub", [ROUTER, ROUTER], "no_gates")  # (B, E)
-    gates = graph.add("ScatterElements", [no_gates, "top_experts", "expert_weights"], "gates", axis=1)  # (B, E)
+    gates = _add_gates(graph)  # (B, E)
     weight_in = _array(experts.weight_in.transpose(0, 1).flatten(1))  # (D, E·H)
     layer_in = _Layer(weight_in, _array(experts.bias_in.flatten()), experts.weight_in.dtype)
     inner = graph.add("Relu", [graph.gemm("experts.in", hidden, layer_in)], "experts.relu")  # (B, E·H)
@@ -196,20 +203,56 @@ def _add_dense_experts(graph: _Graph, model: SparseMoE, hidden: str) -> str:
     gated = graph.add("Mul", [inner, as_column], "gated")  # (B, E, H)
     all_widths = graph.constant("all_widths", [-1, num_experts * model.config.expert_width])
     gated = graph.add("Reshape", [gated, all_widths], "gated_rows")  # (B, E·H)
-    weight_out = _array(experts.weight_out.flatten(0, 1))  # (E·H, O)
-    weight = graph.weight("experts.out.weight", weight_out, experts.weight_out.dtype)
-    output = graph.add("MatMul", [gated, weight], "experts.out")  # (B, O)
-    bias = graph.weight("experts.out.bias", _array(experts.bias_out), experts.bias_out.dtype)  # (E, O)
-    return graph.add("Add", [output, graph.add("MatMul", [gates, bias], COMBINE)], "mixed")  # (B, O)
+    output = graph.matmul("experts.out", gated, experts.weight_out.flatten(0, 1))  # (B, O)
+    return graph.add("Add", [output, graph.matmul(COMBINE, gates, experts.bias_out)], "mixed")  # (B, O)
 
 
-def _expert_layers(model: SparseMoE, index: int) -> tuple[_Layer, _Layer]:
-    """D -> H and H -> O of one expert."""
-    experts = model.experts
-    return (
-        _Layer(_array(experts.weight_in[index]), _array(experts.bias_in[index]), experts.weight_in.dtype),
-        _Layer(_array(experts.weight_out[index]), _array(experts.bias_out[index]), experts.weight_out.dtype),
-    )
+def _add_shared_experts(graph: _Graph, model: SparseMoE, hidden: str) -> str:
+    """Products with a base once an image, and with what each expert adds; those not chosen have weight 0."""
+    experts, width = model.experts, model.config.expert_width
+    assert isinstance(experts, SharedBaseExperts)
+    num_experts, rank = experts.layer_in.left.shape[0], experts.layer_in.left.shape[2]
+    gates = _add_gates(graph)  # (B, E)
+    shared = graph.matmul("shared.in", hidden, experts.layer_in.base)  # (B, H)
+    inners, lows = [], []
+    for index, (bias, left_in, right_in, left_out) in enumerate(
+        zip(experts.bias_in, experts.layer_in.left, experts.layer_in.right, experts.layer_out.left, strict=True)
+    ):
+        name = f"expert{index}"
+        low = graph.matmul(f"{name}.low", hidden, left_in)  # (B, R)
+        inner = graph.add("Add", [shared, graph.gemm(f"{name}.in", low, _layer(right_in, bias))], f"{name}.sum")
+        inners.append(graph.add("Relu", [inner], f"{name}.relu"))  # (B, H)
+        lows.append(graph.matmul(f"{name}.out", inners[-1], left_out))  # (B, R)
+
+    by_expert_shape = graph.constant("by_expert_shape", [-1, num_experts, width])
+    by_expert = graph.add("Reshape", [graph.add("Concat", inners, "inners", axis=1), by_expert_shape], "by_expert")
+    as_row = graph.add("Unsqueeze", [gates, graph.constant("middle_axis", [1])], "gates_as_row")  # (B, 1, E)
+    mixed = graph.add("MatMul", [as_row, by_expert], COMBINE)  # (B, 1, H)
+    mixed = graph.add("Reshape", [mixed, graph.constant("mixed_shape", [-1, width])], "mixed_inners")  # (B, H)
+    output = graph.matmul("shared.out", mixed, experts.layer_out.base)  # (B, O)
+
+    low_shape = graph.constant("low_shape", [-1, num_experts, rank])
+    low = graph.add("Reshape", [graph.add("Concat", lows, "lows", axis=1), low_shape], "lows_by_expert")  # (B, E, R)
+    as_column = graph.add("Unsqueeze", [gates, graph.constant("last_axis", [2])], "gates_as_column")  # (B, E, 1)
+    gated = graph.add("Mul", [low, as_column], "gated")
+    gated = graph.add("Reshape", [gated, graph.constant("all_ranks", [-1, num_experts * rank])], "gated_rows")
+    low = graph.matmul("experts.out", gated, experts.layer_out.right.flatten(0, 1))  # (B, O)
+    bias_out = graph.matmul(COMBINE_BIASES, gates, experts.bias_out)  # (B, O)
+    return graph.add("Add", [graph.add("Add", [output, low], "outputs"), bias_out], "mixed")
+
+
+def _add_gates(graph: _Graph) -> str:
+    """The weights of all experts (B, E), 0 where one was not chosen."""
+    no_gates = graph.add("Sub", [ROUTER, ROUTER], "no_gates")
+    return graph.add("ScatterElements", [no_gates, "top_experts", "expert_weights"], "gates", axis=1)
+
+
+EXPERTS = {"sparse": _add_sparse_experts, "dense": _add_dense_experts, "shared": _add_shared_experts}
+
+
+def _layer(weight: Tensor, bias: Tensor) -> _Layer:
+    """Of a weight (inputs, outputs)."""
+    return _Layer(np.ascontiguousarray(_array(weight)), _array(bias), weight.dtype)
 
 
 def _fold_normalization(normalize: Normalize, layer: _Layer) -> _Layer:

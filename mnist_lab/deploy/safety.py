@@ -101,7 +101,7 @@ def _sketch(graph: onnx.GraphProto) -> onnx.GraphProto:
         for name in node.output:
             part[name] = {name} if sources else set().union(*parts.values())
         same_size = node.input[:1]
-        if node.op_type == "Concat":
+        if node.op_type == "Concat" and any(parts.values()):
             if not all(len(found) == 1 for found in parts.values()) or len(part[node.output[0]]) != len(node.input):
                 raise ValueError(f"{node.name} does not join what was split")
         elif node.op_type == "Range":

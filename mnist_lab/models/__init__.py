@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import msgspec
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from mnist_lab.data import DataSpec
 from mnist_lab.models.ffn import FFN, FFNConfig
-from mnist_lab.models.moe import RoutingConfig, SparseMoE, SparseMoEConfig
+from mnist_lab.models.moe import BASES, ExpertWeights, RoutingConfig, SparseMoE, SparseMoEConfig
 
 PresetName = Literal["compact", "wide"]
 Shape = Literal["ffn", "student", "equal-active", "equal-total"]
@@ -59,6 +60,12 @@ def build_model(config: ModelConfig) -> Model:
     return SparseMoE(config) if isinstance(config, SparseMoEConfig) else FFN(config)
 
 
+def build_skeleton(config: ModelConfig) -> Model:
+    """A model without weights, which takes no memory however large its configuration says it is."""
+    with torch.device("meta"):
+        return build_model(config)
+
+
 def config_from_dict(fields: dict[str, Any]) -> ModelConfig:
     """Undo `dataclasses.asdict` on a model's configuration, as JSON holds it.
 
@@ -70,20 +77,25 @@ def config_from_dict(fields: dict[str, Any]) -> ModelConfig:
     return msgspec.convert(fields, FFNConfig)
 
 
-def inference_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that inference needs: all but the router's noise."""
-    return {name: parameter for name, parameter in model.named_parameters() if name != "router.noise"}
+def inference_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that inference needs: all but the router's noise and units of zeros of narrower experts."""
+    needed = {name: parameter.detach() for name, parameter in model.named_parameters() if name != "router.noise"}
+    if isinstance(model, SparseMoE) and model.config.expert_widths is not None:
+        for part in ExpertWeights._fields:
+            own = [getattr(expert, part).detach().flatten() for expert in model.experts.each()]
+            needed[f"experts.{part}"] = torch.cat(own)
+    return needed
 
 
 def count_parameters(model: Model) -> tuple[int, int]:
-    """Parameters that inference needs, and those that one image uses (K of E experts)."""
+    """Parameters that inference needs, and those that one image uses (on average K of E experts)."""
     sizes = {name: parameter.numel() for name, parameter in inference_parameters(model).items()}
     total = sum(sizes.values())
     if not isinstance(model, SparseMoE):
         return total, total
     routing = model.config.routing
-    in_experts = sum(size for name, size in sizes.items() if name.startswith("experts."))
-    return total, total - in_experts + in_experts // routing.num_experts * routing.top_k
+    in_experts = sum(size for name, size in sizes.items() if name.startswith("experts.") and name not in BASES)
+    return total, total - in_experts + in_experts * routing.top_k // routing.num_experts
 
 
 def parameter_bytes(model: nn.Module) -> int:

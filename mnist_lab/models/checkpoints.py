@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mnist_lab.files import BLANK, check_seal, read_bytes, reading, seal, write_atomically
-from mnist_lab.models import Model, ModelConfig, build_model, config_from_dict
+from mnist_lab.models import Model, build_skeleton, config_from_dict
 
 FORMAT = "mnist-lab-2"
 ADVICE = "Move it away and train again."
@@ -113,12 +113,6 @@ def load_checkpoint(path: Path) -> Checkpoint:
         # Cloned, since the file's own alignment may be too fine for fast products.
         model.load_state_dict({name: tensor.clone() for name, tensor in tensors.items()}, assign=True)
     return Checkpoint(model.eval(), metadata)
-
-
-def build_skeleton(config: ModelConfig) -> Model:
-    """A model without weights, which takes no memory however large its configuration says it is."""
-    with torch.device("meta"):
-        return build_model(config)
 
 
 def check_tensors(tensors: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:

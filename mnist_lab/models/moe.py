@@ -3,13 +3,13 @@
 The router decides, dispatch moves rows, the experts compute, combine moves the rows back.
 
 Shapes: B batch, D model width, H expert width, O expert output width, E experts, K experts per
-input, N = B·K (input, expert) pairs, sorted by expert.
+input, N = B·K (input, expert) pairs, sorted by expert, R rank of what experts add to shared weights.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import torch
 from msgspec import Meta
@@ -30,6 +30,7 @@ from mnist_lab.models.ffn import (
 )
 
 MAX_EXPERTS = 1000
+BASES = ("experts.layer_in.base", "experts.layer_out.base")  # shared by all experts, where they have one
 Balance = Literal["entropy", "switch", "cv", "none", "wrong-sign"]
 Gate = Literal["chosen", "all"]
 
@@ -91,12 +92,23 @@ class SparseMoEConfig:
     """Widths: pixels -> `model_width` -> experts (`expert_width` -> `output_width`) -> `head_widths` -> logits."""
 
     model_width: int
-    expert_width: int
+    expert_width: int  # of the widest
     output_width: int
     head_widths: Annotated[tuple[int, ...], Meta(max_length=16)]
     routing: RoutingConfig
     data: DataSpec
     kind: Literal["moe"] = "moe"
+    expert_widths: tuple[int, ...] | None = None  # of each, where they differ
+    shared_rank: Annotated[int, Meta(ge=1)] | None = None  # of what each adds to weights that all share
+
+    def __post_init__(self) -> None:
+        widths, num_experts = self.expert_widths, self.routing.num_experts
+        if widths is None:
+            return
+        if len(widths) != num_experts or min(widths) < 1 or max(widths) != self.expert_width:
+            raise ValueError(f"{widths} are no widths of {num_experts} experts of up to {self.expert_width}")
+        if self.shared_rank is not None:
+            raise ValueError("experts that share a base have one width")
 
 
 class Decision(NamedTuple):
@@ -155,22 +167,60 @@ class Router(nn.Module):
         return Decision(weights_BK, experts_BK, logits_BE, clean_BE, std_BE)
 
 
-class Experts(nn.Module):
-    """E two-layer networks D -> H -> O with stacked weights, applied to rows that are sorted by expert."""
+class ExpertWeights(NamedTuple):
+    """One expert's two layers, as wide as it is."""
 
-    def __init__(self, num_experts: int, width: int, hidden_width: int, output_width: int) -> None:
+    weight_in: Tensor  # (D, H)
+    bias_in: Tensor  # (H,)
+    weight_out: Tensor  # (H, O)
+    bias_out: Tensor  # (O,)
+
+    def narrow(self, width: int) -> "ExpertWeights":
+        """Its first units only."""
+        return ExpertWeights(self.weight_in[:, :width], self.bias_in[:width], self.weight_out[:width], self.bias_out)
+
+
+class Experts(nn.Module):
+    """E two-layer networks D -> H -> O with stacked weights, applied to rows that are sorted by expert.
+
+    Those that are narrower than the widest have units of zeros, which training leaves at zero: neither they nor what
+    comes out of them has a gradient.
+    """
+
+    weight_in: Tensor  # (E, D, H)
+    bias_in: Tensor  # (E, H)
+    weight_out: Tensor  # (E, H, O)
+    bias_out: Tensor  # (E, O)
+
+    def __init__(self, config: SparseMoEConfig) -> None:
         super().__init__()
-        self.weight_in = nn.Parameter(
-            draw_normal(num_experts, width, hidden_width, times=math.sqrt(2 / width))
-        )  # (E, D, H)
-        self.bias_in = nn.Parameter(torch.zeros(num_experts, hidden_width))  # (E, H)
-        self.weight_out = nn.Parameter(
-            draw_normal(num_experts, hidden_width, output_width, times=math.sqrt(2 / hidden_width))
-        )  # (E, H, O)
-        self.bias_out = nn.Parameter(torch.zeros(num_experts, output_width))  # (E, O)
+        self.widths = config.expert_widths or (config.expert_width,) * config.routing.num_experts
+        self._add_layer("in", config.routing.num_experts, config.model_width, config.expert_width, config)
+        self._add_layer("out", config.routing.num_experts, config.expert_width, config.output_width, config)
+        if config.expert_widths is not None and not self.weight_in.is_meta:
+            self._clear_units()
+
+    def _add_layer(self, name: str, num_experts: int, fan_in: int, fan_out: int, _: SparseMoEConfig) -> None:
+        weight = draw_normal(num_experts, fan_in, fan_out, times=math.sqrt(2 / fan_in))
+        self.register_parameter(f"weight_{name}", nn.Parameter(weight))
+        self.register_parameter(f"bias_{name}", nn.Parameter(torch.zeros(num_experts, fan_out)))
+
+    @torch.no_grad()
+    def _clear_units(self) -> None:
+        """Of those beyond an expert's own width."""
+        for expert, width in enumerate(self.widths):
+            self.weight_in[expert, :, width:] = 0
+            self.weight_out[expert, width:] = 0
+
+    def each(self) -> Iterator[ExpertWeights]:
+        """Every expert without units of zeros."""
+        stacked = (self.weight_in, self.bias_in, self.weight_out, self.bias_out)
+        for width, *weights in zip(self.widths, *(weight.unbind() for weight in stacked), strict=True):
+            own = ExpertWeights(*weights)
+            yield own if width == len(own.bias_in) else own.narrow(width)
 
     def forward(self, rows_ND: Tensor, load_E: Tensor) -> Tensor:
-        rows_ND = cast_like(rows_ND, self.weight_in)
+        rows_ND = cast_like(rows_ND, self.bias_in)
         # In evaluation slices are as fast for a few experts, but a compiler cannot see how many rows each has.
         if self.training or torch.compiler.is_compiling():
             ends_E = load_E.cumsum(0, dtype=torch.int32)
@@ -180,18 +230,60 @@ class Experts(nn.Module):
             return F.grouped_mm(hidden_NH.relu(), self.weight_out, offs=ends_E) + self.bias_out.index_select(
                 0, expert_N
             )  # (N, O)
+        return self._compute_by_slices(rows_ND, load_E.tolist())
+
+    def _compute_by_slices(self, rows_ND: Tensor, load: list[int]) -> Tensor:
         outputs = [
-            torch.addmm(b_out, torch.addmm(b_in, rows, w_in).relu_(), w_out)
-            for rows, w_in, b_in, w_out, b_out in zip(
-                rows_ND.split(load_E.tolist()),
-                self.weight_in.unbind(),
-                self.bias_in.unbind(),
-                self.weight_out.unbind(),
-                self.bias_out.unbind(),
-                strict=True,
-            )
+            torch.addmm(own.bias_out, torch.addmm(own.bias_in, rows, own.weight_in).relu_(), own.weight_out)
+            for rows, own in zip(rows_ND.split(load), self.each(), strict=True)
         ]
         return torch.cat(outputs)  # (N, O)
+
+
+class SharedBase(nn.Module):
+    """Weights (E, I, O) as a base that all share, and each expert's own addition of low rank: base + left · right."""
+
+    def __init__(self, num_experts: int, fan_in: int, fan_out: int, rank: int) -> None:
+        super().__init__()
+        self.base = nn.Parameter(draw_normal(fan_in, fan_out, times=math.sqrt(2 / fan_in)))  # (I, O)
+        self.left = nn.Parameter(draw_normal(num_experts, fan_in, rank, over=math.sqrt(fan_in)))  # (E, I, R)
+        self.right = nn.Parameter(draw_normal(num_experts, rank, fan_out, over=math.sqrt(rank)))  # (E, R, O)
+
+    def full(self) -> Tensor:
+        """(E, I, O)."""
+        return torch.baddbmm(self.base.expand(len(self.left), -1, -1), self.left, self.right)
+
+    def forward(self, rows_NI: Tensor, load: list[int], bias_EO: Tensor) -> Tensor:
+        """Products of rows sorted by expert, the base's for all at once."""
+        results_NO = rows_NI @ self.base
+        parts = zip(rows_NI.split(load), results_NO.split(load), self.left, self.right, bias_EO, strict=True)
+        for rows, results, left, right, bias in parts:
+            results.add_(torch.addmm(bias, rows @ left, right))
+        return results_NO
+
+
+class SharedBaseExperts(Experts):
+    """Experts whose weights are a shared base and additions of low rank (D²-MoE, arXiv:2502.17298)."""
+
+    layer_in: SharedBase
+    layer_out: SharedBase
+
+    def _add_layer(self, name: str, num_experts: int, fan_in: int, fan_out: int, config: SparseMoEConfig) -> None:
+        assert config.shared_rank is not None
+        self.add_module(f"layer_{name}", SharedBase(num_experts, fan_in, fan_out, config.shared_rank))
+        self.register_parameter(f"bias_{name}", nn.Parameter(torch.zeros(num_experts, fan_out)))
+
+    @property
+    def weight_in(self) -> Tensor:  # type: ignore[override]
+        return self.layer_in.full()
+
+    @property
+    def weight_out(self) -> Tensor:  # type: ignore[override]
+        return self.layer_out.full()
+
+    def _compute_by_slices(self, rows_ND: Tensor, load: list[int]) -> Tensor:
+        outputs_NO: Tensor = self.layer_out(self.layer_in(rows_ND, load, self.bias_in).relu_(), load, self.bias_out)
+        return outputs_NO
 
 
 class SparseMoE(nn.Module):
@@ -210,7 +302,7 @@ class SparseMoE(nn.Module):
             weighed_over=routing.weighed_over,
             noisy=routing.noise,
         )
-        self.experts = Experts(routing.num_experts, config.model_width, config.expert_width, config.output_width)
+        self.experts = Experts(config) if config.shared_rank is None else SharedBaseExperts(config)
         self.head = nn.ModuleList(linear_chain(config.output_width, *config.head_widths, config.data.num_classes))
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -264,8 +356,9 @@ class EveryExpert(nn.Module):
     def __init__(self, model: SparseMoE) -> None:
         super().__init__()
         self.model = model
-        self.layers_in = nn.ModuleList(map(_linear, model.experts.weight_in, model.experts.bias_in))
-        self.layers_out = nn.ModuleList(map(_linear, model.experts.weight_out, model.experts.bias_out))
+        experts = list(model.experts.each())
+        self.layers_in = nn.ModuleList(_linear(own.weight_in, own.bias_in) for own in experts)
+        self.layers_out = nn.ModuleList(_linear(own.weight_out, own.bias_out) for own in experts)
         self.train(model.training)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -299,27 +392,30 @@ def with_experts(model: SparseMoE, kept: Sequence[int]) -> SparseMoE:
     """
     if not kept:
         raise ValueError("a mixture of one expert has none to spare")
-    chosen, routing = list(kept), model.config.routing
-    weights = {
-        name: weight[:, chosen]
-        if name.startswith("router.")
-        else weight[chosen]
-        if name.startswith("experts.")
-        else weight
-        for name, weight in model.state_dict().items()
-    }
-    rest = replace(routing, num_experts=len(chosen), top_k=min(routing.top_k, len(chosen)))
+    chosen, config = list(kept), model.config
+    weights = model.state_dict()
+    for name, weight in weights.items():
+        if name.startswith("router."):
+            weights[name] = weight[:, chosen]
+        elif name.startswith("experts.") and name not in BASES:
+            weights[name] = weight[chosen]
+    rest = replace(config.routing, num_experts=len(chosen), top_k=min(config.routing.top_k, len(chosen)))
+    own_widths: dict[str, Any] = {}
+    if config.expert_widths is not None:
+        widths = tuple(config.expert_widths[expert] for expert in chosen)
+        own_widths = {"expert_width": max(widths), "expert_widths": widths}
+        for name, axis in (("weight_in", 2), ("bias_in", 1), ("weight_out", 1)):
+            weights[f"experts.{name}"] = weights[f"experts.{name}"].narrow(axis, 0, max(widths)).contiguous()
     with torch.device("meta"):  # draws no weights
-        smaller = SparseMoE(replace(model.config, routing=rest))
+        smaller = SparseMoE(replace(config, routing=rest, **own_widths))
     smaller.load_state_dict(weights, assign=True)
     return smaller.eval()
 
 
 def as_dense(model: SparseMoE) -> FFN:
     """A mixture of one expert as the dense FFN that it is: every image goes there, with weight 1."""
-    config, experts = model.config, model.experts
-    weight_in, weight_out = experts.weight_in.squeeze(0), experts.weight_out.squeeze(0)
-    hidden = [_linear(weight_in, experts.bias_in[0]), _linear(weight_out, experts.bias_out[0])]
+    config, (only,) = model.config, model.experts.each()
+    hidden = [_linear(only.weight_in, only.bias_in), _linear(only.weight_out, only.bias_out)]
     with torch.device("meta"):
         dense = FFN(
             FFNConfig((config.model_width, config.expert_width, config.output_width, *config.head_widths), config.data)

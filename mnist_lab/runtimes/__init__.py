@@ -27,10 +27,10 @@ EXTENSIONS: dict[RuntimeName, str] = {
     "openvino": "onnx",
     "torchao": "safetensors",
 }
-# An MoE's products that stay in float in a file of any precision: the router decides routes, and the combination is a
-# weighted sum of K rows.
-ROUTER, COMBINE = "router", "combine"
-FLOAT_PRODUCTS = (ROUTER, COMBINE)
+# An MoE's products that stay in float in a file of any precision: the router decides routes, and the combinations are
+# weighted sums of a row an expert.
+ROUTER, COMBINE, COMBINE_BIASES = "router", "combine", "combine_biases"
+FLOAT_PRODUCTS = (ROUTER, COMBINE, COMBINE_BIASES)
 
 COMPILING_TORCH = (2, 15)  # 2.11 can neither trace the MoE's grouped products nor lower torchao's models
 # What torch.compile asks of a compiler, in short. On macOS it looks for OpenMP itself, in several places.

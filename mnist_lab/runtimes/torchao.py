@@ -22,8 +22,8 @@ from mnist_lab.errors import WrongPrecision
 from mnist_lab.files import reading
 from mnist_lab.machine import package_version
 from mnist_lab.measure import Array
-from mnist_lab.models import Model, ModelConfig, config_from_dict
-from mnist_lab.models.checkpoints import build_skeleton, read_tensors
+from mnist_lab.models import Model, ModelConfig, build_skeleton, config_from_dict
+from mnist_lab.models.checkpoints import read_tensors
 from mnist_lab.models.moe import EveryExpert, SparseMoE, SparseMoEConfig
 from mnist_lab.runtimes.pytorch import compile_module
 
