@@ -7,6 +7,7 @@ python prune_mnist.py router --ratio 0.5                       # half of the gat
 python prune_mnist.py experts --keep 1                         # the MoE's best expert becomes a dense FFN
 python prune_mnist.py experts --keep 2 --criterion exact --teacher self
 python prune_mnist.py merge --keep 2 --group outputs           # experts that resemble each other become one
+python prune_mnist.py shared-base --rank 8                     # what experts have in common is stored once
 """
 
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from mnist_lab.compress.prune_experts import ExpertPruning, PruneExperts, check_
 from mnist_lab.compress.prune_neurons import NeuronPruning, PruneNeurons
 from mnist_lab.compress.prune_router import PruneRouter
 from mnist_lab.compress.prune_weights import PruneWeights, WeightPruning
+from mnist_lab.compress.share_base import ShareBase, Sharing
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import (
@@ -34,6 +36,7 @@ from mnist_lab.experiments.rows import (
     pruned_neurons,
     pruned_router,
     pruned_weights,
+    shared_base,
 )
 from mnist_lab.experiments.run import Run
 from mnist_lab.models.moe import RoutingConfig
@@ -123,16 +126,31 @@ class MergeOptions(Options):
         return merged_experts(MergeExperts(self.merging, self.finetuning))
 
 
+@dataclass(frozen=True)
+class SharedBaseOptions(Options):
+    """Store what the MoE's experts have in common once, and of each what it adds, in low rank."""
+
+    sharing: Sharing = field(default_factory=Sharing)
+    finetuning: Finetuning = field(default_factory=Finetuning)
+
+    @property
+    def row(self) -> Row:
+        return shared_base(ShareBase(self.sharing, self.finetuning))
+
+
 PruneOptions = (
     Annotated[WeightOptions, subcommand("weights")]
     | Annotated[NeuronOptions, subcommand("neurons")]
     | Annotated[RouterOptions, subcommand("router")]
     | Annotated[ExpertOptions, subcommand("experts")]
     | Annotated[MergeOptions, subcommand("merge")]
+    | Annotated[SharedBaseOptions, subcommand("shared-base")]
 )
 
 
-def main(options: WeightOptions | NeuronOptions | RouterOptions | ExpertOptions | MergeOptions) -> None:
+def main(
+    options: WeightOptions | NeuronOptions | RouterOptions | ExpertOptions | MergeOptions | SharedBaseOptions,
+) -> None:
     row = options.row
     assert row.source is not None
     with open_lab(options) as lab:

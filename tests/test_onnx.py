@@ -1,5 +1,4 @@
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import onnx
@@ -49,7 +48,7 @@ def test_artifact_gives_the_models_logits(config: ModelConfig, layout: Layout, t
 def test_layouts_agree(config: ModelConfig, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model, pixels = build_model(config).eval(), np.random.default_rng(0).random((300, 1, 28, 28), np.float32)
-    layouts: tuple[Layout, ...] = get_args(Layout)
+    layouts: tuple[Layout, ...] = ("sparse", "dense")
     for layout in layouts:
         write_onnx(model, tmp_path / f"{layout}.onnx", {}, layout=layout)
     sparse, dense = (OnnxRuntimeSession(tmp_path / f"{layout}.onnx", threads=1).predict(pixels) for layout in layouts)

@@ -29,10 +29,10 @@ NO_TRAINING = Finetuning(finetune_epochs=0)
 MODELS = ("ffn", "moe")
 
 
-def make_model(name: str) -> Model:
+def make_model(name: str, expert_width: int = 16) -> Model:
     torch.manual_seed(0)
     routing, data = RoutingConfig(num_experts=3), spec(0.18, 0.18)
-    config = FFNConfig((24, 16), data) if name == "ffn" else SparseMoEConfig(24, 16, 16, (16,), routing, data)
+    config = FFNConfig((24, 16), data) if name == "ffn" else SparseMoEConfig(24, expert_width, 16, (16,), routing, data)
     model = build_model(config).eval()
     for parameter_name, parameter in model.named_parameters():
         if "bias" in parameter_name:
@@ -40,13 +40,20 @@ def make_model(name: str) -> Model:
     return model
 
 
-def some_units(model: Model, seed: int = 0) -> p.Units:
+def some_units(model: Model, seed: int = 0) -> p.Places:
     """Eight of each layer, at random."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.rand(shape, generator=generator).topk(8, dim=-1).indices.sort(dim=-1).values
-        for name, shape in p.hidden_shapes(model).items()
-    }
+    scores = {name: torch.rand(shape, generator=generator) for name, shape in p.hidden_shapes(model).items()}
+    return p.choose_units(scores, NeuronPruning(0.99))
+
+
+def masks_of(model: Model, kept: p.Places) -> p.Units:
+    """1 on the units of these places."""
+    masks = {name: torch.zeros(shape) for name, shape in p.hidden_shapes(model).items()}
+    for name, mask in masks.items():
+        for row, places in zip(mask.view(-1, mask.shape[-1]), kept[name], strict=True):
+            row[places] = 1
+    return masks
 
 
 def all_open(model: Model) -> p.Units:
@@ -63,12 +70,40 @@ def test_model_without_units_is_as_if_they_were_silent(name: str, pixels: Tensor
     model = make_model(name)
     torch.testing.assert_close(p.masked_logits(model, pixels, all_open(model)), model(pixels))
     kept = some_units(model)
-    masks = {layer: torch.zeros(shape).scatter(-1, kept[layer], 1.0) for layer, shape in p.hidden_shapes(model).items()}
     smaller = p.with_units(model, kept)
-    torch.testing.assert_close(smaller(pixels), p.masked_logits(model, pixels, masks))
+    torch.testing.assert_close(smaller(pixels), p.masked_logits(model, pixels, masks_of(model, kept)))
     assert all(shape[-1] == 8 for shape in p.hidden_shapes(smaller).values())
     assert sum(w.numel() for w in smaller.parameters()) < 0.7 * sum(w.numel() for w in model.parameters())
     assert len(build_onnx(smaller).graph.node) == len(build_onnx(model).graph.node)
+
+
+def test_experts_may_end_with_widths_of_their_own(pixels: Tensor) -> None:
+    model = make_model("moe", expert_width=32)
+    scores = {name: torch.rand(shape) for name, shape in p.hidden_shapes(model).items()}
+    scores["experts"][1] += 10
+    kept = p.choose_units(scores, NeuronPruning(0.5))
+    widths = [len(places) for places in kept["experts"]]
+    assert widths[1] == scores["experts"].shape[1]
+    assert sum(widths) == len(widths) * p.num_kept(scores["experts"].shape[1], 0.5)
+    smaller = p.with_units(model, kept)
+    assert isinstance(smaller, SparseMoE)
+    assert [len(own.bias_in) for own in smaller.experts.each()] == widths
+    torch.testing.assert_close(smaller(pixels), p.masked_logits(model, pixels, masks_of(model, kept)))
+
+
+@pytest.mark.parametrize(
+    ("scores", "mean_width", "expected"),
+    [
+        ([[1.0] * 16, [9.0] * 8 + [0.0] * 8], 8, [8, 8]),
+        ([[1.0] * 24, [9.0] * 24], 16, [8, 24]),
+        ([[0.0] * 24, [1.0] * 16 + [0.0] * 8, [5.0] * 24], 16, [8, 16, 24]),
+        ([[1.0] * 5, [9.0] * 5], 5, [5, 5]),
+    ],
+)
+def test_units_of_all_experts_compete_in_blocks(
+    scores: list[list[float]], mean_width: int, expected: list[int]
+) -> None:
+    assert p.compete(torch.tensor(scores), mean_width) == expected
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -1,7 +1,7 @@
 """Structured pruning: hidden units that matter least are taken out, and the model really becomes smaller.
 
 Units are those of the FFN's hidden layers; of an MoE its stem, the inside of its experts, their outputs and its head.
-Each layer loses the same share; each expert its own units, as many as every other, so that experts stay stacked.
+Each layer loses the same share; each expert its own units, as many as every other, or more where they matter less.
 
 Scores of a unit: the norms of its weights in and out, multiplied; first-order importance, (a·∂L/∂a)² of its activation
 (Molchanov et al. 2019, arXiv:1906.10771, with gates); its mean activation times the norm of its weights out; or
@@ -12,11 +12,14 @@ Shapes: D stem width, E experts, H expert width, O expert output width, U units 
 
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
+from scipy.sparse.linalg import LinearOperator, lsmr
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -24,18 +27,23 @@ from mnist_lab.compress.finetune import Finetuning, check_ratio, finetune
 from mnist_lab.compress.prune_weights import layer_inputs
 from mnist_lab.errors import RunFailed
 from mnist_lab.experiments.technique import Made, Work
-from mnist_lab.models import Model, ModelConfig, build_skeleton, count_parameters
+from mnist_lab.measure import MIB
+from mnist_lab.memory import measure_peak
+from mnist_lab.models import Model, ModelConfig, build_skeleton, count_parameters, parameter_bytes
 from mnist_lab.models.ffn import FFN
-from mnist_lab.models.moe import SparseMoE
+from mnist_lab.models.moe import ExpertWeights, SparseMoE
 
 CHOOSING_SIZE = 1000  # training images that the choice is made on
 BATCH = 100  # images of one gradient
 MULTIPLE = 8  # of units: products of other widths are slower, or cannot be grouped by expert
 NUM_MASKS = 1000
-CLOSED_SHARE = 0.5  # of the units, by each mask
-RIDGE = 1.0
+MASKS_AT_ONCE = 10
+RIDGE = 0.5
+NUM_ITERATIONS = 20
 Criterion = Literal["norm", "taylor", "activation", "masks"]
+Values = npt.NDArray[np.float32]
 Units = dict[str, Tensor]  # by layer: (width,), and (E, H) inside experts
+Places = dict[str, list[Tensor]]  # by layer: of its units, in order; inside experts of each
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,8 @@ class NeuronPruning:
     criterion: Criterion = field(default="taylor", metadata={"tag": ""})
     """What a unit is worth: the norms of its weights; first-order importance by gradients; its activation; or the loss
     regressed on random masks, with forward passes only."""
+    widths: Literal["apart", "alike"] = field(default="apart", metadata={"tag": ""})
+    """Of experts: units of all of them compete and their widths come apart, or all keep as many."""
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
@@ -181,24 +191,42 @@ def first_order(model: Model, pixels: Tensor, labels: Tensor) -> Units:
 
 @torch.inference_mode()
 def regressed(model: Model, pixels: Tensor, labels: Tensor, seed: int) -> Units:
-    """Minus the slope of the loss in each unit's mask, by ridge regression on masks that close half of the units."""
+    """Minus the slope of the loss in each unit's mask, by ridge regression on masks that close half of the units.
+
+    Masks are drawn again wherever they are multiplied with, instead of being kept: memory is that of a forward pass.
+    """
     shapes = hidden_shapes(model)
-    sizes = [math.prod(shape) for shape in shapes.values()]
+    num_units = sum(math.prod(shape) for shape in shapes.values())
+    batches = itertools.cycle(zip(pixels.split(BATCH), labels.split(BATCH), strict=True))
+    every_mask = itertools.chain.from_iterable(draw_masks(num_units, seed))
+    losses = [
+        float(F.cross_entropy(masked_logits(model, batch, _by_layer(mask_U, shapes)), targets))
+        for mask_U, (batch, targets) in zip(every_mask, batches, strict=False)
+    ]
+
+    def multiply(slopes_U: Values) -> Values:
+        return np.concatenate([(masks.numpy() - 0.5) @ slopes_U for masks in draw_masks(num_units, seed)])
+
+    def multiply_back(errors_M: Values) -> Values:
+        parts = np.split(errors_M, NUM_MASKS // MASKS_AT_ONCE)
+        masks_and_parts = zip(draw_masks(num_units, seed), parts, strict=True)
+        return np.sum([part @ (masks.numpy() - 0.5) for masks, part in masks_and_parts], axis=0)
+
+    masks_MU = LinearOperator((NUM_MASKS, num_units), multiply, multiply_back, dtype=np.float32)
+    slopes_U = lsmr(masks_MU, np.array(losses) - np.mean(losses), damp=RIDGE, maxiter=NUM_ITERATIONS)[0]
+    return _by_layer(-torch.from_numpy(slopes_U).float(), shapes)
+
+
+def draw_masks(num_units: int, seed: int) -> Iterator[Tensor]:
+    """1 on units that are open, half of them on average, some masks at a time; the same ones whenever called."""
     generator = torch.Generator().manual_seed(seed)
-    masks_MU = (torch.rand(NUM_MASKS, sum(sizes), generator=generator) < 1 - CLOSED_SHARE).float()
-    batches = list(zip(pixels.split(BATCH), labels.split(BATCH), strict=True))
-    losses = []
-    for number, mask_U in enumerate(masks_MU):
-        masks = {
-            name: part.view(shape) for (name, shape), part in zip(shapes.items(), mask_U.split(sizes), strict=True)
-        }
-        batch, targets = batches[number % len(batches)]
-        losses.append(F.cross_entropy(masked_logits(model, batch, masks), targets))
-    loss_M = torch.stack(losses)
-    centred_MU = masks_MU - masks_MU.mean(dim=0)
-    gram_MM = centred_MU @ centred_MU.T  # the dual: there are fewer masks than units
-    worth_U = -centred_MU.T @ torch.linalg.solve(gram_MM + RIDGE * torch.eye(len(gram_MM)), loss_M - loss_M.mean())
-    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), worth_U.split(sizes), strict=True)}
+    for _ in range(NUM_MASKS // MASKS_AT_ONCE):
+        yield torch.randint(0, 2, (MASKS_AT_ONCE, num_units), generator=generator, dtype=torch.float32)
+
+
+def _by_layer(units_U: Tensor, shapes: Mapping[str, tuple[int, ...]]) -> Units:
+    parts = units_U.split([math.prod(shape) for shape in shapes.values()])
+    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
 
 
 def score_units(model: Model, criterion: Criterion, work: Work) -> Units:
@@ -216,45 +244,73 @@ def num_kept(width: int, ratio: float) -> int:
     return min(width, max(MULTIPLE, MULTIPLE * round((1 - ratio) * width / MULTIPLE)))
 
 
-def with_units(model: Model, kept: Units) -> Model:
-    """The same model with these units only, in evaluation mode.
+def choose_units(scores: Units, config: NeuronPruning) -> Places:
+    """The units that stay."""
+    kept = {}
+    for name, score in scores.items():
+        width = num_kept(score.shape[-1], config.ratio)
+        rows = score.unsqueeze(0) if score.ndim == 1 else score
+        widths = compete(rows, width) if config.widths == "apart" and score.ndim > 1 else [width] * len(rows)
+        kept[name] = [row.topk(own).indices.sort().values for row, own in zip(rows, widths, strict=True)]
+    return kept
 
-    Args:
-        kept: their places by layer, in order; inside experts (E, units), each its own.
-    """
+
+def compete(score_EH: Tensor, mean_width: int) -> list[int]:
+    """Widths of that mean, in multiples of 8, by which the units that stay score most; nobody is left without any."""
+    if mean_width < MULTIPLE:
+        return [mean_width] * len(score_EH)
+    blocks_EB = score_EH.sort(dim=1, descending=True).values.unfold(1, MULTIPLE, MULTIPLE).sum(dim=2)
+    blocks_EB[:, 0] = math.inf
+    num_blocks = len(blocks_EB) * mean_width // MULTIPLE
+    winners_E = blocks_EB.flatten().topk(num_blocks).indices // blocks_EB.shape[1]
+    return [MULTIPLE * int(count) for count in torch.bincount(winners_E, minlength=len(blocks_EB))]
+
+
+def with_units(model: Model, kept: Places) -> Model:
+    """The same model with these units only, in evaluation mode."""
     return _smaller_ffn(model, kept) if isinstance(model, FFN) else _smaller_moe(model, kept)
 
 
-def _smaller_ffn(model: FFN, kept: Units) -> Model:
-    widths = tuple(len(places) for places in kept.values())
+def _smaller_ffn(model: FFN, kept: Places) -> Model:
+    places = [own for (own,) in kept.values()]
     weights = dict(model.normalize.state_dict(prefix="normalize."))
-    weights |= _smaller_chain(model.layers, "layers", [None, *kept.values(), None])
-    return _load(replace(model.config, widths=widths), weights)
+    weights |= _smaller_chain(model.layers, "layers", [None, *places, None])
+    return _load(replace(model.config, widths=tuple(map(len, places))), weights)
 
 
-def _smaller_moe(model: SparseMoE, kept: Units) -> Model:
-    stem, inside, output, *head = kept["stem"], kept["experts"], kept["output"], *list(kept.values())[3:]
-    experts = model.experts
+def _smaller_moe(model: SparseMoE, kept: Places) -> Model:
+    (stem,), inside, (output,) = kept["stem"], kept["experts"], kept["output"]
+    head = [own for name, (own, *_) in kept.items() if name.startswith("head.")]
+    widths = tuple(map(len, inside))
     weights = dict(model.normalize.state_dict(prefix="normalize."))
     weights |= {"stem.weight": _linear(model.stem).weight[stem], "stem.bias": _linear(model.stem).bias[stem]}
     weights |= {"router.gate": model.router.gate[stem], "router.noise": model.router.noise[stem]}
-    weights |= {
-        "experts.weight_in": torch.stack([w[stem][:, own] for w, own in zip(experts.weight_in, inside, strict=True)]),
-        "experts.bias_in": experts.bias_in.gather(1, inside),
-        "experts.weight_out": torch.stack(
-            [w[own][:, output] for w, own in zip(experts.weight_out, inside, strict=True)]
-        ),
-        "experts.bias_out": experts.bias_out[:, output],
-    }
+    stacked = model.experts
+    before = map(ExpertWeights, stacked.weight_in, stacked.bias_in, stacked.weight_out, stacked.bias_out)
+    after = [_smaller_expert(own, stem, units, output, max(widths)) for own, units in zip(before, inside, strict=True)]
+    for name, parts in zip(ExpertWeights._fields, zip(*after, strict=True), strict=True):
+        weights[f"experts.{name}"] = torch.stack(parts)
     weights |= _smaller_chain(model.head, "head", [output, *head, None])
     config = replace(
         model.config,
         model_width=len(stem),
-        expert_width=inside.shape[1],
+        expert_width=max(widths),
+        expert_widths=widths if len(set(widths)) > 1 else None,
         output_width=len(output),
-        head_widths=tuple(len(places) for places in head),
+        head_widths=tuple(map(len, head)),
     )
     return _load(config, weights)
+
+
+def _smaller_expert(own: ExpertWeights, stem: Tensor, units: Tensor, output: Tensor, width: int) -> ExpertWeights:
+    """With these units, and zeros up to a width."""
+    more = width - len(units)
+    return ExpertWeights(
+        F.pad(own.weight_in[stem][:, units], (0, more)),
+        F.pad(own.bias_in[units], (0, more)),
+        F.pad(own.weight_out[units][:, output], (0, 0, 0, more)),
+        own.bias_out[output],
+    )
 
 
 def _smaller_chain(layers: nn.ModuleList, name: str, kept: Sequence[Tensor | None]) -> dict[str, Tensor]:
@@ -274,6 +330,12 @@ def _load(config: ModelConfig, weights: Mapping[str, Tensor]) -> Model:
     return model.eval()
 
 
+def _said(places: Sequence[Tensor]) -> str:
+    """How many units stay; of experts of different widths in each."""
+    widths = [len(own) for own in places]
+    return "/".join(map(str, widths if len(set(widths)) > 1 else widths[:1]))
+
+
 @dataclass(frozen=True)
 class PruneNeurons:
     """A trained model with narrower hidden layers."""
@@ -286,15 +348,17 @@ class PruneNeurons:
     def make(self, work: Work) -> Made:
         before = work.source
         assert before is not None
-        scores = score_units(before, self.pruning.criterion, work)
-        kept = {
-            name: score.topk(num_kept(score.shape[-1], self.pruning.ratio), dim=-1).indices.sort(dim=-1).values
-            for name, score in scores.items()
-        }
-        if all(kept[name].shape == score.shape for name, score in scores.items()):
+        scores, choice_bytes = measure_peak(lambda: score_units(before, self.pruning.criterion, work))
+        with torch.inference_mode():
+            _, pass_bytes = measure_peak(lambda: before(work.dataset.train.pixels[:BATCH]))
+        memory = [(parameter_bytes(before) + some) / MIB for some in (choice_bytes, pass_bytes)]
+        kept = choose_units(scores, self.pruning)
+        if sum(len(own) for places in kept.values() for own in places) == sum(map(torch.numel, scores.values())):
             raise RunFailed(f"{work.name}: no layer has a unit to spare, as {MULTIPLE} stay")
         model = with_units(before, kept)
         curves = finetune(work, model, before, self.finetuning)
-        widths = ", ".join(f"{name} {kept[name].shape[-1]} of {score.shape[-1]}" for name, score in scores.items())
+        widths = ", ".join(f"{name} {_said(kept[name])} of {score.shape[-1]}" for name, score in scores.items())
         left = count_parameters(model)[0] / count_parameters(before)[0]
-        return Made(model, curves, {"text": f"{left:.1%} of the parameters left: {widths}", "left": left})
+        took = f"the choice took {memory[0]:.2f} MiB, a pass over {BATCH} images takes {memory[1]:.2f}"
+        text = f"{left:.1%} of the parameters left: {widths}; {took}"
+        return Made(model, curves, {"text": text, "left": left, "choice_mib": memory[0], "pass_mib": memory[1]})

@@ -32,7 +32,7 @@ MAX_RANK = 10**6
 class Sharing:
     """How much of its own each expert keeps."""
 
-    rank: int = field(default=16, metadata={"tag": "R"})
+    rank: int = field(default=8, metadata={"tag": "R"})
     """Rank of what each expert adds to the weights that all share."""
 
     def __post_init__(self) -> None:

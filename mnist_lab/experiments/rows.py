@@ -11,6 +11,7 @@ from mnist_lab.compress.prune_experts import ExpertPruning, PruneExperts
 from mnist_lab.compress.prune_neurons import NeuronPruning, PruneNeurons
 from mnist_lab.compress.prune_router import PruneRouter
 from mnist_lab.compress.prune_weights import PruneWeights, WeightPruning
+from mnist_lab.compress.share_base import ShareBase, Sharing
 from mnist_lab.compress.train import TrainFFN, TrainLike, TrainMoE
 from mnist_lab.experiments.row import Row
 from mnist_lab.models.moe import RoutingConfig
@@ -75,6 +76,11 @@ def merged_experts(step: MergeExperts, source: Row = MOE) -> Row:
     return Row(f"{source.family}_merged", step, source=source)
 
 
+def shared_base(step: ShareBase, source: Row = MOE) -> Row:
+    """The mixture with experts of low rank around what they share."""
+    return Row(f"{source.family}_shared_base", step, source=source)
+
+
 def pruned_experts(step: PruneExperts, source: Row = MOE) -> Row:
     """The mixture with fewer experts."""
     return Row(f"{source.family}_fewer_experts", step, source=source)
@@ -117,6 +123,8 @@ def _compression() -> Iterator[Row]:
         fewer = pruned_experts(PruneExperts(ExpertPruning(keep), finetuning=by_itself))
         yield from (fewer, rival(fewer))
     yield merged_experts(MergeExperts(finetuning=by_itself))
+    shared = shared_base(ShareBase(Sharing(), by_itself))
+    yield from (shared, rival(shared))
 
 
 COMPRESSION = tuple(_compression())

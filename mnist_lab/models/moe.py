@@ -255,11 +255,9 @@ class SharedBase(nn.Module):
 
     def forward(self, rows_NI: Tensor, load: list[int], bias_EO: Tensor) -> Tensor:
         """Products of rows sorted by expert, the base's for all at once."""
-        results_NO = rows_NI @ self.base
-        parts = zip(rows_NI.split(load), results_NO.split(load), self.left, self.right, bias_EO, strict=True)
-        for rows, results, left, right, bias in parts:
-            results.add_(torch.addmm(bias, rows @ left, right))
-        return results_NO
+        parts = zip(rows_NI.split(load), self.left, self.right, bias_EO, strict=True)
+        own = [torch.addmm(bias, rows @ left, right) for rows, left, right, bias in parts]
+        return torch.addmm(torch.cat(own), rows_NI, self.base)
 
 
 class SharedBaseExperts(Experts):
