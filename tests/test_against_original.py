@@ -100,3 +100,16 @@ def test_record_and_table_hold_it_for_what_was_made_of_another(tmp_path: Path) -
     assert "Small" not in text
     assert "gate" not in text  # no column without a value
     assert format_compression(build_table([make_record()]), style="simple") == ""
+
+
+def test_memory_is_of_all_parameters_and_of_a_pass(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path)
+    make(Run(lab, SMALL, 0))
+    record = make(Run(lab, HALVED, 0))
+    assert record.against_original is not None
+    num_params, num_images, width = record.params_total, 100, 8
+    assert record.against_original["params_mib"] == pytest.approx(4 * num_params / 2**20)
+    expected = num_images * (784 + width) * 4 / 2**20  # normalised pixels and what the first layer makes of them
+    assert record.against_original["activations_mib"] == pytest.approx(expected)
+    assert record.against_original["activations_mib_before"] == pytest.approx(expected)
+    assert set(build_table([record])["params_mib"]) == {record.against_original["params_mib"]}

@@ -117,6 +117,22 @@ def test_exact_is_the_best_subset_and_ablation_goes_one_by_one(pixels: torch.Ten
     assert tuple(ablation) == best(best(range(4), 3), 2)
 
 
+def test_exact_grades_what_the_other_criteria_choose_on_validation_images() -> None:
+    work = make_work(make_moe())
+    made = PruneExperts(ExpertPruning(2, "exact"), finetuning=NO_TRAINING).make(work)
+    grades, split = made.proof["grades"], work.dataset.validation
+    assert set(grades) == set(get_args(Criterion))
+    assert grades["exact"]["kept"] == made.proof["kept"]
+    for criterion, grade in grades.items():
+        source = make_moe()
+        assert grade["kept"] == p.choose_experts(source, ExpertPruning(2, criterion), make_work(source))
+        logits = with_experts(source, grade["kept"])(split.pixels)
+        assert grade["acc"] == pytest.approx(float((logits.argmax(dim=1) == split.labels).double().mean()))
+        assert grade["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits, split.labels)), rel=1e-4)
+    as_good = [name for name in grades if name != "exact" and grades[name]["kept"] == grades["exact"]["kept"]]
+    assert all(name in made.proof["text"] for name in as_good)
+
+
 def test_router_growth_is_since_the_models_own_first_weights(pixels: torch.Tensor) -> None:
     work = make_work(make_moe())
     assert isinstance(work.source, SparseMoE)

@@ -10,11 +10,12 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mnist_lab"
 FOUNDATION = {"errors", "files", "folders", "machine", "measure"}
-BASE = {*FOUNDATION, "sources", "data", "models", "training"}
+BASE = {*FOUNDATION, "memory", "sources", "data", "models", "training"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "machine": set(),
     "measure": set(),
+    "memory": set(),
     "files": {"errors"},
     "folders": {"errors", "files"},
     "idx": {"errors"},

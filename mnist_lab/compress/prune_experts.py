@@ -9,21 +9,24 @@ import copy
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mnist_lab import measure
 from mnist_lab.compress.finetune import Finetuning, finetune
 from mnist_lab.errors import RunFailed, UserError
-from mnist_lab.experiments.technique import Made, Work
+from mnist_lab.experiments.technique import Made, Proof, Work
 from mnist_lab.measure import EVALUATION_BATCH
 from mnist_lab.models.moe import SparseMoE, as_dense, with_experts
+from mnist_lab.training import progress_bar, torch_predictor
 
 CHOOSING_SIZE = 10_000  # training images that the choice is made on
 MAX_EXACT = 12  # experts: 4,094 subsets
 Criterion = Literal["utilization", "reap", "redundancy", "router-norm", "ablation", "exact"]
+CHEAPER: tuple[Criterion, ...] = ("utilization", "reap", "redundancy", "router-norm", "ablation")  # than trying all
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,14 @@ class ExpertPruning:
 
     def __post_init__(self) -> None:
         check_keep(self.keep)
+
+
+class Grade(TypedDict):
+    """How a choice of experts does."""
+
+    kept: list[int]
+    loss: float  # nats
+    acc: float
 
 
 class Seen(NamedTuple):
@@ -87,17 +98,15 @@ def router_growth(model: SparseMoE, initial: SparseMoE) -> Tensor:
 
 
 def choose_experts(model: SparseMoE, config: ExpertPruning, work: Work) -> list[int]:
-    """Those that stay, in their order.
-
-    Raises:
-        RunFailed: there are too many subsets to try.
-    """
+    """Those that stay, in their order."""
     num_experts = model.config.routing.num_experts
     pixels = work.dataset.train.pixels[:CHOOSING_SIZE]
     labels = work.dataset.train.labels[:CHOOSING_SIZE]
     if config.criterion == "exact":
-        subsets = map(list, itertools.combinations(range(num_experts), config.keep))
-        return min(subsets, key=lambda some: loss_with(model, some, pixels, labels))
+        subsets = list(map(list, itertools.combinations(range(num_experts), config.keep)))
+        with progress_bar() as progress:
+            tried = progress.track(subsets, description="subsets of experts")
+            return min(tried, key=lambda some: loss_with(model, some, pixels, labels))
     if config.criterion == "ablation":
         return remove_by_loss(model, config.keep, pixels, labels)
     if config.criterion == "router-norm":
@@ -116,6 +125,19 @@ SCORES: dict[Criterion, Callable[[Seen], Tensor]] = {
     "reap": reap,
     "redundancy": distinctness,
 }
+
+
+def grade_criteria(model: SparseMoE, exact: Sequence[int], work: Work) -> dict[Criterion, Grade]:
+    """What every criterion chooses beside the best subset, and how well that does on validation images untrained."""
+    split, keep = work.dataset.validation, len(exact)
+    chosen = {criterion: choose_experts(model, ExpertPruning(keep, criterion), work) for criterion in CHEAPER}
+    grades: dict[Criterion, Grade] = {}
+    for criterion, kept in {**chosen, "exact": list(exact)}.items():
+        with torch.inference_mode():
+            logits = measure.predict(torch_predictor(with_experts(model, kept)), split.pixels.numpy())
+        loss, acc = measure.cross_entropy(logits, split.labels.numpy()), measure.accuracy(logits, split.labels.numpy())
+        grades[criterion] = {"kept": kept, "loss": loss, "acc": acc}
+    return grades
 
 
 def best(scores: Tensor, num: int) -> list[int]:
@@ -187,4 +209,11 @@ class PruneExperts:
             only=["router.gate", "router.noise"] if self.train == "router" else None,
         )
         names = ", ".join(map(str, kept))
-        return Made(model, curves, {"text": f"kept expert{'s' if len(kept) > 1 else ''} {names}", "kept": kept})
+        proof: Proof = {"text": f"kept expert{'s' if len(kept) > 1 else ''} {names}", "kept": kept}
+        if self.pruning.criterion == "exact":
+            proof["grades"] = grade_criteria(before, kept, work)
+            right = [criterion for criterion in CHEAPER if proof["grades"][criterion]["kept"] == kept]
+            proof["text"] += (
+                f", the best of all subsets; found as well by {' and '.join(right) or 'no other criterion'}"
+            )
+        return Made(model, curves, proof)

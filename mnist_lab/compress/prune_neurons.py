@@ -32,6 +32,7 @@ from mnist_lab.memory import measure_peak
 from mnist_lab.models import Model, ModelConfig, build_skeleton, count_parameters, parameter_bytes
 from mnist_lab.models.ffn import FFN
 from mnist_lab.models.moe import ExpertWeights, SparseMoE
+from mnist_lab.training import progress_bar
 
 CHOOSING_SIZE = 1000  # training images that the choice is made on
 BATCH = 100  # images of one gradient
@@ -198,11 +199,12 @@ def regressed(model: Model, pixels: Tensor, labels: Tensor, seed: int) -> Units:
     shapes = hidden_shapes(model)
     num_units = sum(math.prod(shape) for shape in shapes.values())
     batches = itertools.cycle(zip(pixels.split(BATCH), labels.split(BATCH), strict=True))
-    every_mask = itertools.chain.from_iterable(draw_masks(num_units, seed))
-    losses = [
-        float(F.cross_entropy(masked_logits(model, batch, _by_layer(mask_U, shapes)), targets))
-        for mask_U, (batch, targets) in zip(every_mask, batches, strict=False)
-    ]
+    losses = []
+    with progress_bar() as progress:
+        for masks_MU in progress.track(draw_masks(num_units, seed), NUM_MASKS // MASKS_AT_ONCE, description="masks"):
+            for mask_U, (batch, targets) in zip(masks_MU, batches, strict=False):
+                logits = masked_logits(model, batch, _by_layer(mask_U, shapes))
+                losses.append(float(F.cross_entropy(logits, targets)))
 
     def multiply(slopes_U: Values) -> Values:
         return np.concatenate([(masks.numpy() - 0.5) @ slopes_U for masks in draw_masks(num_units, seed)])
@@ -212,8 +214,8 @@ def regressed(model: Model, pixels: Tensor, labels: Tensor, seed: int) -> Units:
         masks_and_parts = zip(draw_masks(num_units, seed), parts, strict=True)
         return np.sum([part @ (masks.numpy() - 0.5) for masks, part in masks_and_parts], axis=0)
 
-    masks_MU = LinearOperator((NUM_MASKS, num_units), multiply, multiply_back, dtype=np.float32)
-    slopes_U = lsmr(masks_MU, np.array(losses) - np.mean(losses), damp=RIDGE, maxiter=NUM_ITERATIONS)[0]
+    every_mask_MU = LinearOperator((NUM_MASKS, num_units), multiply, multiply_back, dtype=np.float32)
+    slopes_U = lsmr(every_mask_MU, np.array(losses) - np.mean(losses), damp=RIDGE, maxiter=NUM_ITERATIONS)[0]
     return _by_layer(-torch.from_numpy(slopes_U).float(), shapes)
 
 

@@ -10,10 +10,11 @@ from torch import Tensor
 from mnist_lab import measure
 from mnist_lab.experiments.run import Run
 from mnist_lab.experiments.technique import Proof
-from mnist_lab.models import Model, count_parameters, inference_parameters
+from mnist_lab.memory import measure_peak
+from mnist_lab.models import Model, count_parameters, inference_parameters, parameter_bytes
 from mnist_lab.models.moe import SparseMoE
 
-NUM_IMAGES = 1000  # of the test split, on which experts are compared
+NUM_IMAGES = 1000  # of the test split, on which experts are compared and a pass's memory is taken
 Figures = dict[str, float]
 
 
@@ -42,9 +43,19 @@ def compare_with_original(
     before = run.lab.once("model", original.output, original.load)
     figures["params_ratio"] = count_parameters(before)[0] / count_parameters(stored)[0]
     figures["nonzero_params"] = float(sum(int((p != 0).sum()) for p in inference_parameters(stored).values()))
+    if run.row.step is not None:
+        figures["params_mib"] = parameter_bytes(stored) / measure.MIB
+        for name, model in (("activations_mib_before", before), ("activations_mib", stored)):
+            figures[name] = peak_activations(model, run.lab.test.pixels[:NUM_IMAGES]) / measure.MIB
     if isinstance(before, SparseMoE) and isinstance(stored, SparseMoE) and run.row.step is not None:
         figures |= compare_routing(before, stored, run.lab.test.pixels[:NUM_IMAGES], proof.get("kept"))
     return figures
+
+
+@torch.inference_mode()
+def peak_activations(model: Model, pixels: Tensor) -> int:
+    """Bytes of all results that a pass in PyTorch holds at once, at most."""
+    return measure_peak(lambda: model(pixels))[1]
 
 
 def mean_divergence(reference: measure.Array, logits: measure.Array) -> float:

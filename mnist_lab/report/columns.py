@@ -118,6 +118,12 @@ def against_original(name: str, format: str = ".3f") -> Column:  # noqa: A002
     return Column(name, lambda record, _: (record.against_original or {}).get(name), mean, format)
 
 
+def _images_per_second(record: Record, measurement: Measurement) -> float | None:
+    """Of a batch of the largest size; of a model made from another only."""
+    timing = measurement.latency_ms.get(str(TABLE_BATCHES[-1]))
+    return None if timing is None or not record.against_original else 1e3 * TABLE_BATCHES[-1] / timing["median_ms"]
+
+
 # Of the models that were made from others, in a section of their own.
 COMPRESSION = (
     against_original("file_ratio", ".2f"),
@@ -135,5 +141,9 @@ COMPRESSION = (
     against_original("dead_experts", ".1f"),
     against_original("expert_cka_before"),
     against_original("expert_cka"),
+    against_original("params_mib"),
+    against_original("activations_mib_before", ".2f"),
+    against_original("activations_mib", ".2f"),
+    Column("images_per_second", _images_per_second, format=",.0f"),
     Column("technique_seconds", lambda r, _: r.train_seconds if r.against_original else None, mean, ".1f"),
 )
