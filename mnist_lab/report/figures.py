@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mnist_lab.report.compression_figures import COMPRESSION_FIGURES
 from mnist_lab.report.drawing import (
     COLORS,
     MARKERS,
@@ -279,7 +280,7 @@ FIGURES: dict[str, Callable[[Results], Figure | None]] = {
         confusion_matrices,
         latency_by_runtime,
     )
-}
+} | COMPRESSION_FIGURES
 
 
 def _split_by_frontier(models: Sequence[Model]) -> tuple[list[Model], list[Model]]:
