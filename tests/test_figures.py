@@ -25,6 +25,7 @@ from mnist_lab.errors import RunFailed
 from mnist_lab.report import drawing, figures, model_figures
 from mnist_lab.report.columns import COLUMNS, Cost
 from mnist_lab.report.columns import figure as figure_column
+from mnist_lab.report.compression_figures import COMPRESSION_FIGURES
 from mnist_lab.report.drawing import LONGEST_NAME, Look, choose_looks, shorten, spread, wrap, write_figures
 from mnist_lab.report.figures import FIGURES, draw_all, pareto_set, radar_radii, within_noise
 from mnist_lab.report.records import CONTROL, Epoch, Measurement, Parent, Record
@@ -50,6 +51,7 @@ NAMES = [name for name, *_ in MODELS]
 TRAINED = [name for name in NAMES if not name.endswith(("INT8", "PTQ", "BF16"))]
 LABELS = [name + (" (openvino)" if name.endswith("BF16") else "") for name in NAMES]
 FRONTIER = ["FFN_PTQ_INT8", "KD_FFN_Student", "KD_FFN_Student_INT8"]
+USUAL = {name: draw for name, draw in FIGURES.items() if name not in COMPRESSION_FIGURES}
 # What a figure can show only of some: of trained models, of a teacher and its students, of mixtures.
 OF_SOME = {"training_curves", "confidence_histogram", "expert_load"}
 
@@ -177,7 +179,7 @@ def test_pareto_figure_says_which_accuracies_are_noise() -> None:
 def test_full_set_gives_a_file_for_every_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "DOTS_PER_INCH", 40)
     paths = list(draw_all(tmp_path, make_results(seeds=2)))
-    assert [path.name for path in paths] == [f"{name}.png" for name in FIGURES]
+    assert [path.name for path in paths] == [f"{name}.png" for name in USUAL]
     assert sorted((tmp_path / "plots").iterdir()) == sorted(paths)
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
 
@@ -294,13 +296,14 @@ def test_files_do_not_hang_on_the_users_settings_which_stay(tmp_path: Path, monk
             assert dict(matplotlib.rcParams) == before
             drawn[path.name] = path.read_bytes()
         assert dict(matplotlib.rcParams) == before
-    assert [name for name in FIGURES if drawn[f"{name}.png"] != expected[f"{name}.png"]] == []
+    assert [name for name in USUAL if drawn[f"{name}.png"] != expected[f"{name}.png"]] == []
 
 
 DRAWING_MODULES = (
     "report.drawing",
     "report.results",
     "report.model_figures",
+    "report.compression_figures",
     "report.figures",
     "studies.claims.figures",
 )
@@ -436,9 +439,9 @@ def test_model_that_onnx_runtime_lacks_is_drawn_in_its_fastest_runtime_which_its
     assert footnote(figures.accuracy_vs_size(others)).startswith("ONNX Runtime; 1 seed")
 
 
-@pytest.mark.parametrize("name", sorted(set(FIGURES) - OF_SOME))
+@pytest.mark.parametrize("name", sorted(set(USUAL) - OF_SOME))
 def test_every_model_is_in_every_figure(name: str) -> None:
-    figure = FIGURES[name](make_results())
+    figure = USUAL[name](make_results())
     assert figure is not None
     words = "\n".join(text.get_text() for text in drawn_labels(figure))
     expected = NAMES if name == "latency_by_runtime" else LABELS
@@ -566,7 +569,7 @@ def test_seeds_that_agree_are_drawn() -> None:
             measurement.bins = {"count": bins, "confidence_sum": bins, "correct": bins}
             measurement.test_acc = 0.983
     results = Results(records, NAMES)
-    for draw in FIGURES.values():
+    for draw in USUAL.values():
         assert draw(results) is not None
 
 
@@ -576,7 +579,7 @@ def test_models_that_are_always_right_or_wrong_are_drawn(accuracy: float) -> Non
     for record in records:
         for measurement in record.measurements.values():
             measurement.test_acc = accuracy
-    for draw in FIGURES.values():
+    for draw in USUAL.values():
         assert draw(Results(records, NAMES)) is not None
 
 
@@ -616,9 +619,9 @@ def assert_readable(figure: Figure | None) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seeds", [1, 2])
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", USUAL)
 def test_no_two_labels_overlap_or_leave_the_figure(name: str, seeds: int) -> None:
-    assert_readable(FIGURES[name](make_results(seeds=seeds)))
+    assert_readable(USUAL[name](make_results(seeds=seeds)))
 
 
 def many_records(num: int, name_of: Callable[[str, int], str]) -> list[Record]:
@@ -647,13 +650,13 @@ NAMINGS: Mapping[str, Callable[[str, int], str]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("naming", NAMINGS)
 @pytest.mark.parametrize("num", [1, 12, 60])
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", USUAL)
 def test_figures_hold_few_and_many_models_of_any_name(name: str, num: int, naming: str) -> None:
     records = many_records(num, NAMINGS[naming])
     assert len({record.model for record in records}) == num
     if naming != "usual":
         assert {len(record.model) for record in records} == {200}
-    figure = FIGURES[name](Results(records, NAMES))
+    figure = USUAL[name](Results(records, NAMES))
     if (name, num) == ("confidence_histogram", 1):
         assert figure is None  # a student and its teacher are two
     else:
@@ -661,9 +664,9 @@ def test_figures_hold_few_and_many_models_of_any_name(name: str, num: int, namin
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FIGURES)
+@pytest.mark.parametrize("name", USUAL)
 def test_long_names_are_shown_short_and_take_no_height_from_the_panels(name: str) -> None:
-    usual, long = (FIGURES[name](Results(many_records(12, NAMINGS[naming]), NAMES)) for naming in ("usual", "long"))
+    usual, long = (USUAL[name](Results(many_records(12, NAMINGS[naming]), NAMES)) for naming in ("usual", "long"))
     assert usual is not None
     assert long is not None
     words = [word for text in drawn_labels(long) for word in text.get_text().replace("\n", "").split()]
@@ -781,7 +784,7 @@ def test_variants_of_a_model_have_its_colour_and_do_not_change_its_look() -> Non
 
 
 def test_titles_say_what_was_run() -> None:
-    for draw in FIGURES.values():
+    for draw in USUAL.values():
         figure = draw(make_results())
         assert figure is not None
         assert figure.get_suptitle().endswith("— mnist · compact · quick")

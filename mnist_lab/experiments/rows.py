@@ -15,7 +15,7 @@ from mnist_lab.compress.share_base import ShareBase, Sharing
 from mnist_lab.compress.train import TrainFFN, TrainLike, TrainMoE
 from mnist_lab.experiments.row import Row
 from mnist_lab.models.moe import RoutingConfig
-from mnist_lab.report.records import BASELINE, CONTROL
+from mnist_lab.report.records import BASELINE, CONTROL, RIVAL
 
 FFN = Row(BASELINE, TrainFFN())
 STUDENT_WITHOUT_TEACHER = Row(CONTROL, TrainFFN("student"))
@@ -103,7 +103,7 @@ TABLE = (*MODELS, *BFLOAT16)
 
 def rival(compressed: Row) -> Row:
     """A model of a compressed one's size, trained from scratch."""
-    return Row(f"{compressed.family}_rival", TrainLike(), teacher=compressed)
+    return Row(compressed.family + RIVAL, TrainLike(), teacher=compressed)
 
 
 def _compression() -> Iterator[Row]:

@@ -50,7 +50,7 @@ with _whatever_backend():
     from matplotlib.figure import Figure as Figure
     from matplotlib.font_manager import FontProperties
     from matplotlib.layout_engine import ConstrainedLayoutEngine
-    from matplotlib.lines import Line2D
+    from matplotlib.lines import Line2D as Line2D
     from matplotlib.projections.polar import PolarAxes
     from matplotlib.textpath import text_to_path
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -186,6 +186,16 @@ def wrap(text: str, inches: float, points: float) -> str:
 def count_lines(texts: Iterable[str]) -> int:
     """Of the text that has most."""
     return 1 + max(text.count("\n") for text in texts)
+
+
+def extra_height(labels: Sequence[str]) -> float:
+    """Inches of the longest label beyond the one line for which there is room."""
+    return LINE_INCHES * (count_lines(labels) - 1)
+
+
+def height_of_places(labels: Sequence[str], inches: float) -> float:
+    """Of a panel with a place for each label, that high, and higher where a label has several lines."""
+    return max(1.2, len(labels) * (inches + extra_height(labels)))
 
 
 def make_figure(

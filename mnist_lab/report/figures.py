@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from mnist_lab.report.compression_figures import COMPRESSION_FIGURES
 from mnist_lab.report.drawing import (
     COLORS,
-    LINE_INCHES,
     MARKERS,
     MUTED,
     NAME_INCHES,
@@ -24,9 +24,9 @@ from mnist_lab.report.drawing import (
     Look,
     MaxNLocator,
     closed,
-    count_lines,
     draw_bars,
     draw_legend,
+    height_of_places,
     make_figure,
     make_logarithmic,
     place_legend,
@@ -43,7 +43,9 @@ from mnist_lab.report.model_figures import (
     training_curves,
 )
 from mnist_lab.report.results import (
+    ACCURACY_LABEL,
     LATENCIES,
+    SIZE_LABEL,
     Model,
     Results,
     compare_only,
@@ -56,8 +58,6 @@ from mnist_lab.report.results import (
 )
 
 PARETO_COLUMNS = ["test_acc", "file_mb", "latency_ms_b64"]
-SIZE_LABEL = "deployed file (MB = 10⁶ bytes)"
-ACCURACY_LABEL = "test accuracy (%)"
 
 
 def draw_all(folder: Path, results: Results) -> Iterator[Path]:
@@ -183,7 +183,7 @@ def comparison_bars(results: Results) -> Figure | None:
         "Comparison, shorter is better",
         cells=len(panels),
         columns=columns,
-        size=(3.2 * columns + 2.8, rows * (1.1 + _height_of_places(labels, 0.3)) + 0.4),
+        size=(3.2 * columns + 2.8, rows * (1.1 + height_of_places(labels, 0.3)) + 0.4),
         sharey=True,
     )
     looks = [model.look for model in models]
@@ -197,7 +197,7 @@ def comparison_bars(results: Results) -> Figure | None:
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
         axes.grid(visible=False, axis="y")
     all_axes[0].set_yticks(range(len(models)), labels)
-    all_axes[0].invert_yaxis()
+    all_axes[0].set_ylim(len(models) - 0.5, -0.5)  # shared by all
     fills = {"INT8": "hatched: INT8", "BF16": "pale: BF16"}
     shown = {model.look.precision for model in models}
     notes = [text for precision, text in fills.items() if precision in shown]
@@ -246,7 +246,7 @@ def latency_by_runtime(results: Results) -> Figure | None:
     names = [model.name for model in models]
     labels = [wrap(model.short_name, NAME_INCHES, 10) for model in models]
     runtimes = sorted(timed["runtime"].unique())
-    size = (13, 1.8 + _height_of_places(labels, 0.35))
+    size = (13, 1.8 + height_of_places(labels, 0.35))
     figure, panels = make_figure(results.records, "Latency by runtime", columns=len(LATENCIES), size=size)
     for axes, (column, batch) in zip(panels, LATENCIES.items(), strict=True):
         for runtime, color, marker in zip(runtimes, COLORS, MARKERS, strict=False):
@@ -280,7 +280,7 @@ FIGURES: dict[str, Callable[[Results], Figure | None]] = {
         confusion_matrices,
         latency_by_runtime,
     )
-}
+} | COMPRESSION_FIGURES
 
 
 def _split_by_frontier(models: Sequence[Model]) -> tuple[list[Model], list[Model]]:
@@ -291,11 +291,6 @@ def _split_by_frontier(models: Sequence[Model]) -> tuple[list[Model], list[Model
 
 def _looks(models: Sequence[Model], suffix: str = "") -> dict[str, Look]:
     return {model.label + suffix: model.look for model in models}
-
-
-def _height_of_places(labels: Sequence[str], inches: float) -> float:
-    """Of a panel with a place for each label, that high, and higher where a label has several lines."""
-    return max(1.2, len(labels) * (inches + LINE_INCHES * (count_lines(labels) - 1)))
 
 
 def _draw_points(axes: Axes, models: Sequence[Model], column: str, *, alpha: float = 1) -> None:

@@ -9,16 +9,15 @@ import pandas as pd
 from mnist_lab.measure import NUM_BINS
 from mnist_lab.report.drawing import (
     COLORS,
-    LINE_INCHES,
     MARKERS,
     MUTED,
     Axes,
     Figure,
     MaxNLocator,
     Values,
-    count_lines,
     draw_heatmap,
     draw_legend,
+    extra_height,
     label_outer,
     make_figure,
     make_logarithmic,
@@ -58,29 +57,30 @@ def training_curves(results: Results) -> Figure | None:
             _draw_curve(axes, model, value_of)
         make_logarithmic(axes, "y", label)
         axes.set_xlabel("epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     draw_legend(figure, {model.short_name: model.look for model in models}, linestyle="-")
     seeds = max(len(model.runs) for model in models)
     note = "mean and single seeds; " if seeds > 1 else ""
-    write_footnote(figure, f"{note}each term of the loss before its weight, mean over the epoch as it ran")
+    finetuned = "; of a compressed model: its fine-tuning" if any(model.is_derived for model in models) else ""
+    write_footnote(figure, f"{note}each term of the loss before its weight, mean over the epoch as it ran{finetuned}")
     return figure
 
 
 def confidence_histogram(results: Results) -> Figure | None:
     """How sure the teacher, its student and the student without a teacher are of their test predictions."""
     models = {model.name: model for model in results.models if _has_bins(model)}
-    taught = [model for model in models.values() if _teacher_of(model) in models]
+    taught = [model for model in models.values() if _teacher_of(model) in models and not model.is_rival]
     if not taught:
         return None
-    student = min(taught, key=lambda model: model.runs[0].family != "KD_FFN_Student")
-    control = next((model for model in models.values() if model.runs[0].family == CONTROL), None)
+    student = min(taught, key=lambda model: model.family != "KD_FFN_Student")
+    control = next((model for model in models.values() if model.family == CONTROL), None)
     shown = [
         (models[_teacher_of(student)], "teacher"),
         (student, "distilled student"),
         *([(control, "student, no teacher")] if control else []),
     ]
     titles = [wrap(f"{role}: {model.label}", 3.7, 10) for model, role in shown]
-    size = (4.2 * len(shown), 4.4 + _extra_height(titles))
+    size = (4.2 * len(shown), 4.4 + extra_height(titles))
     figure, panels = make_figure(
         results.records, "Confidence of test predictions", columns=len(shown), size=size, sharey=True
     )
@@ -102,7 +102,7 @@ def reliability_diagram(results: Results) -> Figure | None:
         return None
     columns = min(5, len(models))
     labels = [wrap(model.label, 2.4, 9) for model in models]
-    size = (max(6, 2.7 * columns), (2.8 + _extra_height(labels)) * math.ceil(len(models) / columns) + 1)
+    size = (max(6, 2.7 * columns), (2.8 + extra_height(labels)) * math.ceil(len(models) / columns) + 1)
     figure, panels = make_figure(
         results.records, "Reliability", cells=len(models), columns=columns, size=size, sharex=True, sharey=True
     )
@@ -127,7 +127,7 @@ def reliability_diagram(results: Results) -> Figure | None:
 def expert_load(results: Results) -> Figure | None:
     """Per MoE, first seed: every expert's share of the load over training, and of each class in the end."""
     found = [model for model in results.models if model.runs[0].expert_by_class and model.runs[0].curves]
-    models = found[:MAX_MOE_VARIANTS]
+    models = _one_per_family_first(found, MAX_MOE_VARIANTS)
     if not models:
         return None
     class_name = "class" if models[0].runs[0].dataset in {"fashion-mnist", "kmnist"} else "digit"
@@ -136,7 +136,7 @@ def expert_load(results: Results) -> Figure | None:
         for model in models
         for what in ("load over training", f"who gets which {class_name}, test images")
     ]
-    size = (12, (3.6 + _extra_height(titles)) * len(models) + 0.9)
+    size = (12, (3.6 + extra_height(titles)) * len(models) + 0.9)
     figure, panels = make_figure(results.records, "Expert load", rows=len(models), columns=2, size=size)
     for axes, title in zip(panels, titles, strict=True):
         axes.set_title(title, fontsize=10)
@@ -168,7 +168,7 @@ def confusion_matrices(results: Results) -> Figure | None:
         return None
     columns = min(5, len(models))
     labels = [wrap(model.label, 2.8, 9) for model in models]
-    size = (max(6, 3.1 * columns), (3.7 + _extra_height(labels)) * math.ceil(len(models) / columns) + 0.8)
+    size = (max(6, 3.1 * columns), (3.7 + extra_height(labels)) * math.ceil(len(models) / columns) + 0.8)
     figure, panels = make_figure(results.records, "Test errors by class", cells=len(models), columns=columns, size=size)
     errors = {model.name: np.array(model.measurements[0].confusion) for model in models}
     for matrix in errors.values():
@@ -195,9 +195,15 @@ def confusion_matrices(results: Results) -> Figure | None:
     return figure
 
 
-def _extra_height(labels: Sequence[str]) -> float:
-    """Inches of a panel's title beyond the one line for which there is room."""
-    return LINE_INCHES * (count_lines(labels) - 1)
+def _one_per_family_first(models: Sequence[Model], num: int) -> list[Model]:
+    """At most so many, in their order; a family's second model only where every family has its first."""
+    families: list[str] = []
+    rounds = {}
+    for model in models:
+        rounds[model.name] = families.count(model.family)
+        families.append(model.family)
+    chosen = sorted(rounds, key=lambda name: rounds[name])[:num]
+    return [model for model in models if model.name in chosen]
 
 
 def _not_shown(found: Sequence[Model], shown: Sequence[Model]) -> str:
@@ -275,4 +281,4 @@ def _draw_load(axes: Axes, record: Record) -> None:
     if num_experts <= 12:
         axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     axes.set(xlabel="epoch", ylabel="share of training pairs (%)", ylim=(0, 1.1 * loads.max()))
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))

@@ -27,6 +27,7 @@ from mnist_lab.runtimes import Precision, RuntimeName
 SCHEMA = 4
 BASELINE = "FFN_baseline"
 CONTROL = "FFN_Student_no_KD"
+RIVAL = "_rival"  # ends the families of models that are as large as a compressed one, and from scratch
 RECORD_PATTERN = "[!.]*.json"  # not what an interrupted write left
 CLAIMS_FOLDER = "claims"  # below a results folder: the runs that only claims compare
 # What a record must say to be one; it can lack any figure.

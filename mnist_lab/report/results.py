@@ -12,13 +12,15 @@ import pandas as pd
 from mnist_lab.measure import TABLE_BATCHES
 from mnist_lab.report.columns import ACCURACY, COLUMNS, Column, Cost
 from mnist_lab.report.drawing import Error, Look, choose_looks, shorten, spread
-from mnist_lab.report.records import Measurement, Record
+from mnist_lab.report.records import RIVAL, Measurement, Record
 from mnist_lab.report.statistics import binomial_interval, confidence_interval
 from mnist_lab.report.table import build_table
 
 RUNTIME = "onnxruntime"
 LATENCIES = {f"latency_ms_b{batch}": batch for batch in TABLE_BATCHES}
 MAX_LISTED = 8  # names in a footnote
+ACCURACY_LABEL = "test accuracy (%)"
+SIZE_LABEL = "deployed file (MB = 10⁶ bytes)"
 
 
 class Conditions(NamedTuple):
@@ -49,6 +51,20 @@ class Model:
         return self.short_name if self.runtime == RUNTIME else f"{self.short_name} ({self.runtime})"
 
     @property
+    def family(self) -> str:
+        return self.runs[0].family
+
+    @property
+    def is_derived(self) -> bool:
+        """Whether it has another model's weights: compressed, or in another form."""
+        return self.runs[0].original != self.name
+
+    @property
+    def is_rival(self) -> bool:
+        """Whether it is a compressed model's architecture from scratch."""
+        return self.family.endswith(RIVAL)
+
+    @property
     def measurements(self) -> list[Measurement]:
         return [record.measurements[self.runtime] for record in self.runs]
 
@@ -62,7 +78,7 @@ class Model:
         """Ends of the 95 % interval: Student's over the seeds, and of one seed the binomial one of the test images."""
         accuracy, half_width = float(self.row["test_acc"]), float(self.row["test_acc_ci95"])
         if len(self.runs) > 1:
-            return accuracy - half_width, min(1.0, accuracy + half_width)
+            return max(0.0, accuracy - half_width), min(1.0, accuracy + half_width)
         return binomial_interval(accuracy, self.num_images) if self.num_images else None
 
     @property
