@@ -30,7 +30,20 @@ def test_weights_are_zero_in_the_file_and_the_record_says_how_many(finished_benc
     assert [float((weight == 0).double().mean()) for weight in weights] == [pytest.approx(0.5, abs=1e-3)] * 3
     record = load_record(finished_bench.results / "runs" / f"{name}.json")
     assert record.original == "FFN_baseline-epochs1"
-    assert record.proof == {"text": "50.0% of the weights are zero", "zeros": pytest.approx(0.5, abs=1e-3)}
+    assert record.proof is not None
+    assert record.proof["zeros"] == pytest.approx(0.5, abs=1e-3)
+    assert record.proof["bytes_by_form"]["dense FP32"] == 4 * sum(weight.numel() for weight in weights)
+
+
+def test_file_of_mostly_zeros_is_smaller_and_the_script_says_why(finished_bench: Bench) -> None:  # noqa: F811
+    out = prune(finished_bench, "weights", "--model", "ffn", "--ratio", "0.95")
+    assert "3 of 3 matrices sparse: 5.0% of their values with an index of 8 bytes each" in out
+    assert "smallest would be sparse INT8" in out
+    whole, pruned = (
+        finished_bench.checkpoints / f"{name}-epochs1-seed0.onnx"
+        for name in ("FFN_baseline", "FFN_baseline_pruned-0.95")
+    )
+    assert pruned.stat().st_size < 0.17 * whole.stat().st_size
 
 
 def test_one_expert_is_a_smaller_dense_model(finished_bench: Bench) -> None:  # noqa: F811

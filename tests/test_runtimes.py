@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from tiny import spec
@@ -326,12 +327,15 @@ def test_file_that_is_not_the_suites_reaches_no_engine(
         open_in(runtime, tmp_path)
 
 
-@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(
+    ("runtime", "read", "content"),
+    [("onnxruntime", "read_artifact", b"hello"), ("openvino", "read_onnx", onnx.ModelProto(producer_name="hello"))],
+)
 def test_what_an_engine_says_is_one_line_about_the_file(
-    runtime: RuntimeName, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    runtime: RuntimeName, read: str, content: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_files(make_model("ffn"), tmp_path)
-    monkeypatch.setattr(f"mnist_lab.runtimes.{runtime}.read_artifact", lambda _: b"hello")
+    monkeypatch.setattr(f"mnist_lab.runtimes.{runtime}.{read}", lambda _: content)
     with pytest.raises(UserError, match="model.onnx is broken") as caught:
         open_in(runtime, tmp_path)
     assert "\n" not in str(caught.value)

@@ -22,7 +22,7 @@ import onnxruntime
 from onnxruntime import quantization as ort_quantization
 from onnxruntime.quantization import calibrate
 
-from mnist_lab.deploy.artifacts import read_artifact, read_onnx_metadata, save_onnx
+from mnist_lab.deploy.artifacts import read_artifact, read_onnx, read_onnx_metadata, save_onnx
 from mnist_lab.deploy.inside import count_rows, isolate_experts
 from mnist_lab.deploy.onnx import build_onnx, write_onnx
 from mnist_lab.errors import UserError, WrongPrecision
@@ -279,16 +279,18 @@ def quantize(
             assert calibration is not None
             rare = rare_experts(artifact, calibration)
             notes["calibration"] = {"num_images": len(calibration), "rows_of_rare_experts": rare}
-            ranges = _find_ranges(artifact, calibration, method, rare)
-            _quantize_static(artifact, temporary, ranges, **common)
+            ranges = _find_ranges(artifact, dense, calibration, method, rare)
+            _quantize_static(dense, temporary, ranges, **common)
         else:
-            ort_quantization.quantize_dynamic(artifact, temporary, op_types_to_quantize=["MatMul", "Gemm"], **common)
+            ort_quantization.quantize_dynamic(dense, temporary, op_types_to_quantize=["MatMul", "Gemm"], **common)
         model = onnx.load(temporary)
         if mode == "static":
             _leave_logits_in_float(model.graph)
         save_onnx(model, temporary, {**metadata, **notes})
 
-    with _quiet():
+    with _quiet(), tempfile.TemporaryDirectory() as folder:
+        dense = Path(folder) / "dense.onnx"  # the converter sees no sparse constants
+        onnx.save(read_onnx(artifact), dense)
         write_atomically(output, convert)
 
 
@@ -299,11 +301,11 @@ def rare_experts(artifact: Path, calibration: Array) -> dict[int, int]:
 
 
 def _find_ranges(
-    artifact: Path, calibration: Array, method: CalibrationMethod, rare: Collection[int]
+    artifact: Path, dense: Path, calibration: Array, method: CalibrationMethod, rare: Collection[int]
 ) -> calibrate.TensorsData:
     """The range of every activation over the calibration images; inside rare experts, as if each image came there."""
     with tempfile.TemporaryDirectory() as folder:
-        ranges = _calibrate(artifact, calibration, method, Path(folder))
+        ranges = _calibrate(dense, calibration, method, Path(folder))
         if rare:
             probe = Path(folder) / "probe.onnx"
             onnx.save(isolate_experts(artifact, rare), probe)
@@ -337,12 +339,12 @@ def _calibrate(model: Path, calibration: Array, method: CalibrationMethod, folde
         return calibrator.compute_data()
 
 
-def _quantize_static(artifact: Path, output: Path, ranges: calibrate.TensorsData, **common: Any) -> None:
+def _quantize_static(dense: Path, output: Path, ranges: calibrate.TensorsData, **common: Any) -> None:
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder) / "ranges.json"
         ort_quantization.save_tensors_data(ranges, cache)
         ort_quantization.quantize_static(
-            artifact,
+            dense,
             output,
             calibration_cache_path=cache,
             quant_format=ort_quantization.QuantFormat.QDQ,

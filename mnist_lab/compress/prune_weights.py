@@ -2,7 +2,7 @@
 
 The score of a weight is |w| (magnitude), or |w|·‖x‖ with x its input over calibration images (Wanda, arXiv:2306.11695),
 for an expert's weights over the images that come to it and times their mean gate (MoE-Pruner, arXiv:2410.12013). Zeros
-are zeros in every file; whether a file or an engine makes anything of them is another matter.
+are zeros in every file; an artifact leaves them out where that takes fewer bytes (`deploy/sparse.py`).
 
 Shapes: I inputs, O outputs, E experts, N rows.
 """
@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from mnist_lab.compress.finetune import Finetuning, Wrap, as_it_is, check_ratio, finetune
+from mnist_lab.deploy.onnx import build_onnx
+from mnist_lab.deploy.sparse import bytes_by_form, describe_storage, store_sparsely
 from mnist_lab.errors import RunFailed, UserError
 from mnist_lab.experiments.technique import Made, Work
 from mnist_lab.models import Model
@@ -309,4 +311,12 @@ class PruneWeights:
         zeros = share_of_zeros(model)
         if zeros <= zeros_before:
             raise RunFailed(f"{work.name}: no weight became zero")
-        return Made(model, curves, {"text": f"{zeros:.1%} of the weights are zero", "zeros": zeros})
+        graph = build_onnx(model).graph
+        store_sparsely(graph)
+        sizes = bytes_by_form(graph)
+        smallest = min(sizes, key=sizes.__getitem__)
+        text = (
+            f"{zeros:.1%} of the weights are zero; {describe_storage(graph)}; "
+            f"smallest would be {smallest}, {sizes[smallest] / 1e6:.3g} MB"
+        )
+        return Made(model, curves, {"text": text, "zeros": zeros, "bytes_by_form": sizes})

@@ -10,6 +10,7 @@ import onnx
 from onnx import numpy_helper
 
 from mnist_lab.deploy.safety import check_graph, constant_bytes
+from mnist_lab.deploy.sparse import make_dense, sparse_bytes, store_sparsely
 from mnist_lab.files import BLANK, check_seal, read_bytes, reading, seal, write_atomically
 
 ADVICE = "Move it away and make it again."
@@ -18,12 +19,15 @@ ADVICE = "Move it away and make it again."
 def save_onnx(model: onnx.ModelProto, path: Path, metadata: Mapping[str, Any]) -> None:
     """Write a model with `metadata` (anything JSON can hold), a string per key and nothing else; sealed.
 
+    Matrices that are smaller so are stored sparsely, in `model` too.
+
     Raises:
         RunFailed: the folder cannot be written.
     """
     for constant in model.graph.initializer:
         if not constant.HasField("raw_data"):  # as the converter leaves its scales
             constant.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(constant), constant.name))
+    store_sparsely(model.graph)
     model.ClearField("metadata_props")
     for key, value in sorted({"digest": BLANK, **metadata}.items()):
         model.metadata_props.add(key=key, value=json.dumps(value, sort_keys=True, allow_nan=False))
@@ -41,12 +45,14 @@ def read_artifact(path: Path) -> bytes:
 
 
 def read_onnx(path: Path) -> onnx.ModelProto:
-    """The model in an artifact.
+    """The model in an artifact, all its constants dense.
 
     Raises:
         UserError: as `read_artifact`.
     """
-    return _read(path)[1]
+    model = _read(path)[1]
+    make_dense(model.graph)
+    return model
 
 
 def read_onnx_metadata(path: Path) -> dict[str, Any]:
@@ -55,14 +61,16 @@ def read_onnx_metadata(path: Path) -> dict[str, Any]:
     Raises:
         UserError: as `read_artifact`.
     """
-    model = read_onnx(path)
+    model = _read(path)[1]
     with reading(path, ADVICE):
         return {entry.key: msgspec.json.decode(entry.value) for entry in model.metadata_props if entry.key != "digest"}
 
 
 def artifact_bytes(path: Path) -> int:
-    """Bytes of all constants that an artifact stores."""
-    return sum(constant_bytes(constant) for constant in read_onnx(path).graph.initializer)
+    """Bytes of all constants that an artifact stores; of sparse ones those of values and indices."""
+    graph = _read(path)[1].graph
+    dense = sum(constant_bytes(constant) for constant in graph.initializer)
+    return dense + sum(sparse_bytes(constant) for constant in graph.sparse_initializer)
 
 
 def _read(path: Path) -> tuple[bytes, onnx.ModelProto]:

@@ -1,7 +1,7 @@
 """Whether a graph is safe to run: of the suite's own operators, and of results whose sizes are known before."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import numpy as np
 import onnx
@@ -20,12 +20,23 @@ ITEM_BYTES: dict[int, int] = {
     TensorProto.FLOAT: 4, TensorProto.BFLOAT16: 2, TensorProto.INT64: 8, TensorProto.INT32: 4,
     TensorProto.INT8: 1, TensorProto.UINT8: 1,
 }  # fmt: skip
+MAY_BE_SPARSE = {TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.UINT8}
+# How many values a sparse constant may stand for, and how long it may be, for each that it stores: of the suite's
+# layers 99.9 % may be zero, while dense none takes more than 342 times the bytes of its values and indices, and none
+# makes results wider than 16 times its values.
+MAX_EXPANSION = 1024
+MAX_LENGTH = 16
 MAX_INDICES = 2000  # constants of no more whole numbers than that are shapes, axes, counts by expert
 
 
 def constant_bytes(constant: onnx.TensorProto) -> int:
     """Of a constant's values, by its shape and type; a type that the suite does not write counts as none."""
     return math.prod(constant.dims) * ITEM_BYTES.get(constant.data_type, 0)
+
+
+def is_in_proportion(dims: Collection[int], num_values: int) -> bool:
+    """Whether a constant of this shape may be stored as so many values and their places."""
+    return math.prod(dims) <= MAX_EXPANSION * num_values and max(dims) <= MAX_LENGTH * num_values
 
 
 def check_graph(model: onnx.ModelProto) -> None:
@@ -35,16 +46,19 @@ def check_graph(model: onnx.ModelProto) -> None:
         ValueError: it could.
     """
     graph = model.graph
-    if model.functions or graph.sparse_initializer or any(opset.domain for opset in model.opset_import):
+    if model.functions or any(opset.domain for opset in model.opset_import):
         raise ValueError("it has functions or operators of its own")
     if [value.name for value in graph.input] != ["pixels"] or [value.name for value in graph.output] != ["logits"]:
         raise ValueError("it does not take pixels and give logits")
     for constant in graph.initializer:
-        if constant.external_data or len(constant.raw_data) != constant_bytes(constant):
-            raise ValueError(f"{constant.name} is not stored as its shape says")
-        if not _is_finite(constant):
-            raise ValueError(f"{constant.name} holds what is no finite number")
-    constants = {constant.name for constant in graph.initializer}
+        _check_stored(constant)
+    for sparse in graph.sparse_initializer:
+        _check_sparse(sparse)
+    names = [constant.name for constant in graph.initializer]
+    names += [sparse.values.name for sparse in graph.sparse_initializer]
+    constants = set(names)
+    if len(constants) < len(names):
+        raise ValueError("two of its constants have the same name")
     for node in graph.node:
         if node.op_type not in OPERATORS or node.domain:
             raise ValueError(f"it has the operator {node.op_type}, which the suite does not write")
@@ -55,13 +69,40 @@ def check_graph(model: onnx.ModelProto) -> None:
     _check_sizes(graph, model.opset_import)
 
 
+def _check_stored(constant: onnx.TensorProto) -> None:
+    """Raise ValueError unless a tensor's values lie in the graph itself, as many as its shape says, and are finite."""
+    if constant.external_data or len(constant.raw_data) != constant_bytes(constant):
+        raise ValueError(f"{constant.name} is not stored as its shape says")
+    if not _is_finite(constant):
+        raise ValueError(f"{constant.name} holds what is no finite number")
+
+
+def _check_sparse(sparse: onnx.SparseTensorProto) -> None:
+    """Raise ValueError unless a constant's values have one place each, in its shape, which is in proportion to them."""
+    values, indices, name = sparse.values, sparse.indices, sparse.values.name
+    if values.data_type not in MAY_BE_SPARSE or indices.data_type != TensorProto.INT64:
+        raise ValueError(f"{name} is sparse, of types that the suite does not write so")
+    _check_stored(values)
+    _check_stored(indices)
+    num_values = math.prod(values.dims)
+    if not list(values.dims) == list(indices.dims) == [num_values]:
+        raise ValueError(f"{name} has not one place for each of its values")
+    if not sparse.dims or min(sparse.dims) < 1 or not is_in_proportion(sparse.dims, num_values):
+        raise ValueError(f"{name} is out of proportion to the values that it stores")
+    places = np.frombuffer(indices.raw_data, np.int64)
+    if places[0] < 0 or places[-1] >= math.prod(sparse.dims) or not (places[1:] > places[:-1]).all():
+        raise ValueError(f"{name} has values in no order, or outside its shape")
+
+
 def _check_sizes(graph: onnx.GraphProto, opsets: Iterable[onnx.OperatorSetIdProto]) -> None:
     """Raise ValueError where a result may hold more values per image than the file holds constants.
 
-    Each that a layer gives is one of its weights' dimensions wide; an MoE's K experts of an image have no more rows
-    than all its experts have weights.
+    Each that a layer gives is one of its weights' dimensions wide, so that of sparse ones the largest counts beside
+    the values stored; an MoE's K experts of an image have no more rows than all its experts have weights.
     """
-    most = EVALUATION_BATCH * sum(math.prod(constant.dims) for constant in graph.initializer)
+    most = sum(math.prod(constant.dims) for constant in graph.initializer)
+    most += sum(math.prod(sparse.values.dims) + max(sparse.dims) for sparse in graph.sparse_initializer)
+    most *= EVALUATION_BATCH
     sketch = helper.make_model(_sketch(graph), opset_imports=list(opsets))
     inferred = onnx.shape_inference.infer_shapes(sketch, strict_mode=True, data_prop=True).graph
     sizes = {value.name: _size(value) for value in [*inferred.value_info, *inferred.output]}
@@ -93,6 +134,9 @@ def _sketch(graph: onnx.GraphProto) -> onnx.GraphProto:
             kept[constant.name] = constant
         else:
             sketch.input.append(helper.make_tensor_value_info(constant.name, constant.data_type, constant.dims))
+    for sparse in graph.sparse_initializer:
+        values = sparse.values
+        sketch.input.append(helper.make_tensor_value_info(values.name, values.data_type, sparse.dims))
     made_by = {name: node for node in graph.node for name in node.output}
     part: dict[str, set[str]] = {}  # which outputs of the Split a tensor comes from
     for node in graph.node:

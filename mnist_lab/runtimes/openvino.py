@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import openvino
 
-from mnist_lab.deploy.artifacts import read_artifact
+from mnist_lab.deploy.artifacts import read_onnx
 from mnist_lab.errors import WrongPrecision
 from mnist_lab.files import reading
 from mnist_lab.machine import package_version
@@ -44,7 +44,7 @@ class OpenVINOSession:
             "INFERENCE_NUM_THREADS": threads,
             "NUM_STREAMS": 1,
         }
-        content = read_artifact(artifact)
+        content = read_onnx(artifact).SerializeToString()  # it cannot read sparse constants
         with reading(artifact):
             self._model = compile_onnx(content, options)
         products = executed_products(self._model)

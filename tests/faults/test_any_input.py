@@ -10,15 +10,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
 import pytest
 import tyro
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from onnx import TensorProto, numpy_helper
 from test_scripts import OPTIONS
 
 from faults.test_damage import FILES
+from faults.test_hostile import bomb, flat, node, save_bomb, values
 from mnist_lab.command.entry import REGISTRY
-from mnist_lab.deploy.artifacts import read_artifact
+from mnist_lab.deploy.artifacts import read_artifact, read_onnx
 from mnist_lab.errors import UserError
 from mnist_lab.files import BLANK, seal
 from mnist_lab.idx import UINT8, find_idx
@@ -72,6 +76,38 @@ def test_any_json(name: str, value: dict[str, Any]) -> None:
 def test_any_architecture(fields: dict[str, Any]) -> None:
     with contextlib.suppress(ValueError):
         config_from_dict(fields)
+
+
+WHOLE = st.integers(0, 99) | st.integers(-(2**63), 2**63 - 1)
+
+
+@SETTINGS
+@given(
+    places=st.sets(st.integers(0, 99), min_size=1).map(sorted) | st.lists(WHOLE),
+    num_values=st.none() | st.integers(0, 99),
+    dims=st.sampled_from([[10, 10], [3, 5, 9], [2000]]) | st.lists(WHOLE, max_size=3),
+    kind=st.sampled_from([TensorProto.FLOAT, TensorProto.INT8, TensorProto.INT64]),
+)
+def test_any_sparse_constant(places: list[int], num_values: int | None, dims: list[int], kind: int) -> None:
+    """It is refused in one line, or stands for no more than a thousand values for each that it stores."""
+    stored = np.ones(len(places) if num_values is None else num_values, np.float32 if kind == 1 else np.int8)
+    matrix = onnx.SparseTensorProto(indices=numpy_helper.from_array(np.array(places, np.int64)), dims=dims)
+    matrix.values.CopyFrom(numpy_helper.from_array(stored, "w"))
+    matrix.values.data_type = kind
+    model = bomb(flat(), node("MatMul", ["x0", "v"]), constants=[values("v", 784, 10)])
+    model.graph.sparse_initializer.append(matrix)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "x.onnx"
+        save_bomb(model, path)
+        try:
+            (dense,) = (constant for constant in read_onnx(path).graph.initializer if constant.name == "w")
+        except UserError as error:
+            assert "\n" not in str(error)  # noqa: PT017
+            return
+    found = numpy_helper.to_array(dense)
+    assert found.shape == tuple(dims)
+    assert found.size <= 1024 * len(stored)
+    assert np.flatnonzero(found).tolist() == places
 
 
 OPTION = st.sampled_from(

@@ -12,11 +12,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from tiny import CHAIN, SMALL, make_lab
+from tiny import CHAIN, SMALL, ZeroSmallest, make_lab
 
 from mnist_lab.compress.int8 import Calibration, DynamicInt8, StaticInt8
 from mnist_lab.compress.train import TrainMoE
-from mnist_lab.deploy.artifacts import artifact_bytes, read_artifact, read_onnx_metadata
+from mnist_lab.deploy.artifacts import artifact_bytes, read_artifact, read_onnx, read_onnx_metadata
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.make import load_or_make
 from mnist_lab.experiments.resume import FileKeeper
@@ -41,6 +41,7 @@ IS_LONG = FILES >= 200
 SEED = int(os.environ.get("FAULT_SEED", "0"))
 MEMORY_KIB = 200 * 1024
 MOE = Row("MoE", TrainMoE())
+SPARSE = Row("Sparse", ZeroSmallest(0.95), source=SMALL)
 INT8 = Row("INT8", source=SMALL, form=StaticInt8(Calibration(100)))
 MOE_INT8 = Row("MoE_INT8", source=MOE, form=DynamicInt8())
 
@@ -63,13 +64,14 @@ def kinds() -> Iterator[dict[str, Kind]]:
 def make_kinds(folder: Path) -> dict[str, Kind]:
     runtimes = ("pytorch", "onnxruntime", *(() if why_missing("torchao") else ("torchao",)))
     lab = make_lab(folder, runtimes=runtimes)
-    for row in (*CHAIN, MOE, INT8, MOE_INT8):
+    for row in (*CHAIN, MOE, SPARSE, INT8, MOE_INT8):
         load_or_make(Run(lab, row, 0))
     run, results = Run(lab, MOE, 0), lab.results
     record = load_record(run.record)
     checkpoint: list[Reader] = [read_tensors, read_provenance, load_checkpoint, lambda path: open_in("pytorch", path)]
     artifact: list[Reader] = [
         read_artifact,
+        read_onnx,
         read_onnx_metadata,
         read_provenance,
         artifact_bytes,
@@ -82,6 +84,7 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
     kinds = {
         "checkpoint": Kind(run.output, checkpoint),
         "artifact": Kind(run.artifact, artifact),
+        "sparse artifact": Kind(Run(lab, SPARSE, 0).artifact, artifact),
         "INT8 artifact": Kind(Run(lab, INT8, 0).artifact, artifact),
         "MoE INT8 artifact": Kind(Run(lab, MOE_INT8, 0).artifact, artifact),
         "record": Kind(run.record, [load_record]),
@@ -103,8 +106,8 @@ def open_in(runtime: str, path: Path) -> object:
 
 
 NAMES = [
-    "checkpoint", "artifact", "INT8 artifact", "MoE INT8 artifact", "record", "predictions", "training state",
-    "dark knowledge", "INT8 checkpoint",
+    "checkpoint", "artifact", "sparse artifact", "INT8 artifact", "MoE INT8 artifact", "record", "predictions",
+    "training state", "dark knowledge", "INT8 checkpoint",
 ]  # fmt: skip
 
 

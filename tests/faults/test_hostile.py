@@ -7,6 +7,7 @@ import random
 import re
 import resource
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from safetensors.torch import save
 
 from faults.scripts import LOAD, QUICK, ROOT, fork_script
 from faults.test_damage import FILES, IS_LONG, SEED, Kind, damage, kinds  # noqa: F401  a fixture
-from mnist_lab.deploy.artifacts import read_artifact
+from mnist_lab.deploy.artifacts import read_artifact, read_onnx
+from mnist_lab.deploy.safety import check_graph
 from mnist_lab.errors import UserError
 from mnist_lab.files import BLANK, DIGEST, seal
 from mnist_lab.models.checkpoints import FORMAT, read_tensors
@@ -191,8 +193,9 @@ def counted(start: int, step: int) -> onnx.ModelProto:
     )  # fmt: skip
 
 
-def outside(path: str) -> onnx.TensorProto:
+def outside(path: str, kind: int = TensorProto.FLOAT) -> onnx.TensorProto:
     constant = values("w", 4)
+    constant.data_type = kind
     constant.ClearField("raw_data")
     constant.data_location = TensorProto.EXTERNAL
     constant.external_data.add(key="location", value=path)
@@ -209,6 +212,79 @@ def not_a_number() -> onnx.TensorProto:
     return numpy_helper.from_array(np.array([np.nan], np.float32), "w")
 
 
+Change = Callable[[onnx.SparseTensorProto], object]
+
+
+def sparse(change: Change = lambda _: None) -> onnx.ModelProto:
+    """A sound graph but for the change: a matrix (784, 20) with a hundred ones, one in every tenth place."""
+    places = numpy_helper.from_array(10 * np.arange(100))
+    matrix = onnx.SparseTensorProto(values=values("w", 100), indices=places, dims=[784, 20])
+    change(matrix)
+    model = bomb(flat(), node("MatMul", ["x0", "w"]))
+    model.graph.sparse_initializer.append(matrix)
+    return model
+
+
+def places(array: Any) -> Change:
+    return lambda matrix: matrix.indices.CopyFrom(numpy_helper.from_array(np.asarray(array)))
+
+
+def stored(array: Any) -> Change:
+    return lambda matrix: matrix.values.CopyFrom(numpy_helper.from_array(np.asarray(array), "w"))
+
+
+def shaped(*dims: int) -> Change:
+    return lambda matrix: matrix.CopyFrom(
+        onnx.SparseTensorProto(values=matrix.values, indices=matrix.indices, dims=dims)
+    )
+
+
+def nothing(matrix: onnx.SparseTensorProto) -> None:
+    stored(np.ones(0, np.float32))(matrix)
+    places(np.ones(0, np.int64))(matrix)
+
+
+def twice() -> onnx.ModelProto:
+    model = sparse()
+    model.graph.initializer.append(values("w", 784, 20))
+    return model
+
+
+def as_wide_as_it_claims() -> onnx.ModelProto:
+    """One number per image times a hundred values that stand for a hundred thousand."""
+    model = sparse(shaped(320, 320))
+    del model.graph.node[:]
+    number = [flat(), node("MatMul", ["x0", "v"], "x1"), node("Reshape", ["x1", "c"], "x2")]  # (B, 1, 1)
+    model.graph.node.extend([*number, node("Mul", ["x2", "w"])])
+    model.graph.initializer.extend([values("v", 784, 1), sizes("c", -1, 1, 1)])
+    return model
+
+
+def test_sparse_constant_is_read() -> None:
+    check_graph(sparse())
+
+
+SPARSE: dict[str, Change] = {
+    "places of 32 bits": places(10 * np.arange(100, dtype=np.int32)),
+    "places by row and column": places(np.stack([np.arange(100), np.arange(100) % 20], axis=1)),
+    "fewer places than values": places(10 * np.arange(99)),
+    "places from high to low": places(10 * np.arange(100)[::-1]),
+    "a place twice": places([0, *range(99)]),
+    "place before the first": places(np.arange(-1, 99)),
+    "place behind the last": places([*range(99), 784 * 20]),
+    "places outside": lambda matrix: matrix.indices.CopyFrom(outside("/etc/passwd", TensorProto.INT64)),
+    "values outside": lambda matrix: matrix.values.CopyFrom(outside("/etc/passwd")),
+    "values that lie of their shape": lambda matrix: matrix.values.CopyFrom(lying()),
+    "values that are no numbers": stored(np.full(100, np.nan, np.float32)),
+    "values of 64 bits": stored(np.ones(100, np.int64)),
+    "values in two dimensions": stored(np.ones((10, 10), np.float32)),
+    "values for a huge shape": shaped(10**9, 10**9),
+    "values for a long shape": shaped(1, 2000),
+    "no shape": shaped(),
+    "a negative shape": shaped(-784, -20),
+    "an empty shape": shaped(0, 20),
+    "no values": nothing,
+}
 GRAPHS: dict[str, Callable[[], onnx.ModelProto]] = {
     "expand of a constant": lambda: bomb(node("Expand", ["w", "s"]), constants=[values("w", 1), sizes("s", 10**10)]),
     "expand of the input": lambda: bomb(node("Expand", ["pixels", "s"]), constants=[sizes("s", 10**6, 1, 28, 28)]),
@@ -234,7 +310,15 @@ GRAPHS: dict[str, Callable[[], onnx.ModelProto]] = {
     "loop": lambda: bomb(node("Loop", ["", "pixels"])),
     "own domain": lambda: bomb(node("Relu", ["pixels"], domain="com.microsoft")),
     "other output": lambda: bomb(node("Relu", ["pixels"], "other")),
+    "two constants of one name": twice,
+    "result as wide as a sparse constant claims to be": as_wide_as_it_claims,
+    **{f"sparse: {name}": partial(sparse, change) for name, change in SPARSE.items()},
 }
+
+
+def save_bomb(model: onnx.ModelProto, path: Path) -> None:
+    model.metadata_props.add(key="digest", value=f'"{BLANK}"')
+    path.write_bytes(seal(model.SerializeToString()))
 
 
 @pytest.mark.parametrize("name", GRAPHS)
@@ -242,12 +326,13 @@ def test_graph_that_could_do_harm_is_refused(tmp_path: Path, name: str) -> None:
     model = GRAPHS[name]()
     if name == "other output":
         model.graph.output[0].name = "other"
-    model.metadata_props.add(key="digest", value=f'"{BLANK}"')
     path = tmp_path / "x.onnx"
-    path.write_bytes(seal(model.SerializeToString()))
+    save_bomb(model, path)
     before_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    with pytest.raises(UserError, match=r"x.onnx is broken"):
-        read_artifact(path)
+    for read in (read_artifact, read_onnx):
+        with pytest.raises(UserError, match=r"x.onnx is broken") as caught:
+            read(path)
+        assert "\n" not in str(caught.value)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before_kib < 200 * 1024
 
 
@@ -269,7 +354,10 @@ def test_header_that_lies_is_refused(tmp_path: Path, name: str) -> None:
         read_tensors(path)
 
 
-@pytest.mark.parametrize("name", ["checkpoint", "MoE INT8 artifact", "record", "training state", "dark knowledge"])
+SEALED = ["checkpoint", "sparse artifact", "MoE INT8 artifact", "record", "training state", "dark knowledge"]
+
+
+@pytest.mark.parametrize("name", SEALED)
 def test_damage_with_a_digest_of_its_own_is_read_or_refused(kinds: dict[str, Kind], name: str) -> None:  # noqa: F811
     """One who knows how to seal a file can change a weight, but neither stop a script otherwise nor take its memory."""
     path, readers = kinds[name]
