@@ -54,7 +54,7 @@ def reference_contestants(ffn: FFN, moe: SparseMoE, folder: Path) -> list[Contes
     onnx.save(replace_experts(moe), vendor)
     contestants = [
         Contestant("MoE", "FP32", "mask loop", _open_torch(partial(mask_loop_forward, moe))),
-        Contestant("MoE", "FP32", "ORT MoE operator", partial(_open_onnxruntime, vendor)),
+        Contestant("MoE", "FP32", "ORT MoE operator", partial(open_onnxruntime, vendor)),
     ]
     for name, model in (("FFN", ffn), ("MoE", EveryExpert(moe))):
         if quantized := _quantize_eagerly(model):
@@ -100,7 +100,7 @@ def _default_engines(name: str, plain: Path) -> list[Contestant]:
     return contestants
 
 
-def _open_onnxruntime(path: Path, threads: int) -> Binder:
+def open_onnxruntime(path: Path, threads: int) -> Binder:
     """As the suite runs its own files, a file of another's."""
     session = onnxruntime.InferenceSession(path, session_options(threads), providers=PROVIDERS)
 

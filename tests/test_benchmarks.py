@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pandas as pd
 import pytest
 import torch
 from tiny import spec
 
-from benchmarks import breakdown, contestants, latency, limits, scaling, training
+from benchmarks import breakdown, contestants, latency, limits, scaling, sparse, training
 from benchmarks.common import BenchmarkOptions
 from benchmarks.contestants import reference_contestants
 from benchmarks.limits import shortest_ms
@@ -52,6 +53,40 @@ def test_contestants_compute_the_same_models(models: tuple[FFN, SparseMoE], tmp_
             assert noise_db < 80  # or it would have run in FP32
     default = next(c for c in found if c.runtime == "OpenVINO default")
     assert default.precision == ("BF16" if has_bfloat16() else "FP32")
+
+
+@pytest.mark.slow
+def test_engines_compute_the_same_mostly_zero_model(tmp_path: Path) -> None:
+    model = sparse.make_ffn(0.95)
+    weights = [weight for weight in model.parameters() if weight.ndim == 2]
+    assert [float((weight == 0).double().mean()) for weight in weights] == [pytest.approx(0.95, abs=1e-3)] * 3
+    expected = torch_predictor(model)(PIXELS)
+    found = list(sparse.find_contestants(model, tmp_path))
+    assert {contestant.rival for contestant in found} <= {(contestant.engine, contestant.form) for contestant in found}
+    with torch.inference_mode():
+        for contestant in found:
+            outcome: Any = contestant.bind(PIXELS)()
+            atol = 0.05 if "INT8" in contestant.engine else 1e-4
+            np.testing.assert_allclose(np.asarray(outcome), expected, atol=atol, err_msg=str(contestant[:2]))
+    assert onnx.load(tmp_path / "sparse.onnx").graph.sparse_initializer
+    assert not onnx.load(tmp_path / "dense.onnx").graph.sparse_initializer
+
+
+@pytest.mark.slow
+def test_sparse_benchmark_sets_every_form_beside_its_dense_rival(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sparse, "BATCHES", (1, 8))
+    monkeypatch.setattr(sparse, "SHARES_OF_ZEROS", (0.9, 0.99))
+    monkeypatch.setattr(sparse, "measure_latency", partial(measure_latency, block_s=1e-3))
+    sparse.main(sparse.SparseOptions(results=tmp_path, rounds=1))
+    table = pd.read_csv(tmp_path / "benchmarks/sparse.csv")
+    assert len(table) == 2 * 2 * 9
+    ms = table.set_index(["zeros", "batch", "engine", "form"])["median_ms"]
+    ratio = table.set_index(["zeros", "batch", "engine", "form"])["ratio"]
+    assert ratio[0.9, 8, "torch", "dense"] == 1
+    assert ratio[0.9, 8, "scipy", "CSR"] == pytest.approx(ms[0.9, 8, "scipy", "CSR"] / ms[0.9, 8, "torch", "dense"])
+    assert (tmp_path / "benchmarks/sparse.md").read_text().startswith("# ")
 
 
 def test_limit_is_the_best_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:

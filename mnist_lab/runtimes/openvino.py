@@ -55,11 +55,7 @@ class OpenVINOSession:
             raise WrongPrecision(f"OpenVINO does not run this model in {precision}: {wrong}")
 
     def prepare(self, pixels: Array) -> BoundRequest:
-        pixels = np.ascontiguousarray(pixels)
-        request = self._model.create_infer_request()
-        request.set_input_tensor(openvino.Tensor(pixels, shared_memory=True))
-        request.infer()  # the first call at a batch size compiles
-        return BoundRequest(request, pixels)
+        return bind_request(self._model, pixels)
 
     def run(self, batch: BoundRequest) -> openvino.InferRequest:
         batch.request.infer()
@@ -70,7 +66,16 @@ class OpenVINOSession:
         return logits
 
 
-def compile_onnx(content: bytes, options: Mapping[str, str | int]) -> openvino.CompiledModel:
+def bind_request(model: openvino.CompiledModel, pixels: Array) -> BoundRequest:
+    """Pixels, bound to a request that has run once: the first call at a batch size compiles."""
+    pixels = np.ascontiguousarray(pixels)
+    request = model.create_infer_request()
+    request.set_input_tensor(openvino.Tensor(pixels, shared_memory=True))
+    request.infer()
+    return BoundRequest(request, pixels)
+
+
+def compile_onnx(content: bytes, options: Mapping[str, str | float]) -> openvino.CompiledModel:
     """An ONNX file's content, compiled for this CPU."""
     return _core().compile_model(_core().read_model(content), "CPU", dict(options))
 

@@ -193,12 +193,15 @@ def counted(start: int, step: int) -> onnx.ModelProto:
     )  # fmt: skip
 
 
-def outside(path: str, kind: int = TensorProto.FLOAT) -> onnx.TensorProto:
-    constant = values("w", 4)
-    constant.data_type = kind
+def put_outside(constant: onnx.TensorProto) -> None:
     constant.ClearField("raw_data")
     constant.data_location = TensorProto.EXTERNAL
-    constant.external_data.add(key="location", value=path)
+    constant.external_data.add(key="location", value="/etc/passwd")
+
+
+def outside() -> onnx.TensorProto:
+    constant = values("w", 4)
+    put_outside(constant)
     return constant
 
 
@@ -239,9 +242,14 @@ def shaped(*dims: int) -> Change:
     )
 
 
-def nothing(matrix: onnx.SparseTensorProto) -> None:
-    stored(np.ones(0, np.float32))(matrix)
-    places(np.ones(0, np.int64))(matrix)
+def few(matrix: onnx.SparseTensorProto, num: int = 40) -> None:
+    stored(np.ones(num, np.float32))(matrix)
+    places(np.arange(num))(matrix)
+
+
+def more_places(matrix: onnx.SparseTensorProto) -> None:
+    places(np.arange(200))(matrix)
+    matrix.indices.dims[:] = [100]
 
 
 def twice() -> onnx.ModelProto:
@@ -268,22 +276,23 @@ SPARSE: dict[str, Change] = {
     "places of 32 bits": places(10 * np.arange(100, dtype=np.int32)),
     "places by row and column": places(np.stack([np.arange(100), np.arange(100) % 20], axis=1)),
     "fewer places than values": places(10 * np.arange(99)),
+    "more places than they say": more_places,
     "places from high to low": places(10 * np.arange(100)[::-1]),
     "a place twice": places([0, *range(99)]),
     "place before the first": places(np.arange(-1, 99)),
     "place behind the last": places([*range(99), 784 * 20]),
-    "places outside": lambda matrix: matrix.indices.CopyFrom(outside("/etc/passwd", TensorProto.INT64)),
-    "values outside": lambda matrix: matrix.values.CopyFrom(outside("/etc/passwd")),
+    "places outside": lambda matrix: put_outside(matrix.indices),
+    "values outside": lambda matrix: put_outside(matrix.values),
     "values that lie of their shape": lambda matrix: matrix.values.CopyFrom(lying()),
     "values that are no numbers": stored(np.full(100, np.nan, np.float32)),
     "values of 64 bits": stored(np.ones(100, np.int64)),
     "values in two dimensions": stored(np.ones((10, 10), np.float32)),
     "values for a huge shape": shaped(10**9, 10**9),
-    "values for a long shape": shaped(1, 2000),
+    "few values for a long side": few,
     "no shape": shaped(),
     "a negative shape": shaped(-784, -20),
     "an empty shape": shaped(0, 20),
-    "no values": nothing,
+    "no values": partial(few, num=0),
 }
 GRAPHS: dict[str, Callable[[], onnx.ModelProto]] = {
     "expand of a constant": lambda: bomb(node("Expand", ["w", "s"]), constants=[values("w", 1), sizes("s", 10**10)]),
@@ -304,7 +313,7 @@ GRAPHS: dict[str, Callable[[], onnx.ModelProto]] = {
     ),
     "constant of shape": lambda: bomb(node("ConstantOfShape", ["s"]), constants=[sizes("s", 10**10)]),
     "tile": lambda: bomb(node("Tile", ["pixels", "s"]), constants=[sizes("s", 10**9, 1, 1, 1)]),
-    "outside": lambda: bomb(node("Add", ["pixels", "w"]), constants=[outside("/etc/passwd")]),
+    "outside": lambda: bomb(node("Add", ["pixels", "w"]), constants=[outside()]),
     "lying shape": lambda: bomb(node("Add", ["pixels", "w"]), constants=[lying()]),
     "not a number": lambda: bomb(node("Add", ["pixels", "w"]), constants=[not_a_number()]),
     "loop": lambda: bomb(node("Loop", ["", "pixels"])),
