@@ -29,6 +29,11 @@ class _Allocations(TorchDispatchMode):
         self.live, self.peak = 0, 0
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Nothing here is compiled, and to say so to the compiler would import it: seconds, for nothing."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         made = {storage for storage in _storages(result) if storage not in self._known}

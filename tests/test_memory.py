@@ -1,5 +1,8 @@
 """What a computation takes at its peak."""
 
+import subprocess
+import sys
+
 import torch
 
 from mnist_lab.memory import measure_peak
@@ -41,3 +44,9 @@ def test_after_it_nothing_is_counted_any_more() -> None:
     kept, peak = measure_peak(lambda: torch.ones(NUM))
     assert (kept + 1).sum() == 2 * NUM
     assert peak == NUM * SIZE
+
+
+def test_compiler_is_not_imported_for_it() -> None:
+    code = "import sys, torch; from mnist_lab.memory import measure_peak as m; m(lambda: torch.ones(3) + 1)"
+    code += "; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

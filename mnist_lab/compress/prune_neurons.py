@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from mnist_lab.compress.finetune import Finetuning, check_ratio, finetune
 from mnist_lab.compress.prune_weights import layer_inputs
+from mnist_lab.compress.train import MULTIPLE
 from mnist_lab.errors import RunFailed
 from mnist_lab.experiments.technique import Made, Work
 from mnist_lab.measure import MIB
@@ -36,7 +37,6 @@ from mnist_lab.training import progress_bar
 
 CHOOSING_SIZE = 1000  # training images that the choice is made on
 BATCH = 100  # images of one gradient
-MULTIPLE = 8  # of units: products of other widths are slower, or cannot be grouped by expert
 NUM_MASKS = 1000
 MASKS_AT_ONCE = 10
 RIDGE = 0.5
@@ -53,7 +53,7 @@ class NeuronPruning:
 
     ratio: float = field(default=0.5, metadata={"tag": ""})
     """Share of each layer's units that are taken out, up to multiples of 8 that stay."""
-    criterion: Criterion = field(default="taylor", metadata={"tag": ""})
+    criterion: Criterion = field(default="norm", metadata={"tag": ""})
     """What a unit is worth: the norms of its weights; first-order importance by gradients; its activation; or the loss
     regressed on random masks, with forward passes only."""
     widths: Literal["apart", "alike"] = field(default="apart", metadata={"tag": ""})

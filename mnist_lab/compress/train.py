@@ -1,14 +1,18 @@
 """Training from scratch on the labels: what the other techniques start from, learn from or are compared with."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 from mnist_lab.data import DataSpec
+from mnist_lab.deploy.onnx import stored_bytes
 from mnist_lab.experiments.technique import Made, Work
-from mnist_lab.models import ModelConfig, Preset, Shape, count_parameters
+from mnist_lab.models import ModelConfig, Preset, Shape, build_skeleton, count_parameters, parameter_bytes
 from mnist_lab.models.ffn import FFNConfig
 from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.training import Objective, supervised_loss
+
+MULTIPLE = 8  # of units: products of other widths are slower, or cannot be grouped by expert
+NUM_STEPS = 256  # between a rival's widths and none
 
 
 def train(work: Work, config: ModelConfig, objective: Objective = supervised_loss) -> Made:
@@ -56,7 +60,11 @@ class TrainMoE:
 
 @dataclass(frozen=True)
 class TrainLike:
-    """The rival of a compressed model: its architecture from scratch, with as many epochs as both its trainings had."""
+    """The rival of a compressed model, from scratch, with as many epochs as both its trainings had.
+
+    It has the same architecture; where the other's zeros make its file smaller, one so much narrower that its own file
+    is no larger.
+    """
 
     label: ClassVar[str] = "from scratch"
     cost: ClassVar[float] = 1.5
@@ -64,7 +72,36 @@ class TrainLike:
 
     def make(self, work: Work) -> Made:
         assert work.teacher is not None  # which gives its size only
-        model = work.build(work.teacher.config)
+        model = work.build(no_larger(work.teacher.config, stored_bytes(work.teacher)))
         curves = work.fit(model, budget=self.budget)
         text = f"{count_parameters(model)[0]:,} parameters trained from scratch over {len(curves)} epochs"
         return Made(model, curves, {"text": text})
+
+
+def no_larger(config: ModelConfig, num_bytes: int) -> ModelConfig:
+    """This architecture, or where its weights in FP32 take more bytes, a narrower one; not below 8 units a layer."""
+    shares = (step / NUM_STEPS for step in range(NUM_STEPS, 0, -1))
+    candidates = [config, *(narrower(config, share) for share in shares)]
+    fitting = (one for one in candidates if parameter_bytes(build_skeleton(one)) <= num_bytes)
+    return next(fitting, candidates[-1])
+
+
+def narrower(config: ModelConfig, share: float) -> ModelConfig:
+    """All hidden widths times that, in multiples of 8."""
+
+    def scale(width: int) -> int:
+        return max(MULTIPLE, MULTIPLE * round(share * width / MULTIPLE))
+
+    def scale_all(widths: tuple[int, ...]) -> tuple[int, ...]:
+        return tuple(map(scale, widths))
+
+    if isinstance(config, FFNConfig):
+        return replace(config, widths=scale_all(config.widths))
+    return replace(
+        config,
+        model_width=scale(config.model_width),
+        expert_width=scale(config.expert_width),
+        output_width=scale(config.output_width),
+        head_widths=scale_all(config.head_widths),
+        expert_widths=None if config.expert_widths is None else scale_all(config.expert_widths),
+    )

@@ -9,8 +9,8 @@ import msgspec
 import onnx
 from onnx import numpy_helper
 
-from mnist_lab.deploy.safety import check_graph, constant_bytes
-from mnist_lab.deploy.sparse import make_dense, sparse_bytes, store_sparsely
+from mnist_lab.deploy.safety import check_graph
+from mnist_lab.deploy.sparse import graph_bytes, make_dense, store_sparsely
 from mnist_lab.files import BLANK, check_seal, read_bytes, reading, seal, write_atomically
 
 ADVICE = "Move it away and make it again."
@@ -67,10 +67,8 @@ def read_onnx_metadata(path: Path) -> dict[str, Any]:
 
 
 def artifact_bytes(path: Path) -> int:
-    """Bytes of all constants that an artifact stores; of sparse ones those of values and indices."""
-    graph = _read(path)[1].graph
-    dense = sum(constant_bytes(constant) for constant in graph.initializer)
-    return dense + sum(sparse_bytes(constant) for constant in graph.sparse_initializer)
+    """Bytes of all constants that an artifact stores."""
+    return graph_bytes(_read(path)[1].graph)
 
 
 def _read(path: Path) -> tuple[bytes, onnx.ModelProto]:

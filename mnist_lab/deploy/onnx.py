@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from mnist_lab.data import DataSpec
 from mnist_lab.deploy.artifacts import save_onnx
+from mnist_lab.deploy.sparse import graph_bytes, store_sparsely
 from mnist_lab.measure import Array
 from mnist_lab.models import Model
 from mnist_lab.models.ffn import Normalize
@@ -72,6 +73,13 @@ def build_onnx(model: Model, *, layout: Layout | None = None) -> onnx.ModelProto
         layers[0] = _fold_normalization(model.normalize, layers[0])
         _add_layers(graph, "fc", layers, "flat_pixels")
     return graph.to_model()
+
+
+def stored_bytes(model: Model) -> int:
+    """Bytes of the constants of a model's artifact."""
+    graph = build_onnx(model).graph
+    store_sparsely(graph)
+    return graph_bytes(graph)
 
 
 class _Layer(NamedTuple):

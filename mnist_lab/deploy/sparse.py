@@ -47,9 +47,11 @@ def make_dense(graph: onnx.GraphProto) -> None:
     graph.initializer.sort(key=lambda constant: place.get(constant.name, len(place)))
 
 
-def sparse_bytes(sparse: onnx.SparseTensorProto) -> int:
-    """Of a sparse constant's values and their indices."""
-    return constant_bytes(sparse.values) + constant_bytes(sparse.indices)
+def graph_bytes(graph: onnx.GraphProto) -> int:
+    """Bytes of all constants as a graph stores them; of sparse ones those of values and indices."""
+    dense = sum(constant_bytes(constant) for constant in graph.initializer)
+    sparse = graph.sparse_initializer
+    return dense + sum(constant_bytes(one.values) + constant_bytes(one.indices) for one in sparse)
 
 
 def bytes_by_form(graph: onnx.GraphProto) -> dict[str, int]:

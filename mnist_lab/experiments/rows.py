@@ -107,24 +107,28 @@ def rival(compressed: Row) -> Row:
 
 
 def _compression() -> Iterator[Row]:
-    """What a trained model loses when something is left out of it, beside the same size from scratch."""
-    by_itself = Finetuning(teacher="self")
+    """What a trained model loses when something is left out of it, beside the same size from scratch, and in INT8."""
+    by_itself, untrained = Finetuning(teacher="self"), Finetuning(finetune_epochs=0)
     yield from (FFN, MOE)
     for source, ratios in ((FFN, (0.8, 0.95)), (MOE, (0.5, 0.8, 0.9, 0.95, 0.98))):
         for ratio in ratios:
-            yield pruned_weights(source, PruneWeights(WeightPruning(ratio), by_itself))
+            yield from _beside_rival(pruned_weights(source, PruneWeights(WeightPruning(ratio), by_itself)))
     yield pruned_router(PruneRouter(0.5, by_itself))
-    yield pruned_neurons(MOE, PruneNeurons(NeuronPruning(0.5, "masks"), by_itself))
+    for criterion in ("masks", "taylor"):
+        yield pruned_neurons(MOE, PruneNeurons(NeuronPruning(0.5, criterion), by_itself))
     for source in (FFN, MOE):
         for ratio in (0.5, 0.75):
-            narrower = pruned_neurons(source, PruneNeurons(NeuronPruning(ratio), by_itself))
-            yield from (narrower, rival(narrower))
+            yield from _beside_rival(pruned_neurons(source, PruneNeurons(NeuronPruning(ratio), by_itself)))
     for keep in (2, 1):
-        fewer = pruned_experts(PruneExperts(ExpertPruning(keep), finetuning=by_itself))
-        yield from (fewer, rival(fewer))
+        yield from _beside_rival(pruned_experts(PruneExperts(ExpertPruning(keep), finetuning=by_itself)))
+    for keep in (3, 2, 1):
+        yield pruned_experts(PruneExperts(ExpertPruning(keep, "exact"), finetuning=untrained))
     yield merged_experts(MergeExperts(finetuning=by_itself))
-    shared = shared_base(ShareBase(Sharing(), by_itself))
-    yield from (shared, rival(shared))
+    yield from _beside_rival(shared_base(ShareBase(Sharing(), by_itself)))
+
+
+def _beside_rival(compressed: Row) -> tuple[Row, Row, Row]:
+    return compressed, static_int8(compressed), rival(compressed)
 
 
 COMPRESSION = tuple(_compression())
