@@ -183,6 +183,17 @@ def test_rivals_are_dashed_and_originals_larger() -> None:
     assert "dashed: the compressed models' architectures from scratch" in footnote(figure)
 
 
+def test_models_that_were_not_fine_tuned_have_a_dotted_line_of_their_own() -> None:
+    untrained = {"kind": "PruneExperts", "finetuning": {"finetune_epochs": 0}}
+    names = ("Sparse_MoE_fewer_experts-3-ft0", "Sparse_MoE_fewer_experts-ft0")
+    records = [*make_records(), *(compressed(name, acc=0.9, nonzero=700, step=untrained) for name in names)]
+    figure = compression_figures.accuracy_vs_nonzero(Results(records, ORDER))
+    assert figure is not None
+    styles = {line.get_linestyle(): points for line, points in lines_of(figure.axes[1])}
+    assert styles[":"] == [(0.7, 90), (0.7, 90)]
+    assert "Sparse_MoE_fewer_experts, not fine-tuned" in legend_names(figure)
+
+
 @pytest.mark.parametrize("seeds", [1, 3])
 def test_accuracies_are_means_with_the_intervals_of_the_other_figures(seeds: int) -> None:
     results = all_results(seeds)

@@ -35,6 +35,7 @@ from mnist_lab.report.results import ACCURACY_LABEL, SIZE_LABEL, Model, Results,
 from mnist_lab.report.statistics import confidence_interval
 
 RIVALS = "rivals from scratch"
+UNTRAINED = ", not fine-tuned"
 RIVAL_LOOK = Look(MUTED, "d")
 JOINED = "joined: settings of one technique"
 ROUTING = {"top1_agreement": "images with the same first expert (%)", "routes_jaccard": "overlap of chosen sets (%)"}
@@ -269,7 +270,7 @@ def _draw_lines(
             [point.y for point in points],
             yerr=np.hstack(errors),
             **look.line | ({} if own[0].is_derived or name == RIVALS else {"markersize": 13}),
-            linestyle="--" if name == RIVALS else "-",
+            linestyle="--" if name == RIVALS else ":" if _is_untrained(own[0]) else "-",
             elinewidth=1,
             capsize=3,
         )
@@ -280,7 +281,15 @@ def _draw_lines(
 def _line_of(model: Model) -> str:
     if model.is_rival:
         return RIVALS
-    return model.family if model.is_derived else f"{model.label} (original)"
+    if not model.is_derived:
+        return f"{model.label} (original)"
+    return model.family + (UNTRAINED if _is_untrained(model) else "")
+
+
+def _is_untrained(model: Model) -> bool:
+    """Whether it was measured as it was once something had been left out."""
+    step = model.runs[0].config.get("step") or {}
+    return step.get("finetuning", {}).get("finetune_epochs") == 0
 
 
 def _interval_over_seeds(model: Model, column: str) -> Error | None:
