@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,6 +17,7 @@ from mnist_lab.training import EpochMetrics, Objective, supervised_loss
 
 BUDGET = 0.2  # of the recipe's epochs
 MAX_EPOCHS = 10**6
+RECOVERY_STEPS = 100  # with fewer, steps of the recipe's size would cost more than what is left can win back
 Wrap = Callable[[Objective], Objective]
 
 
@@ -73,8 +75,14 @@ def finetune(
         objective = distillation_objective(
             copy.deepcopy(before), DistillationConfig(), device=work.device, fixed_pixels=fixed_pixels
         )
+    learning_rate = work.recipe.learning_rate * min(1, num_steps(work, epochs) / RECOVERY_STEPS)
     with _training_only(model, only):
-        return work.fit(model, wrap(objective), epochs=epochs)
+        return work.fit(model, wrap(objective), epochs=epochs, learning_rate=learning_rate)
+
+
+def num_steps(work: Work, epochs: int) -> int:
+    """Of so many epochs on the recipe's batches."""
+    return epochs * math.ceil(len(work.dataset.train) / work.recipe.batch_size)
 
 
 @contextlib.contextmanager

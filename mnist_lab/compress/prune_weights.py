@@ -8,7 +8,6 @@ Shapes: I inputs, O outputs, E experts, N rows.
 """
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from mnist_lab.compress.finetune import Finetuning, Wrap, as_it_is, check_ratio, finetune
+from mnist_lab.compress.finetune import Finetuning, Wrap, as_it_is, check_ratio, finetune, num_steps
 from mnist_lab.deploy.onnx import build_onnx
 from mnist_lab.deploy.sparse import bytes_by_form, describe_storage, store_sparsely
 from mnist_lab.errors import RunFailed, UserError
@@ -270,8 +269,7 @@ class Pruner:
         if schedule == "one-shot" or epochs == 0:
             self.cut()
         else:
-            steps = epochs * math.ceil(len(work.dataset.train) / work.recipe.batch_size)
-            wrap = partial(self.on_the_way, num_steps=steps)
+            wrap = partial(self.on_the_way, num_steps=num_steps(work, epochs))
         curves = finetune(work, self.model, before, finetuning, wrap=wrap)
         self.fold()
         return curves

@@ -49,14 +49,17 @@ class Work:
         *,
         budget: float = 1.0,
         epochs: int | None = None,
+        learning_rate: float | None = None,
     ) -> list[EpochMetrics]:
         """Train `model` in place; the learning curves.
 
         Args:
             budget: share of the recipe's epochs, at least one.
             epochs: that many in place of a share.
+            learning_rate: at its peak; the recipe's when not given.
         """
-        recipe = replace(self.recipe, epochs=epochs or max(1, round(budget * self.recipe.epochs)))
+        epochs = epochs or max(1, round(budget * self.recipe.epochs))
+        recipe = replace(self.recipe, epochs=epochs, learning_rate=learning_rate or self.recipe.learning_rate)
         return fit(
             model,
             self.dataset,
