@@ -21,9 +21,9 @@ ITEM_BYTES: dict[int, int] = {
     TensorProto.INT8: 1, TensorProto.UINT8: 1,
 }  # fmt: skip
 MAY_BE_SPARSE = {TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.UINT8}
-# How many values a sparse constant may stand for, and how long it may be, for each that it stores: of the suite's
-# layers 99.9 % may be zero, while dense none takes more than 342 times the bytes of its values and indices, and none
-# makes results wider than 16 times its values.
+# For each value that it stores, a sparse constant may stand for so many and be so long. That leaves room for 99.9 % of
+# zeros in all but the smallest layers, while made dense none takes more than 342 times the bytes of its values and
+# indices, and none makes results wider than 16 times its values.
 MAX_EXPANSION = 1024
 MAX_LENGTH = 16
 MAX_INDICES = 2000  # constants of no more whole numbers than that are shapes, axes, counts by expert

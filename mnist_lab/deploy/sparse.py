@@ -60,11 +60,11 @@ def bytes_by_form(graph: onnx.GraphProto) -> dict[str, int]:
     Rounding to INT8 adds to the zeros, which is not foreseen here.
     """
     found = _matrices(graph)
-    num_values, num_stored = sum(matrix.num_values for matrix in found), sum(matrix.num_nonzero for matrix in found)
+    num_values, num_nonzero = sum(matrix.num_values for matrix in found), sum(matrix.num_nonzero for matrix in found)
     forms = {}
     for precision, value_bytes in (("FP32", 4), ("INT8", 1)):
         forms[f"dense {precision}"] = num_values * value_bytes
-        forms[f"sparse {precision}"] = num_stored * (INDEX_BYTES + value_bytes)
+        forms[f"sparse {precision}"] = num_nonzero * (INDEX_BYTES + value_bytes)
     return forms
 
 
