@@ -2,6 +2,7 @@
 
 python claims_mnist.py --recipe quick       # minutes
 python claims_mnist.py                      # the standard recipe, within an hour: expect 6 of 14 supported
+python claims_mnist.py --suite compression  # claims 15 to 19, about pruning a mixture, in claims_compression.md
 """
 
 from dataclasses import dataclass, replace
@@ -11,11 +12,14 @@ from mnist_lab.command.console import find_lab, open_lab
 from mnist_lab.command.entry import run_script
 from mnist_lab.command.options import Options, seeds_from
 from mnist_lab.errors import UserError
-from mnist_lab.studies.claims.run import Doors, run_claims
+from mnist_lab.studies.claims.draw import SuiteName
+from mnist_lab.studies.claims.run import Doors, run_claims, run_compression_claims
 
 
 @dataclass(frozen=True)
 class ClaimOptions(Options):
+    suite: SuiteName = "models"
+    """Which claims: the usual ones about the table's models, or those about pruning a mixture."""
     seeds: int = 5
     """Number of seeds, from --seed upward; the grid of temperature and alpha takes up to three, on quick."""
 
@@ -32,7 +36,10 @@ def main(options: ClaimOptions) -> None:
         Doors(partial(open_lab, chosen), partial(find_lab, chosen))
         for chosen in (options, replace(options, recipe="quick"))
     )
-    run_claims(table, grid, seeds=seeds)
+    if options.suite == "models":
+        run_claims(table, grid, seeds=seeds)
+    else:
+        run_compression_claims(table, seeds=seeds)
 
 
 if __name__ == "__main__":

@@ -97,11 +97,10 @@ def draw(folder: Path, records: list[Record]) -> Iterator[Path]:
     from mnist_lab.experiments.rows import ORDER
     from mnist_lab.report.figures import draw_all
     from mnist_lab.report.results import Results
-    from mnist_lab.studies.claims.evidence import Evidence
-    from mnist_lab.studies.claims.figures import draw_claims
+    from mnist_lab.studies.claims.draw import SUITES, draw_claims
 
     if folder.absolute().name == CLAIMS_FOLDER:
-        return draw_claims(folder, Evidence.in_folder(folder, records))
+        return draw_claims(folder, records, *SUITES)
     return draw_all(folder, Results(records, ORDER))
 
 

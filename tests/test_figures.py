@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Text
 from test_claims import make_evidence
+from test_claims_compression import make_pruned
 
 from mnist_lab.errors import RunFailed
 from mnist_lab.report import drawing, figures, model_figures
@@ -31,8 +32,10 @@ from mnist_lab.report.figures import FIGURES, draw_all, pareto_set, radar_radii,
 from mnist_lab.report.records import CONTROL, Epoch, Measurement, Parent, Record
 from mnist_lab.report.results import Results, listed
 from mnist_lab.report.statistics import binomial_interval
+from mnist_lab.studies.claims.compression_figures import COMPRESSION_FIGURES
+from mnist_lab.studies.claims.draw import SUITES, draw_claims
 from mnist_lab.studies.claims.evidence import Evidence
-from mnist_lab.studies.claims.figures import CLAIM_FIGURES, draw_claims
+from mnist_lab.studies.claims.figures import CLAIM_FIGURES
 
 ROOT = Path(__file__).parents[1]
 MODELS = [  # name, test accuracy, file in MB, latency at batch 64 in ms
@@ -259,12 +262,13 @@ def test_one_figure_of_the_records_or_claims_that_fails_costs_no_other(
     def fail_on(_: object) -> Figure:
         return fail()
 
-    for found in (FIGURES, CLAIM_FIGURES):
+    for found in (FIGURES, CLAIM_FIGURES, COMPRESSION_FIGURES):
         kept = next(iter(found))
         monkeypatch.setitem(found, kept, lambda _: small_figure())
         for name in list(found)[1:]:
             monkeypatch.setitem(found, name, fail_on)
-    for paths in (draw_all(tmp_path, make_results()), draw_claims(tmp_path, Evidence(tmp_path, [], []))):
+    of_claims = [draw_claims(tmp_path, [], suite) for suite in SUITES]
+    for paths in (draw_all(tmp_path, make_results()), *of_claims):
         assert next(paths).exists()
         with pytest.raises(RunFailed, match="no luck"):
             next(paths)
@@ -306,6 +310,7 @@ DRAWING_MODULES = (
     "report.compression_figures",
     "report.figures",
     "studies.claims.figures",
+    "studies.claims.draw",
 )
 
 
@@ -697,6 +702,12 @@ def test_figure_grows_by_the_lines_of_a_long_footnote_and_title() -> None:
 def test_labels_of_claims_do_not_overlap_or_leave_the_figure(name: str, tmp_path: Path) -> None:
     evidence, settings = make_evidence(tmp_path)
     assert_readable(CLAIM_FIGURES[name](settings.grid if name == "temperature_and_alpha" else evidence))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPRESSION_FIGURES)
+def test_labels_of_claims_about_pruning_do_not_overlap_or_leave_the_figure(name: str, tmp_path: Path) -> None:
+    assert_readable(COMPRESSION_FIGURES[name](make_pruned(tmp_path)))
 
 
 def test_small_grid_of_temperatures_has_a_title_that_fits(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import make_dataset, spec
 from torch import Tensor
+from torch.nn import functional as F
 
 from mnist_lab.compress import prune_weights as p
 from mnist_lab.compress.finetune import Finetuning, finetune
@@ -161,6 +162,24 @@ def test_experts_share_out_what_they_keep(allocation: str) -> None:
         pixels = work.dataset.train.pixels[: p.CALIBRATION_SIZE]
         visits = torch.bincount(work.source.routed(pixels).experts.flatten(), minlength=3)
         assert ours[experts[int(visits.argmax())]] < ours[experts[int(visits.argmin())]]
+
+
+def test_loss_by_expert_is_that_of_the_images_that_visited_it() -> None:
+    work = make_work("moe")
+    before = work.build(replace(MOE, routing=RoutingConfig(num_experts=4))).eval()
+    assert isinstance(before, SparseMoE)
+    with torch.no_grad():
+        before.router.gate[:, 3] = before.router.gate[:, :3].min(dim=1).values - 1  # the last for everyone
+    model, made = prune(replace(work, source=before), Finetuning(finetune_epochs=0), ratio=0.9)
+    found, (pixels, labels) = made.proof["by_expert"], work.dataset.validation
+    visits = [(before.routed(pixels).experts == expert).any(dim=1) for expert in range(4)]
+    assert found["load"] == [float(own.sum()) / (2 * len(labels)) for own in visits]
+    assert len(set(found["load"])) == 4
+    for own, rise in zip(visits[:3], found["loss_rise"], strict=False):
+        was, now = (F.cross_entropy(m(pixels[own]), labels[own]).item() for m in (before, model))
+        assert rise == pytest.approx(now - was, abs=1e-5)
+    assert found["loss_rise"][3] is None
+    assert "by_expert" not in prune(make_work("ffn"), Finetuning(finetune_epochs=0), ratio=0.9)[1].proof
 
 
 def test_teaching_itself_pulls_towards_what_it_was() -> None:

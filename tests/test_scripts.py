@@ -31,6 +31,7 @@ from mnist_lab.report.records import load_records
 from mnist_lab.runtimes import why_missing
 from mnist_lab.studies.claims import rows as claims_rows
 from mnist_lab.studies.claims import run as claims_run
+from mnist_lab.studies.claims.compression_figures import COMPRESSION_FIGURES
 from mnist_lab.studies.claims.figures import CLAIM_FIGURES
 
 ROOT = Path(__file__).parent.parent
@@ -204,6 +205,24 @@ class TestClaims:
         assert "verdict" in outcome.out
         drawn = {path.stem for path in (bench.results / "claims" / "plots").iterdir()}
         assert drawn == set(CLAIM_FIGURES)
+
+    def test_claims_about_pruning_are_settled_without_the_others(
+        self, bench: Bench, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(claims_run, "_num_workers", lambda *_: 1)
+        arguments = [*QUICK[:4], "--suite", "compression", "--seeds", "2"]  # after one epoch not every expert is used
+        outcome = bench("claims_mnist", *arguments, quick=False)
+        assert outcome.code == 0, outcome.err
+        assert "claims_compression.md and claims_compression.json" in outcome.out
+        assert (bench.results / "claims_compression.md").exists()
+        findings = json.loads((bench.results / "claims_compression.json").read_text())
+        assert {finding["claim"] for finding in findings} == {*range(15, 20)}
+        assert {finding["n"] for finding in findings} == {2}
+        assert not (bench.results / "claims.json").exists()
+        drawn = {path.stem for path in (bench.results / "claims" / "plots").iterdir()}
+        assert drawn == set(COMPRESSION_FIGURES)
+        monkeypatch.setattr("mnist_lab.experiments.technique.fit", None)  # would fail if it were called
+        assert " 0 of 2 seeds to make" in bench("claims_mnist", *arguments, quick=False).out
 
     def test_bad_number_of_seeds(self, bench: Bench) -> None:
         bench.expect_user_error("claims_mnist", "--seeds", "0", says="--seeds")
@@ -398,6 +417,8 @@ class TestBadInput:
             ("baseline_mnist --runtime torchao", "onnxruntime"),
             ("baseline_mnist --runtime tensorrt", "tensorrt"),
             ("claims_mnist --runtime pytorch", "onnxruntime"),
+            ("claims_mnist --suite nonsense", "nonsense"),
+            ("claims_mnist --suite compression --runtime pytorch", "onnxruntime"),
             ("run_all_experiments --seeds 0", "--seeds"),
             ("run_all_experiments --seeds 1000000000", "--seeds"),
             ("run_all_experiments --seed 4294967295 --seeds 2", "--seeds 2"),

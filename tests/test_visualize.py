@@ -63,13 +63,14 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
     """By folder: the runs that the script draws, with a file that stands for their figures."""
     found: dict[str, list[str]] = {}
 
-    def draw(folder: Path, records: Sequence[Record], name: str = "claims.png") -> list[Path]:
+    def draw(folder: Path, records: Sequence[Record], name: str) -> list[Path]:
         found[folder.name] = [record.run_name for record in records]
         return [folder / "plots" / name]
 
     monkeypatch.setattr(figures, "draw_all", lambda folder, results: draw(folder, results.records, "table.png"))
-    monkeypatch.setattr("mnist_lab.studies.claims.evidence.Evidence.in_folder", lambda folder, records: records)
-    monkeypatch.setattr("mnist_lab.studies.claims.figures.draw_claims", draw)
+    monkeypatch.setattr(
+        "mnist_lab.studies.claims.draw.draw_claims", lambda folder, records, *_: draw(folder, records, "claims.png")
+    )
     return found
 
 

@@ -20,10 +20,11 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from mnist_lab.compress.finetune import Finetuning, Wrap, as_it_is, check_ratio, finetune, num_steps
+from mnist_lab.data import Split
 from mnist_lab.deploy.onnx import build_onnx
 from mnist_lab.deploy.sparse import bytes_by_form, describe_storage, store_sparsely
 from mnist_lab.errors import RunFailed, UserError
-from mnist_lab.experiments.technique import Made, Work
+from mnist_lab.experiments.technique import Made, Proof, Work
 from mnist_lab.models import Model
 from mnist_lab.models.ffn import apply_linear
 from mnist_lab.models.moe import SparseMoE
@@ -288,6 +289,20 @@ def share_of_zeros(model: nn.Module) -> float:
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
 
 
+@torch.no_grad()
+def loss_by_expert(before: SparseMoE, after: Model, images: Split) -> dict[str, list[float | None]]:
+    """What the images lose that visited each expert of the model before: "load", its share of all visits, and
+    "loss_rise", by how many nats their mean cross-entropy rose, None where nobody came.
+    """
+    routed = before.routed(images.pixels)
+    was, now = (F.cross_entropy(z, images.labels, reduction="none") for z in (routed.logits, after(images.pixels)))
+    visits_BE = torch.zeros_like(routed.router_probs).scatter(1, routed.experts, 1.0).double()
+    num_E = visits_BE.sum(dim=0)
+    rise_E = (now - was).double() @ visits_BE / num_E
+    rises = [rise if num else None for rise, num in zip(rise_E.tolist(), num_E.tolist(), strict=True)]
+    return {"load": (num_E / num_E.sum()).tolist(), "loss_rise": rises}
+
+
 @dataclass(frozen=True)
 class PruneWeights:
     """A trained model with most of its weights at zero."""
@@ -309,12 +324,20 @@ class PruneWeights:
         zeros = share_of_zeros(model)
         if zeros <= zeros_before:
             raise RunFailed(f"{work.name}: no weight became zero")
-        graph = build_onnx(model).graph
-        store_sparsely(graph)
-        sizes = bytes_by_form(graph)
-        smallest = min(sizes, key=sizes.__getitem__)
-        text = (
-            f"{zeros:.1%} of the weights are zero; {describe_storage(graph)}; "
-            f"smallest would be {smallest}, {sizes[smallest] / 1e6:.3g} MB"
-        )
-        return Made(model, curves, {"text": text, "zeros": zeros, "bytes_by_form": sizes})
+        proof = describe_zeros(model, zeros)
+        if isinstance(before, SparseMoE):
+            proof["by_expert"] = loss_by_expert(before, model, work.dataset.validation)
+        return Made(model, curves, proof)
+
+
+def describe_zeros(model: Model, share: float) -> Proof:
+    """How many there are, what the artifact makes of them, and which form of the model would be the smallest."""
+    graph = build_onnx(model).graph
+    store_sparsely(graph)
+    sizes = bytes_by_form(graph)
+    smallest = min(sizes, key=sizes.__getitem__)
+    text = (
+        f"{share:.1%} of the weights are zero; {describe_storage(graph)}; "
+        f"smallest would be {smallest}, {sizes[smallest] / 1e6:.3g} MB"
+    )
+    return {"text": text, "zeros": share, "bytes_by_form": sizes}

@@ -300,7 +300,7 @@ OPTIONS = {
         "--mode": NAMES,
         "--seed": ["", "abc", "nan", "-1", "1.5", "4294967296"],
     },
-    "claims_mnist": {"--seeds": NUMBERS, "--runtime": ["pytorch", "abc"]},
+    "claims_mnist": {"--suite": NAMES, "--seeds": NUMBERS, "--runtime": ["pytorch", "abc"]},
     "dark_knowledge_mnist": {"--seeds": NUMBERS, "--epochs": NUMBERS, "--device": ["abc"]},
     "visualize_results": {"--preset": NAMES, "--recipe": NAMES, "--dataset": NAMES},
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 from scipy import stats
@@ -16,6 +17,15 @@ EPSILON = 1e-12  # keeps the logarithm of a probability that half precision roun
 ROUTING_JOBS = ("router", "sort", "move rows", "combine", "gate")
 
 
+class Accuracies(TypedDict):
+    """A difference in test accuracy, as a claim's methods take it."""
+
+    comparison: str
+    values: Values
+    unit: str
+    mcnemar_p: list[float]
+
+
 class Evidence:
     """The finished runs of one results folder, by row and seed, all on the same recipe."""
 
@@ -24,12 +34,11 @@ class Evidence:
         self._records = {(record.row, record.seed): record for record in records}
 
     @classmethod
-    def in_folder(cls, folder: Path, records: Sequence[Record]) -> "Evidence":
-        """All that these records hold of the recipe from which the control departs least, for the control's seeds."""
-        controls = [record for record in records if record.row == CONTROL]
-        departures = min((control.departures for control in controls), key=len, default="")
+    def in_folder(cls, folder: Path, records: Sequence[Record], anchor: str = CONTROL) -> "Evidence":
+        """All that these records hold of the recipe from which one row departs least, for that row's seeds."""
+        departures = min((record.departures for record in records if record.row == anchor), key=len, default="")
         own = [record for record in records if record.departures == departures]
-        return cls(folder, own, sorted(control.seed for control in own if control.row == CONTROL))
+        return cls(folder, own, sorted(record.seed for record in own if record.row == anchor))
 
     def has(self, *models: str) -> bool:
         """Whether every seed of these models is there, and there is one."""
@@ -48,6 +57,10 @@ class Evidence:
     def found(self, model: str) -> list[Record]:
         """The runs of those seeds that are there."""
         return [self.run(model, seed) for seed in self.seeds if (model, seed) in self._records]
+
+    def per_seed(self, model: str, figure: Callable[[Record], float]) -> Values:
+        """A figure of every seed's record."""
+        return np.array([figure(record) for record in self.runs(model)], dtype=float)
 
     def values(self, model: str, measure: Callable[[Measurement], float | None]) -> Values:
         """A figure of every seed's measurement."""
@@ -83,12 +96,29 @@ class Evidence:
         pairs = zip(self.predictions(model), self.predictions(other), strict=True)
         return [mcnemar(one.predicted == one.labels, two.predicted == two.labels) for one, two in pairs]
 
+    def accuracies(self, model: str, other: str, label: str = "") -> Accuracies:
+        """The difference in test accuracy of two models, per seed and image by image."""
+        return {
+            "comparison": f"test accuracy, {label or f'{model} − {other}'}",
+            "values": self.acc_points(model, other),
+            "unit": "points",
+            "mcnemar_p": self.mcnemar_p(model, other),
+        }
+
     def loss_gap(self, model: str, other: str) -> Values:
         """Difference in test loss, nats, per seed."""
         return self.values(model, lambda m: m.test_loss) - self.values(other, lambda m: m.test_loss)
 
     def size_share(self, model: str, other: str) -> Values:
         return self.values(model, lambda m: m.size_mib) / self.values(other, lambda m: m.size_mib)
+
+    def file_share(self, model: str, other: str) -> Values:
+        """The deployed file as a share of another model's, per seed."""
+        return self.values(model, lambda m: m.file_mb) / self.values(other, lambda m: m.file_mb)
+
+    def against_original(self, model: str, name: str) -> Values:
+        """A figure of every seed against its original."""
+        return np.array([(record.against_original or {})[name] for record in self.runs(model)], dtype=float)
 
 
 def final_load(record: Record) -> Values:
@@ -163,6 +193,40 @@ def routing_share(record: Record) -> float:
     """Share of a pass at batch 64 that routing takes: to score, sort, move and combine, all but products."""
     assert record.time_by_job_us is not None
     return sum(record.time_by_job_us[job] for job in ROUTING_JOBS) / sum(record.time_by_job_us.values())
+
+
+def pruned_gate_share(record: Record) -> float:
+    """Weights of the gate that became zero, as a share of all parameters."""
+    assert record.proof is not None
+    num_weights = record.architecture["model_width"] * record.architecture["routing"]["num_experts"]
+    return float(record.proof["zeros"] * num_weights / record.params_total)
+
+
+class ByExpert(NamedTuple):
+    """What pruning did to the validation images that visited each living expert, the least visited first."""
+
+    load: Values  # share of all visits
+    loss_rise: Values  # nats
+
+
+def loss_by_expert(record: Record) -> ByExpert:
+    assert record.proof is not None
+    found = record.proof["by_expert"]
+    load, rise = (np.array(found[name], dtype=float) for name in ("load", "loss_rise"))
+    order = np.argsort(load)
+    living = order[load[order] >= DEAD_SHARE / len(load)]
+    return ByExpert(load[living], rise[living])
+
+
+def load_of_the_least_visited(record: Record) -> float:
+    """Share of all visits that the least visited living expert gets."""
+    return float(loss_by_expert(record).load[0])
+
+
+def loss_beyond_the_most_visited(record: Record) -> float:
+    """What pruning adds to the loss on the least visited living expert's images beyond the most visited's, nats."""
+    rise = loss_by_expert(record).loss_rise
+    return float(rise[0] - rise[-1])
 
 
 def mean_confidence(probabilities: Values) -> float:

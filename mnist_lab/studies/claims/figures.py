@@ -3,9 +3,7 @@
 Every figure function returns None where a run that it needs is missing.
 """
 
-from collections.abc import Callable, Iterator
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 
@@ -21,7 +19,6 @@ from mnist_lab.report.drawing import (
     make_logarithmic,
     place_legend,
     spread,
-    write_figures,
     write_footnote,
 )
 from mnist_lab.report.records import Record
@@ -42,15 +39,6 @@ SCORES = {  # label, and what the axis shows of the score
     "test_loss": ("loss (NLL, nats)", 1),
     "test_brier": ("Brier score", 1),
 }
-
-
-def draw_claims(folder: Path, evidence: Evidence) -> Iterator[Path]:
-    """Write every figure for which the runs are there into `folder/plots`; gives each file once it is written.
-
-    Raises:
-        RunFailed: as `write_figures`.
-    """
-    return write_figures(folder, {name: partial(draw, evidence) for name, draw in CLAIM_FIGURES.items()})
 
 
 def student_against_teacher(evidence: Evidence) -> Figure | None:
@@ -75,7 +63,7 @@ def student_against_teacher(evidence: Evidence) -> Figure | None:
             f"{model}, {role}\nmean confidence {100 * student.mean():.2f} %, teacher {100 * teacher.mean():.2f} %",
             fontsize=10,
         )
-    _note_seeds(figure, evidence, "share of test images in %, shaded by its logarithm")
+    note_seeds(figure, evidence, "share of test images in %, shaded by its logarithm")
     return figure
 
 
@@ -95,7 +83,7 @@ def calibration_before_and_after(evidence: Evidence) -> Figure | None:
             axes.plot([before.mean(), after.mean()], [place, place], color=MUTED, linewidth=1, zorder=1)
             for values, face, when in ((before, COLORS[1], "before"), (after, "white", "after")):
                 axes.errorbar(
-                    values.mean(), place, xerr=_half_width(values), marker="o", markersize=8, color=COLORS[1],
+                    values.mean(), place, xerr=half_width(values), marker="o", markersize=8, color=COLORS[1],
                     markerfacecolor=face, elinewidth=1, capsize=3, label=when if place == 0 else None,
                 )  # fmt: skip
         axes.set(xlabel=label)
@@ -104,7 +92,7 @@ def calibration_before_and_after(evidence: Evidence) -> Figure | None:
     panels[0].set_yticks(range(len(models)), names)
     panels[0].invert_yaxis()
     place_legend(figure, *panels[0].get_legend_handles_labels())
-    _note_seeds(figure, evidence, "temperature fitted on validation")
+    note_seeds(figure, evidence, "temperature fitted on validation")
     return figure
 
 
@@ -142,7 +130,7 @@ def load_by_balance(evidence: Evidence) -> Figure | None:
     over_time.xaxis.set_major_locator(MaxNLocator(integer=True))
     for axes in (by_rank, over_time):
         axes.legend(fontsize=8, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=2)
-    _note_seeds(figure, evidence, "bars: lowest and highest seed; dashed: even load; dead: below a tenth of it")
+    note_seeds(figure, evidence, "bars: lowest and highest seed; dashed: even load; dead: below a tenth of it")
     return figure
 
 
@@ -180,7 +168,7 @@ def accuracy_by_calibration(evidence: Evidence) -> Figure | None:
             np.array([100 * (record.routes_changed or 0) for record in evidence.runs(by_size[size])]) for size in sizes
         ]
         for axes, values in zip(panels, (costs, changed), strict=True):
-            means, errors = [v.mean() for v in values], [_half_width(v) or 0 for v in values]
+            means, errors = [v.mean() for v in values], [half_width(v) or 0 for v in values]
             places = np.array(sizes) * 1.06 ** (index - 1)  # beside each other
             axes.errorbar(
                 places, means, errors, elinewidth=1, capsize=3,
@@ -194,7 +182,7 @@ def accuracy_by_calibration(evidence: Evidence) -> Figure | None:
     panels[0].axhline(0, color=MUTED, linewidth=1)
     panels[0].legend(frameon=False, fontsize=9)
     panels[1].set_ylim(bottom=0)
-    _note_seeds(figure, evidence, "bars: 95 % interval")
+    note_seeds(figure, evidence, "bars: 95 % interval")
     return figure
 
 
@@ -243,8 +231,8 @@ def _gains(evidence: Evidence) -> dict[tuple[float, float], Values]:
 
 
 def _with_interval(values: Values) -> str:
-    half_width = _half_width(values)
-    return f"{values.mean():+.2f}" + ("" if half_width is None else f"\n± {half_width:.2f}")
+    half = half_width(values)
+    return f"{values.mean():+.2f}" + ("" if half is None else f"\n± {half:.2f}")
 
 
 CLAIM_FIGURES: dict[str, Callable[[Evidence], Figure | None]] = {
@@ -260,7 +248,8 @@ CLAIM_FIGURES: dict[str, Callable[[Evidence], Figure | None]] = {
 }
 
 
-def _note_seeds(figure: Figure, evidence: Evidence, text: str) -> None:
+def note_seeds(figure: Figure, evidence: Evidence, text: str) -> None:
+    """A footnote that says how many seeds stand behind a figure."""
     count = len(evidence.seeds)
     write_footnote(figure, f"ONNX Runtime; {count} seed{'s' if count > 1 else ''}; {text}")
 
@@ -272,7 +261,8 @@ def _draw_by_digit(axes: Axes, table: Values, fmt: str, title: str, unit: str) -
     axes.set_title(title, fontsize=10)
 
 
-def _half_width(values: Values) -> float | None:
+def half_width(values: Values) -> float | None:
+    """Of the 95 % interval of the mean; None for a single seed."""
     return confidence_interval(list(values)) if len(values) > 1 else None
 
 

@@ -192,13 +192,15 @@ def _cells(finding: Finding) -> list[str]:
     ]
 
 
-def write_claims(folder: Path, findings: Sequence[Finding], *, title: str, notes: Sequence[str] = ()) -> None:
-    """Write `claims.md` and `claims.json`; `notes` say what was left untested, and why."""
+def write_claims(
+    folder: Path, findings: Sequence[Finding], *, title: str, notes: Sequence[str] = (), name: str = "claims"
+) -> None:
+    """Write `claims.md` and `claims.json`, or of another name; `notes` say what was left untested, and why."""
     explanation = __doc__.partition(chr(10) * 2)[2].strip()
     text = "\n\n".join([f"# {title}", explanation, *notes, format_claims(findings)]) + "\n"
     fields = [
         {key: None if value != value else value for key, value in asdict(finding).items()}  # NaN is no JSON
         for finding in findings
     ]
-    write_text(folder / "claims.md", text)
-    write_text(folder / "claims.json", json.dumps(fields, indent=1) + "\n")
+    write_text(folder / f"{name}.md", text)
+    write_text(folder / f"{name}.json", json.dumps(fields, indent=1) + "\n")

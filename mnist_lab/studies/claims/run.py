@@ -18,8 +18,9 @@ from mnist_lab.experiments.rows import MOE, student
 from mnist_lab.experiments.run import Run
 from mnist_lab.machine import cpu_model
 from mnist_lab.report.records import Record
+from mnist_lab.studies.claims.compression import compression_rows, settle_compression
+from mnist_lab.studies.claims.draw import SuiteName, draw_claims
 from mnist_lab.studies.claims.evidence import Evidence
-from mnist_lab.studies.claims.figures import draw_claims
 from mnist_lab.studies.claims.findings import Finding, format_claims, write_claims
 from mnist_lab.studies.claims.rows import CALIBRATIONS, GRID, calibrated, claim_rows, grid_rows, winners
 from mnist_lab.studies.claims.settle import (
@@ -65,14 +66,23 @@ def run_claims(table: Doors, grid: Doors, *, seeds: range) -> None:
         )
         findings = settle_claims(Evidence(lab.results, records, seeds), settings)
         more, notes = _settle_other_files(table_lab.results.parent, table_lab.dataset.name)
-        machine = records[0].machine
-        notes.insert(0, f"Measured on {machine['cpu']}, {machine['cores']} cores; {lab.threads} thread(s) for latency.")
-        settings_of_all = f"{lab.dataset.name}, {lab.preset_name} models, {lab.recipe_name} recipe, {len(seeds)} seeds"
+        notes.insert(0, f"{_measured_on(records)}; {lab.threads} thread(s) for latency.")
         findings = sorted([*findings, *more], key=lambda finding: finding.claim)
-        write_claims(table_lab.results, findings, title=f"Claims, tested: {settings_of_all}", notes=notes)
-        print("\n\n".join(["", format_claims(findings), *notes]))
-        print(f"\nwritten: {table_lab.results / 'claims.md'} and claims.json")
-        _draw(lab, records, grid_lab, grid_records)
+        _report(table_lab, findings, seeds, title="Claims, tested", notes=notes, name="claims")
+        _draw("models", (grid_lab.results, grid_records), (lab.results, records))
+
+
+def run_compression_claims(table: Doors, *, seeds: range) -> None:
+    """Make every row that claims about pruning compare for every seed, and settle those claims."""
+    with table.open() as table_lab:
+        lab = _plan(table_lab, seeds)
+        records = _make(lab, table, compression_rows(), seeds)
+        findings = settle_compression(Evidence(lab.results, records, seeds))
+        notes = [f"{_measured_on(records)}."]
+        _report(
+            table_lab, findings, seeds, title="Claims about pruning, tested", notes=notes, name="claims_compression"
+        )
+        _draw("compression", (lab.results, records))
 
 
 def _plan(lab: Lab, seeds: range) -> Lab:
@@ -128,10 +138,26 @@ def _settle_other_files(results: Path, dataset: str) -> tuple[list[Finding], lis
     return findings, notes
 
 
-def _draw(lab: Lab, records: Sequence[Record], grid_lab: Lab, grid_records: Sequence[Record]) -> None:
-    """The figures of both folders, which on the grid's recipe are one."""
-    by_folder = {grid_lab.results: {record.run_name: record for record in grid_records}}
-    by_folder.setdefault(lab.results, {}).update({record.run_name: record for record in records})
-    for folder, found in by_folder.items():
-        for path in draw_claims(folder, Evidence.in_folder(folder, list(found.values()))):
+def _measured_on(records: Sequence[Record]) -> str:
+    machine = records[0].machine
+    return f"Measured on {machine['cpu']}, {machine['cores']} cores"
+
+
+def _report(
+    lab: Lab, findings: Sequence[Finding], seeds: range, *, title: str, notes: Sequence[str], name: str
+) -> None:
+    """Write the verdicts beside the table's results, and print them."""
+    settings = f"{lab.dataset.name}, {lab.preset_name} models, {lab.recipe_name} recipe, {len(seeds)} seeds"
+    write_claims(lab.results, findings, title=f"{title}: {settings}", notes=notes, name=name)
+    print("\n\n".join(["", format_claims(findings), *notes]))
+    print(f"\nwritten: {lab.results / f'{name}.md'} and {name}.json")
+
+
+def _draw(suite: SuiteName, *found: tuple[Path, Sequence[Record]]) -> None:
+    """The suite's figures in each of these folders; the grid's is the table's where they share a recipe."""
+    by_folder: dict[Path, dict[str, Record]] = {}
+    for folder, records in found:
+        by_folder.setdefault(folder, {}).update({record.run_name: record for record in records})
+    for folder, by_name in by_folder.items():
+        for path in draw_claims(folder, list(by_name.values()), suite):
             print(f"plot: {path}")

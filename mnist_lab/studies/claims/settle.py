@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import msgspec
 import numpy as np
@@ -60,27 +60,6 @@ def settle_claims(evidence: Evidence, settings: Settings) -> list[Finding]:
     ]
 
 
-class _Accuracies(TypedDict):
-    comparison: str
-    values: Values
-    unit: str
-    mcnemar_p: list[float]
-
-
-def _accuracies(evidence: Evidence, model: str, other: str, label: str = "") -> _Accuracies:
-    """The difference in test accuracy of two models, as a claim's methods take it."""
-    return {
-        "comparison": f"test accuracy, {label or f'{model} − {other}'}",
-        "values": evidence.acc_points(model, other),
-        "unit": "points",
-        "mcnemar_p": evidence.mcnemar_p(model, other),
-    }
-
-
-def _per_seed(evidence: Evidence, model: str, figure: Callable[[Record], float]) -> Values:
-    return np.array([figure(record) for record in evidence.runs(model)], dtype=float)
-
-
 def _sparse_against_dense(evidence: Evidence) -> list[Finding]:
     loss = Claim(1, "A sparse MoE reaches a lower loss than the FFN baseline, and than dense FFNs of its size")
     rivals = ["FFN_baseline", "FFN_equal_active", "FFN_equal_total", "Sparse_MoE-K4"]
@@ -90,8 +69,8 @@ def _sparse_against_dense(evidence: Evidence) -> list[Finding]:
             loss.below(f"test loss, {FP32_MOE} − {rival}", evidence.loss_gap(FP32_MOE, rival), 0, "nats")
             for rival in rivals
         ),
-        *(loss.report(**_accuracies(evidence, FP32_MOE, rival)) for rival in rivals[1:]),
-        accuracy.below(**_accuracies(evidence, FP32_MOE, "FFN_baseline"), bound=0),
+        *(loss.report(**evidence.accuracies(FP32_MOE, rival)) for rival in rivals[1:]),
+        accuracy.below(**evidence.accuracies(FP32_MOE, "FFN_baseline"), bound=0),
     ]
 
 
@@ -114,7 +93,7 @@ def _int8_of_the_moe(evidence: Evidence) -> list[Finding]:
 
 def _cost_and_size(claim: Claim, evidence: Evidence, int8: str, fp32: str) -> list[Finding]:
     return [
-        claim.above(**_accuracies(evidence, int8, fp32), bound=-0.1),
+        claim.above(**evidence.accuracies(int8, fp32), bound=-0.1),
         claim.below(f"size, {int8} / {fp32}", evidence.size_share(int8, fp32), 0.28, "share"),
     ]
 
@@ -124,7 +103,7 @@ def _static_calibration(evidence: Evidence, models: Sequence[str]) -> list[Findi
     worst = np.min([evidence.acc_points(model, FP32_MOE) for model in models], axis=0)
     return [
         claim.below(f"test accuracy, each seed's worst of {len(models)} calibrations − FP32", worst, -0.1, "points"),
-        *(claim.report(**_accuracies(evidence, model, FP32_MOE)) for model in models),
+        *(claim.report(**evidence.accuracies(model, FP32_MOE)) for model in models),
         *(
             claim.report(
                 f"images whose experts change, {model}",
@@ -145,9 +124,7 @@ def _int8_speed_of_the_moe(evidence: Evidence) -> list[Finding]:
             for int8 in forms
         ),
         *(
-            claim.above(
-                f"routing's share of the time, {model}", _per_seed(evidence, model, routing_share), 0.5, "share"
-            )
+            claim.above(f"routing's share of the time, {model}", evidence.per_seed(model, routing_share), 0.5, "share")
             for model in (FP32_MOE, *forms)
         ),
     ]
@@ -161,21 +138,21 @@ def _balance(evidence: Evidence) -> list[Finding]:
         ("dead experts", "experts", num_dead_experts),
     ]
     label, unit, entropy = figures[0]
-    unbalanced = _per_seed(evidence, UNBALANCED, entropy)
+    unbalanced = evidence.per_seed(UNBALANCED, entropy)
     variants = {"none": UNBALANCED, **BALANCED, "wrong sign": WRONG_SIGN}
     return [
         *(
-            claim.above(f"{label}, {loss} − none", _per_seed(evidence, model, entropy) - unbalanced, 0, unit)
+            claim.above(f"{label}, {loss} − none", evidence.per_seed(model, entropy) - unbalanced, 0, unit)
             for loss, model in BALANCED.items()
         ),
-        claim.below(f"{label}, wrong sign − none", _per_seed(evidence, WRONG_SIGN, entropy) - unbalanced, 0, unit),
+        claim.below(f"{label}, wrong sign − none", evidence.per_seed(WRONG_SIGN, entropy) - unbalanced, 0, unit),
         *(
-            claim.report(f"{label}, {loss}", _per_seed(evidence, model, figure), unit)
+            claim.report(f"{label}, {loss}", evidence.per_seed(model, figure), unit)
             for label, unit, figure in figures
             for loss, model in variants.items()
         ),
         *(
-            claim.report(**_accuracies(evidence, model, UNBALANCED, f"{loss} − none"))
+            claim.report(**evidence.accuracies(model, UNBALANCED, f"{loss} − none"))
             for loss, model in variants.items()
             if loss != "none"
         ),
@@ -184,9 +161,9 @@ def _balance(evidence: Evidence) -> list[Finding]:
 
 def _specialisation(evidence: Evidence) -> list[Finding]:
     claim = Claim(8, "Experts specialise")
-    knowledge = _per_seed(evidence, FP32_MOE, knowledge_of_digits)
-    closing = _per_seed(evidence, FP32_MOE, cost_of_closing)
-    uneven = _per_seed(evidence, FP32_MOE, unevenness_of_closing)
+    knowledge = evidence.per_seed(FP32_MOE, knowledge_of_digits)
+    closing = evidence.per_seed(FP32_MOE, cost_of_closing)
+    uneven = evidence.per_seed(FP32_MOE, unevenness_of_closing)
     return [
         claim.above("information of expert about digit − the same shuffled", knowledge, 0, "nats"),
         claim.above("test accuracy lost when an expert is closed, mean over experts", closing, 0, "points"),
@@ -196,9 +173,9 @@ def _specialisation(evidence: Evidence) -> list[Finding]:
 
 def _noise(evidence: Evidence) -> list[Finding]:
     claim = Claim(9, "Noise in the router helps")
-    load = _per_seed(evidence, FP32_MOE, load_entropy) - _per_seed(evidence, WITHOUT_NOISE, load_entropy)
+    load = evidence.per_seed(FP32_MOE, load_entropy) - evidence.per_seed(WITHOUT_NOISE, load_entropy)
     return [
-        claim.above(**_accuracies(evidence, FP32_MOE, WITHOUT_NOISE, "with noise − without"), bound=0),
+        claim.above(**evidence.accuracies(FP32_MOE, WITHOUT_NOISE, "with noise − without"), bound=0),
         claim.above("entropy of the expert load, with noise − without", load, 0, "nats"),
     ]
 
@@ -216,11 +193,11 @@ def _distillation(evidence: Evidence, settings: Settings) -> list[Finding]:
     on_grid = f"best of the grid on validation ({settings.winner.lstrip('-') or 'the defaults'}) − none, on the grid"
     return [
         *(
-            claim.above(**_accuracies(evidence, model, other, label), bound=0)
+            claim.above(**evidence.accuracies(model, other, label), bound=0)
             for ending in dict.fromkeys(("", settings.winner))
             for label, model, other in pairs(ending)
         ),
-        claim.report(**_accuracies(settings.grid, best, NO_KD, on_grid)),
+        claim.report(**settings.grid.accuracies(best, NO_KD, on_grid)),
     ]
 
 
@@ -258,7 +235,7 @@ def _composition(evidence: Evidence) -> list[Finding]:
     claim = Claim(13, "Compression composes: KD then INT8 loses no more than either alone")
     both = "KD_FFN_Student_INT8"
     return [
-        claim.above(**_accuracies(evidence, both, model, f"KD + INT8 − {label} alone"), bound=-0.1)
+        claim.above(**evidence.accuracies(both, model, f"KD + INT8 − {label} alone"), bound=-0.1)
         for label, model in (("KD", STUDENT), ("INT8", "FFN_PTQ_INT8"))
     ]
 
@@ -270,7 +247,7 @@ def _overhead(evidence: Evidence) -> list[Finding]:
     rival = "FFN_equal_active"
     return [
         OVERHEAD.above(f"time at batch 64, {FP32_MOE} / {rival}", evidence.time_ratio(FP32_MOE, rival, 64), 1, "ratio"),
-        OVERHEAD.below(**_accuracies(evidence, FP32_MOE, rival), bound=0.1),
+        OVERHEAD.below(**evidence.accuracies(FP32_MOE, rival), bound=0.1),
         OVERHEAD.report(
             f"time at batch 64, {FP32_MOE} / FFN_equal_total",
             evidence.time_ratio(FP32_MOE, "FFN_equal_total", 64),
