@@ -24,7 +24,7 @@ from mnist_lab.studies.claims.compression import (
     settle_compression,
     zeros,
 )
-from mnist_lab.studies.claims.compression_figures import COMPRESSION_FIGURES
+from mnist_lab.studies.claims.compression_figures import PRUNING_CLAIM_FIGURES
 from mnist_lab.studies.claims.draw import draw_claims
 from mnist_lab.studies.claims.evidence import Evidence, loss_beyond_the_most_visited, pruned_gate_share
 from mnist_lab.studies.claims.findings import Finding, summarize
@@ -195,7 +195,7 @@ def test_figures_are_drawn_from_the_runs_of_their_own_suite(tmp_path: Path) -> N
     plots.mkdir()
     (plots / "load_by_balance.png").touch()  # of the other suite, whose runs are not among these
     drawn = [path.stem for path in draw_claims(tmp_path, records, "compression")]
-    assert drawn == [*COMPRESSION_FIGURES]
+    assert drawn == [*PRUNING_CLAIM_FIGURES]
     assert (plots / "load_by_balance.png").exists()
     assert [path.stem for path in draw_claims(tmp_path, records, "models", "compression")] == drawn
     assert [*draw_claims(tmp_path, records[3:6], "models", "compression")] == []

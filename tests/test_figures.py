@@ -32,7 +32,7 @@ from mnist_lab.report.figures import FIGURES, draw_all, pareto_set, radar_radii,
 from mnist_lab.report.records import CONTROL, Epoch, Measurement, Parent, Record
 from mnist_lab.report.results import Results, listed
 from mnist_lab.report.statistics import binomial_interval
-from mnist_lab.studies.claims.compression_figures import COMPRESSION_FIGURES
+from mnist_lab.studies.claims.compression_figures import PRUNING_CLAIM_FIGURES
 from mnist_lab.studies.claims.draw import SUITES, draw_claims
 from mnist_lab.studies.claims.evidence import Evidence
 from mnist_lab.studies.claims.figures import CLAIM_FIGURES
@@ -262,7 +262,7 @@ def test_one_figure_of_the_records_or_claims_that_fails_costs_no_other(
     def fail_on(_: object) -> Figure:
         return fail()
 
-    for found in (FIGURES, CLAIM_FIGURES, COMPRESSION_FIGURES):
+    for found in (FIGURES, CLAIM_FIGURES, PRUNING_CLAIM_FIGURES):
         kept = next(iter(found))
         monkeypatch.setitem(found, kept, lambda _: small_figure())
         for name in list(found)[1:]:
@@ -705,9 +705,9 @@ def test_labels_of_claims_do_not_overlap_or_leave_the_figure(name: str, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMPRESSION_FIGURES)
+@pytest.mark.parametrize("name", PRUNING_CLAIM_FIGURES)
 def test_labels_of_claims_about_pruning_do_not_overlap_or_leave_the_figure(name: str, tmp_path: Path) -> None:
-    assert_readable(COMPRESSION_FIGURES[name](make_pruned(tmp_path)))
+    assert_readable(PRUNING_CLAIM_FIGURES[name](make_pruned(tmp_path)))
 
 
 def test_small_grid_of_temperatures_has_a_title_that_fits(tmp_path: Path) -> None:

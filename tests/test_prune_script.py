@@ -56,9 +56,9 @@ def test_one_expert_is_a_smaller_dense_model(finished_bench: Bench) -> None:  # 
 
 
 def test_narrower_layers_are_a_smaller_file(finished_bench: Bench) -> None:  # noqa: F811
-    out = prune(finished_bench, "neurons", "--ratio", "0.5", "--criterion", "norm")
+    out = prune(finished_bench, "neurons", "--ratio", "0.5", "--widths", "alike")
     assert "stem 128 of 256, experts 128 of 256, output 128 of 256" in out
-    (path,) = finished_bench.checkpoints.glob("Sparse_MoE_narrower-norm-*.onnx")
+    (path,) = finished_bench.checkpoints.glob("Sparse_MoE_narrower-alike-*.onnx")
     whole = finished_bench.checkpoints / "Sparse_MoE-epochs1-seed0.onnx"
     assert path.stat().st_size < 0.4 * whole.stat().st_size
 
@@ -69,6 +69,15 @@ def test_router_says_how_many_images_it_still_sends_where_it_did(finished_bench:
 
 def test_merged_experts_are_named(finished_bench: Bench) -> None:  # noqa: F811
     assert "experts merged: " in prune(finished_bench, "merge", "--group", "outputs")
+
+
+def test_experts_share_a_base(finished_bench: Bench) -> None:  # noqa: F811
+    assert "50.7% of the parameters left: experts add rank 8" in prune(finished_bench, "shared-base")
+
+
+def test_rank_that_saves_nothing_fails_with_a_line(finished_bench: Bench) -> None:  # noqa: F811
+    outcome = finished_bench("prune_mnist", "shared-base", *QUICK, "--rank", "200", quick=False)
+    assert (outcome.code, "rank 200 makes nothing smaller" in outcome.err) == (1, True)
 
 
 @pytest.mark.parametrize(
@@ -82,6 +91,8 @@ def test_merged_experts_are_named(finished_bench: Bench) -> None:  # noqa: F811
         ("neurons", ["--ratio", "1"], "--ratio"),
         ("router", ["--ratio", "2"], "--ratio"),
         ("merge", ["--keep", "4"], "--keep"),
+        ("shared-base", ["--rank", "0"], "--rank"),
+        ("neurons", ["--criterion", "wanda"], "--criterion"),
         ("merge", ["--align", "abc"], "--align"),
         ("experts", ["--keep", "0"], "--keep"),
         ("experts", ["--keep", "4"], "--keep"),

@@ -31,7 +31,7 @@ from mnist_lab.report.records import load_records
 from mnist_lab.runtimes import why_missing
 from mnist_lab.studies.claims import rows as claims_rows
 from mnist_lab.studies.claims import run as claims_run
-from mnist_lab.studies.claims.compression_figures import COMPRESSION_FIGURES
+from mnist_lab.studies.claims.compression_figures import PRUNING_CLAIM_FIGURES
 from mnist_lab.studies.claims.figures import CLAIM_FIGURES
 
 ROOT = Path(__file__).parent.parent
@@ -220,7 +220,7 @@ class TestClaims:
         assert {finding["n"] for finding in findings} == {2}
         assert not (bench.results / "claims.json").exists()
         drawn = {path.stem for path in (bench.results / "claims" / "plots").iterdir()}
-        assert drawn == set(COMPRESSION_FIGURES)
+        assert drawn == set(PRUNING_CLAIM_FIGURES)
         monkeypatch.setattr("mnist_lab.experiments.technique.fit", None)  # would fail if it were called
         assert " 0 of 2 seeds to make" in bench("claims_mnist", *arguments, quick=False).out
 

@@ -36,11 +36,6 @@ CONFIGS: dict[str, ModelConfig] = {
 PIXELS = make_dataset().validation.pixels.numpy()
 
 
-def is_of_routing(weight: str) -> bool:
-    """Of what is never pruned: the gate, and the biases that it combines."""
-    return weight.startswith(("router", "combine"))
-
-
 def make_model(name: str, share_of_zeros: float) -> Model:
     """With so many zeros in each matrix but the router's."""
     torch.manual_seed(0)
@@ -68,7 +63,7 @@ def test_what_is_read_is_what_was_written(name: str, precision: Precision, tmp_p
     file = tmp_path / "model.onnx"
     write_onnx(model, file, {"model": "x"})
     onnx.checker.check_model(onnx.load(file))
-    weights = {name for name in constants(build_onnx(model).graph) if ".weight" in name and not is_of_routing(name)}
+    weights = {name for name in constants(build_onnx(model).graph) if ".weight" in name}
     assert sparse_names(file) == weights
     expected, found = constants(build_onnx(model).graph), constants(read_onnx(file).graph)
     assert list(found) == list(expected)
@@ -186,7 +181,7 @@ def test_int8_runs_in_integers_and_keeps_every_zero(name: str, form: Form, tmp_p
     form.write(model, file, work, {"model": "x"})
     assert "in float" in form.prove(model, file)["text"]
     fp32, found = constants(build_onnx(model).graph), constants(read_onnx(file).graph)
-    weights = [weight for weight in fp32 if weight.endswith(".weight") and not is_of_routing(weight)]
+    weights = [weight for weight in fp32 if weight.endswith(".weight")]
     assert sparse_names(file) == {f"{weight}_quantized" for weight in weights}
     for weight in weights:
         quantized = found[f"{weight}_quantized"]

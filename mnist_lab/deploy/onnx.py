@@ -120,9 +120,10 @@ class _Graph:
         weight = self.weight(f"{name}.weight", layer.weight, layer.dtype)
         return self.add("Gemm", [rows, weight, self.weight(f"{name}.bias", layer.bias, layer.dtype)], name)
 
-    def matmul(self, name: str, rows: str, weight: Tensor) -> str:
+    def matmul(self, name: str, rows: str, weight: Tensor, *, stored_as: str = "") -> str:
         """Without a bias; a weight (inputs, outputs)."""
-        return self.add("MatMul", [rows, self.weight(f"{name}.weight", _array(weight), weight.dtype)], name)
+        constant = self.weight(stored_as or f"{name}.weight", _array(weight), weight.dtype)
+        return self.add("MatMul", [rows, constant], name)
 
     def to_model(self) -> onnx.ModelProto:
         image_shape: list[str | int | None] = ["batch", 1, *self.data.image_size]
@@ -149,7 +150,7 @@ def _add_layers(graph: _Graph, name: str, layers: list[_Layer], rows: str) -> st
 def _add_moe(graph: _Graph, model: SparseMoE, rows: str, layout: Layout) -> str:
     stem = _fold_normalization(model.normalize, _layers([model.stem])[0])
     hidden = graph.add("Relu", [graph.gemm("stem", rows, stem)], "hidden")  # (B, D)
-    router_logits = graph.matmul(ROUTER, hidden, model.router.gate)  # (B, E)
+    router_logits = graph.matmul(ROUTER, hidden, model.router.gate, stored_as="router.gate")  # (B, E)
     top_k = graph.constant("top_k", [model.config.routing.top_k])
     graph.add("TopK", [router_logits, top_k], "top_logits", "top_experts", axis=-1)  # (B, K) each
     if model.config.routing.weighed_over == "all":
@@ -212,7 +213,9 @@ def _add_dense_experts(graph: _Graph, model: SparseMoE, hidden: str) -> str:
     all_widths = graph.constant("all_widths", [-1, num_experts * model.config.expert_width])
     gated = graph.add("Reshape", [gated, all_widths], "gated_rows")  # (B, E·H)
     output = graph.matmul("experts.out", gated, experts.weight_out.flatten(0, 1))  # (B, O)
-    return graph.add("Add", [output, graph.matmul(COMBINE, gates, experts.bias_out)], "mixed")  # (B, O)
+    return graph.add(
+        "Add", [output, graph.matmul(COMBINE, gates, experts.bias_out, stored_as="experts.out.bias")], "mixed"
+    )  # (B, O)
 
 
 def _add_shared_experts(graph: _Graph, model: SparseMoE, hidden: str) -> str:
@@ -245,7 +248,7 @@ def _add_shared_experts(graph: _Graph, model: SparseMoE, hidden: str) -> str:
     gated = graph.add("Mul", [low, as_column], "gated")
     gated = graph.add("Reshape", [gated, graph.constant("all_ranks", [-1, num_experts * rank])], "gated_rows")
     low = graph.matmul("experts.out", gated, experts.layer_out.right.flatten(0, 1))  # (B, O)
-    bias_out = graph.matmul(COMBINE_BIASES, gates, experts.bias_out)  # (B, O)
+    bias_out = graph.matmul(COMBINE_BIASES, gates, experts.bias_out, stored_as="experts.out.bias")  # (B, O)
     return graph.add("Add", [graph.add("Add", [output, low], "outputs"), bias_out], "mixed")
 
 

@@ -58,6 +58,6 @@ def before_and_after_finetuning(evidence: Evidence) -> Figure | None:
     return figure
 
 
-COMPRESSION_FIGURES: dict[str, Callable[[Evidence], Figure | None]] = {
+PRUNING_CLAIM_FIGURES: dict[str, Callable[[Evidence], Figure | None]] = {
     draw.__name__: draw for draw in (loss_by_load, before_and_after_finetuning)
 }

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 from mnist_lab.report.drawing import Figure, write_figures
 from mnist_lab.report.records import CONTROL, Record
 from mnist_lab.studies.claims.compression import ZEROS
-from mnist_lab.studies.claims.compression_figures import COMPRESSION_FIGURES
+from mnist_lab.studies.claims.compression_figures import PRUNING_CLAIM_FIGURES
 from mnist_lab.studies.claims.evidence import Evidence
 from mnist_lab.studies.claims.figures import CLAIM_FIGURES
 
@@ -24,7 +24,7 @@ class Suite(NamedTuple):
 
 SUITES: dict[SuiteName, Suite] = {
     "models": Suite(CONTROL, CLAIM_FIGURES),
-    "compression": Suite(ZEROS[0.5].after.name, COMPRESSION_FIGURES),
+    "compression": Suite(ZEROS[0.5].after.name, PRUNING_CLAIM_FIGURES),
 }
 
 
