@@ -1,5 +1,7 @@
 """Experts of different widths, and experts that share a base: the same model in every form."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +115,20 @@ def test_parameters_are_those_of_the_units_that_there_are() -> None:
     )
     base, own = 24 * 32 + 32 * 16, 2 * (24 + 32) + 32 + 2 * (32 + 16) + 16
     assert count_parameters(make_model(SHARED)) == (around + base + 3 * own, around + base + 2 * own)
+
+
+def test_counting_a_skeleton_imports_no_compiler() -> None:
+    code = """
+import sys
+from dataclasses import replace
+from mnist_lab.data import DataSpec
+from mnist_lab.models import PRESETS, build_skeleton, parameter_bytes
+moe = PRESETS["compact"].moe(DataSpec(10, (28, 28), 0.18, 0.18))
+apart = replace(moe, expert_width=32, expert_widths=(32, 8, 8, 8))
+assert parameter_bytes(build_skeleton(apart)) > parameter_bytes(build_skeleton(replace(moe, shared_rank=1))) / 2
+sys.exit("torch._dynamo" in sys.modules)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_units_that_are_not_there_stay_away_in_training() -> None:

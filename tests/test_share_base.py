@@ -50,6 +50,13 @@ def test_a_cut_is_the_best_for_the_rows_that_come() -> None:
     assert (products - rows @ left @ right).norm() < 1.01 * best < (products - rows @ plain).norm()
 
 
+def test_an_expert_without_rows_keeps_what_its_weights_say_most() -> None:
+    delta = torch.randn(12, 10, generator=torch.Generator().manual_seed(0))
+    left, right = cut_rank(delta, torch.zeros(0, 12), 3)
+    u, s, v = torch.linalg.svd(delta, full_matrices=False)
+    torch.testing.assert_close(left @ right, (u[:, :3] * s[:3]) @ v[:3], atol=1e-4, rtol=1e-4)
+
+
 def test_more_rank_is_nearer_and_inputs_that_are_always_zero_do_no_harm() -> None:
     model = make_moe()
     with torch.no_grad():

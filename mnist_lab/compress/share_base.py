@@ -24,7 +24,7 @@ from mnist_lab.models import build_skeleton, count_parameters
 from mnist_lab.models.moe import SharedBaseExperts, SparseMoE
 
 CHOOSING_SIZE = 2000  # training images by which experts are compared and cut
-DAMPING = 1e-3  # of the inputs' mean square, on the diagonal: some inputs are always 0
+DAMPING = 1e-3  # of the inputs' mean square
 MAX_RANK = 10**6
 
 
@@ -43,16 +43,14 @@ class Sharing:
 def cut_rank(delta_IO: Tensor, rows_NI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """`left` (I, R) and `right` (R, O) whose product is nearest to `delta_IO` in what comes of these rows.
 
-    With XᵀX = S·Sᵀ, ‖X·M‖ = ‖Sᵀ·M‖, so that the best are the leading singular vectors of Sᵀ·Δ (arXiv:2403.07378).
+    With V the leading right singular vectors of X·Δ, X·Δ·V·Vᵀ is the nearest of that rank to X·Δ (Eckart and Young).
     """
     delta, rows = delta_IO.double(), rows_NI.double()
-    gram = rows.T @ rows / max(1, len(rows))
-    damping = DAMPING * gram.diagonal().mean().clamp(min=1e-12)
-    scale = torch.linalg.cholesky(gram + damping * torch.eye(len(gram), dtype=gram.dtype))
-    left, sizes, right = torch.linalg.svd(scale.T @ delta, full_matrices=False)
-    roots = sizes[:rank].sqrt()
-    left = torch.linalg.solve_triangular(scale.T, left[:, :rank] * roots, upper=True)
-    return left.float(), (roots.unsqueeze(1) * right[:rank]).float()
+    products = rows @ delta
+    # Inputs that never came count a little, so that of an expert without rows the weights decide.
+    gram_OO = products.T @ products + DAMPING * (1 + rows.square().mean(dim=1).sum()) * delta.T @ delta
+    right = torch.linalg.eigh(gram_OO).eigenvectors.flip(1)[:, :rank].T
+    return (delta @ right.T).float(), right.float()
 
 
 @torch.no_grad()

@@ -82,8 +82,9 @@ def inference_parameters(model: nn.Module) -> dict[str, Tensor]:
     needed = {name: parameter.detach() for name, parameter in model.named_parameters() if name != "router.noise"}
     if isinstance(model, SparseMoE) and model.config.expert_widths is not None:
         for part in ExpertWeights._fields:
-            own = [getattr(expert, part).detach().flatten() for expert in model.experts.each()]
-            needed[f"experts.{part}"] = torch.cat(own)
+            del needed[f"experts.{part}"]
+        for expert, own in enumerate(model.experts.each()):
+            needed |= {f"experts.{expert}.{part}": weight.detach() for part, weight in own._asdict().items()}
     return needed
 
 
