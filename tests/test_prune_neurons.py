@@ -21,6 +21,7 @@ from mnist_lab.experiments.make import make
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.run import Run
 from mnist_lab.models import Model, build_model
+from mnist_lab.models import units as u
 from mnist_lab.models.ffn import FFNConfig
 from mnist_lab.models.moe import RoutingConfig, SparseMoE, SparseMoEConfig
 from mnist_lab.training import Recipe
@@ -40,24 +41,24 @@ def make_model(name: str, expert_width: int = 16) -> Model:
     return model
 
 
-def some_units(model: Model, seed: int = 0) -> p.Places:
+def some_units(model: Model, seed: int = 0) -> u.Places:
     """Eight of each layer, at random."""
     generator = torch.Generator().manual_seed(seed)
-    scores = {name: torch.rand(shape, generator=generator) for name, shape in p.hidden_shapes(model).items()}
+    scores = {name: torch.rand(shape, generator=generator) for name, shape in u.hidden_shapes(model).items()}
     return p.choose_units(scores, NeuronPruning(0.99))
 
 
-def masks_of(model: Model, kept: p.Places) -> p.Units:
+def masks_of(model: Model, kept: u.Places) -> u.Units:
     """1 on the units of these places."""
-    masks = {name: torch.zeros(shape) for name, shape in p.hidden_shapes(model).items()}
+    masks = {name: torch.zeros(shape) for name, shape in u.hidden_shapes(model).items()}
     for name, mask in masks.items():
         for row, places in zip(mask.view(-1, mask.shape[-1]), kept[name], strict=True):
             row[places] = 1
     return masks
 
 
-def all_open(model: Model) -> p.Units:
-    return {name: torch.ones(shape) for name, shape in p.hidden_shapes(model).items()}
+def all_open(model: Model) -> u.Units:
+    return {name: torch.ones(shape) for name, shape in u.hidden_shapes(model).items()}
 
 
 @pytest.fixture
@@ -68,27 +69,35 @@ def pixels() -> Tensor:
 @pytest.mark.parametrize("name", MODELS)
 def test_model_without_units_is_as_if_they_were_silent(name: str, pixels: Tensor) -> None:
     model = make_model(name)
-    torch.testing.assert_close(p.masked_logits(model, pixels, all_open(model)), model(pixels))
+    torch.testing.assert_close(u.masked_logits(model, pixels, all_open(model)), model(pixels))
     kept = some_units(model)
-    smaller = p.with_units(model, kept)
-    torch.testing.assert_close(smaller(pixels), p.masked_logits(model, pixels, masks_of(model, kept)))
-    assert all(shape[-1] == 8 for shape in p.hidden_shapes(smaller).values())
+    smaller = u.with_units(model, kept)
+    torch.testing.assert_close(smaller(pixels), u.masked_logits(model, pixels, masks_of(model, kept)))
+    assert all(shape[-1] == 8 for shape in u.hidden_shapes(smaller).values())
     assert sum(w.numel() for w in smaller.parameters()) < 0.7 * sum(w.numel() for w in model.parameters())
     assert len(build_onnx(smaller).graph.node) == len(build_onnx(model).graph.node)
 
 
 def test_experts_may_end_with_widths_of_their_own(pixels: Tensor) -> None:
     model = make_model("moe", expert_width=32)
-    scores = {name: torch.rand(shape) for name, shape in p.hidden_shapes(model).items()}
+    scores = {name: torch.rand(shape) for name, shape in u.hidden_shapes(model).items()}
     scores["experts"][1] += 10
     kept = p.choose_units(scores, NeuronPruning(0.5))
     widths = [len(places) for places in kept["experts"]]
     assert widths[1] == scores["experts"].shape[1]
     assert sum(widths) == len(widths) * p.num_kept(scores["experts"].shape[1], 0.5)
-    smaller = p.with_units(model, kept)
+    smaller = u.with_units(model, kept)
     assert isinstance(smaller, SparseMoE)
     assert [len(own.bias_in) for own in smaller.experts.each()] == widths
-    torch.testing.assert_close(smaller(pixels), p.masked_logits(model, pixels, masks_of(model, kept)))
+    torch.testing.assert_close(smaller(pixels), u.masked_logits(model, pixels, masks_of(model, kept)))
+
+
+def test_experts_around_a_base_end_as_experts_of_their_own(pixels: Tensor) -> None:
+    torch.manual_seed(0)
+    shared = build_model(SparseMoEConfig(24, 16, 16, (), RoutingConfig(num_experts=3), spec(0.18, 0.18), shared_rank=2))
+    kept = some_units(shared.eval())
+    smaller = u.with_units(shared, kept)
+    torch.testing.assert_close(smaller(pixels), u.masked_logits(shared, pixels, masks_of(shared, kept)))
 
 
 @pytest.mark.parametrize(
@@ -134,7 +143,7 @@ def test_first_order_importance_foretells_what_a_little_less_of_a_unit_costs(nam
     def loss_at(layer: str, unit: tuple[int, ...], mask: float) -> float:
         masks = all_open(model)
         masks[layer][unit] = mask
-        return float(F.cross_entropy(p.masked_logits(model, pixels, masks).double(), labels).detach())
+        return float(F.cross_entropy(u.masked_logits(model, pixels, masks).double(), labels).detach())
 
     for layer, score in scores.items():
         unit = tuple(int(place) for place in torch.unravel_index(score.argmax(), score.shape))
@@ -183,7 +192,7 @@ def test_every_criterion_makes_a_smaller_model(
     monkeypatch.setattr(p, "NUM_MASKS", 50)
     work = replace(make_work(make_moe()), source=make_model(name))
     made = PruneNeurons(NeuronPruning(0.5, criterion), NO_TRAINING).make(work)
-    assert {shape[-1] for shape in p.hidden_shapes(made.model).values()} == {8, 16}  # of 16 and 24
+    assert {shape[-1] for shape in u.hidden_shapes(made.model).values()} == {8, 16}  # of 16 and 24
     assert 0 < made.proof["left"] < 0.7
     trained = PruneNeurons(NeuronPruning(0.5, criterion), Finetuning(finetune_epochs=1)).make(work)
     assert len(trained.curves) == 1

@@ -1,6 +1,5 @@
 """Structured pruning: hidden units that matter least are taken out, and the model really becomes smaller.
 
-Units are those of the FFN's hidden layers; of an MoE its stem, the inside of its experts, their outputs and its head.
 Each layer loses the same share; each expert its own units, as many as every other, or more where they matter less.
 
 Scores of a unit: the norms of its weights in and out, multiplied; first-order importance, (a·∂L/∂a)² of its activation
@@ -13,14 +12,14 @@ Shapes: D stem width, E experts, H expert width, O expert output width, U units 
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from scipy.sparse.linalg import LinearOperator, lsmr
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from mnist_lab.compress.finetune import Finetuning, check_ratio, finetune
@@ -30,9 +29,9 @@ from mnist_lab.errors import RunFailed
 from mnist_lab.experiments.technique import Made, Work
 from mnist_lab.measure import MIB
 from mnist_lab.memory import measure_peak
-from mnist_lab.models import Model, ModelConfig, build_skeleton, count_parameters, parameter_bytes
-from mnist_lab.models.ffn import FFN
-from mnist_lab.models.moe import ExpertWeights, SparseMoE
+from mnist_lab.models import Model, count_parameters, parameter_bytes
+from mnist_lab.models.moe import SparseMoE
+from mnist_lab.models.units import Places, Units, hidden_shapes, incoming, masked_logits, outgoing, with_units
 from mnist_lab.training import progress_bar
 
 CHOOSING_SIZE = 1000  # training images that the choice is made on
@@ -43,8 +42,6 @@ RIDGE = 0.5
 NUM_ITERATIONS = 20
 Criterion = Literal["norm", "taylor", "activation", "masks"]
 Values = npt.NDArray[np.float32]
-Units = dict[str, Tensor]  # by layer: (width,), and (E, H) inside experts
-Places = dict[str, list[Tensor]]  # by layer: of its units, in order; inside experts of each
 
 
 @dataclass(frozen=True)
@@ -61,87 +58,6 @@ class NeuronPruning:
 
     def __post_init__(self) -> None:
         check_ratio(self.ratio)
-
-
-def hidden_shapes(model: Model) -> dict[str, tuple[int, ...]]:
-    """The layers whose units may go, and how many they have."""
-    if isinstance(model, FFN):
-        return {f"layers.{index}": (width,) for index, width in enumerate(model.config.widths)}
-    assert isinstance(model, SparseMoE)
-    experts = (model.config.routing.num_experts, model.config.expert_width)
-    inner: dict[str, tuple[int, ...]] = {
-        "stem": (model.config.model_width,),
-        "experts": experts,
-        "output": (model.config.output_width,),
-    }
-    return inner | {f"head.{index}": (width,) for index, width in enumerate(model.config.head_widths)}
-
-
-def incoming(model: Model) -> dict[str, list[Tensor]]:
-    """By layer the parameters that make its units, each (…, inputs or 1, units)."""
-    if isinstance(model, FFN):
-        return {f"layers.{i}": _into(layer) for i, layer in enumerate(model.layers[:-1])}
-    assert isinstance(model, SparseMoE)
-    experts = model.experts
-    inner: dict[str, list[Tensor]] = {
-        "stem": _into(model.stem),
-        "experts": [experts.weight_in, experts.bias_in.unsqueeze(1)],
-        "output": [experts.weight_out.flatten(0, 1), experts.bias_out],
-    }
-    return inner | {f"head.{i}": _into(layer) for i, layer in enumerate(model.head[:-1])}
-
-
-def outgoing(model: Model) -> dict[str, list[Tensor]]:
-    """By layer the weights that its units go into, each (…, units, outputs)."""
-    if isinstance(model, FFN):
-        return {f"layers.{i}": _out_of(layer) for i, layer in enumerate(model.layers[1:])}
-    assert isinstance(model, SparseMoE)
-    experts = model.experts
-    into_experts = experts.weight_in.transpose(0, 1).flatten(1)  # (D, E·H)
-    inner: dict[str, list[Tensor]] = {
-        "stem": [model.router.gate, into_experts],
-        "experts": [experts.weight_out],
-        "output": _out_of(model.head[0]),
-    }
-    return inner | {f"head.{i}": _out_of(layer) for i, layer in enumerate(model.head[1:])}
-
-
-def _linear(layer: nn.Module) -> nn.Linear:
-    assert isinstance(layer, nn.Linear)
-    return layer
-
-
-def _into(layer: nn.Module) -> list[Tensor]:
-    return [_linear(layer).weight.T, _linear(layer).bias.unsqueeze(0)]
-
-
-def _out_of(layer: nn.Module) -> list[Tensor]:
-    return [_linear(layer).weight.T]
-
-
-def masked_logits(model: Model, pixels: Tensor, masks: Units) -> Tensor:
-    """The forward pass with every hidden unit's activation multiplied by its mask; of 0, as if the unit were gone."""
-    if isinstance(model, FFN):
-        return _masked_chain(model.layers, "layers", model.normalize(pixels), masks)
-    assert isinstance(model, SparseMoE)
-    hidden_BD = model.embed(pixels) * masks["stem"]
-    decision, experts = model.router(hidden_BD), model.experts
-    mixed_BO = hidden_BD.new_zeros(len(hidden_BD), model.config.output_width)
-    for e in range(model.config.routing.num_experts):
-        image_N, place_N = (decision.experts_BK == e).nonzero(as_tuple=True)
-        inner_NH = (
-            torch.addmm(experts.bias_in[e], hidden_BD[image_N], experts.weight_in[e]).relu() * masks["experts"][e]
-        )
-        output_NO = torch.addmm(experts.bias_out[e], inner_NH, experts.weight_out[e])
-        mixed_BO = mixed_BO.index_add(0, image_N, output_NO * decision.weights_BK[image_N, place_N].unsqueeze(1))
-    return _masked_chain(model.head, "head", mixed_BO.relu() * masks["output"], masks)
-
-
-def _masked_chain(layers: nn.ModuleList, name: str, rows: Tensor, masks: Units) -> Tensor:
-    for index, layer in enumerate(layers[:-1]):
-        rows = layer(rows).relu() * masks[f"{name}.{index}"]
-    logits: Tensor = layers[-1](rows)
-    return logits
 
 
 @torch.no_grad()
@@ -266,70 +182,6 @@ def compete(score_EH: Tensor, mean_width: int) -> list[int]:
     num_blocks = len(blocks_EB) * mean_width // MULTIPLE
     winners_E = blocks_EB.flatten().topk(num_blocks).indices // blocks_EB.shape[1]
     return [MULTIPLE * int(count) for count in torch.bincount(winners_E, minlength=len(blocks_EB))]
-
-
-def with_units(model: Model, kept: Places) -> Model:
-    """The same model with these units only, in evaluation mode."""
-    return _smaller_ffn(model, kept) if isinstance(model, FFN) else _smaller_moe(model, kept)
-
-
-def _smaller_ffn(model: FFN, kept: Places) -> Model:
-    places = [own for (own,) in kept.values()]
-    weights = dict(model.normalize.state_dict(prefix="normalize."))
-    weights |= _smaller_chain(model.layers, "layers", [None, *places, None])
-    return _load(replace(model.config, widths=tuple(map(len, places))), weights)
-
-
-def _smaller_moe(model: SparseMoE, kept: Places) -> Model:
-    (stem,), inside, (output,) = kept["stem"], kept["experts"], kept["output"]
-    head = [own for name, (own, *_) in kept.items() if name.startswith("head.")]
-    widths = tuple(map(len, inside))
-    weights = dict(model.normalize.state_dict(prefix="normalize."))
-    weights |= {"stem.weight": _linear(model.stem).weight[stem], "stem.bias": _linear(model.stem).bias[stem]}
-    weights |= {"router.gate": model.router.gate[stem], "router.noise": model.router.noise[stem]}
-    stacked = model.experts
-    before = map(ExpertWeights, stacked.weight_in, stacked.bias_in, stacked.weight_out, stacked.bias_out)
-    after = [_smaller_expert(own, stem, units, output, max(widths)) for own, units in zip(before, inside, strict=True)]
-    for name, parts in zip(ExpertWeights._fields, zip(*after, strict=True), strict=True):
-        weights[f"experts.{name}"] = torch.stack(parts)
-    weights |= _smaller_chain(model.head, "head", [output, *head, None])
-    config = replace(
-        model.config,
-        model_width=len(stem),
-        expert_width=max(widths),
-        expert_widths=widths if len(set(widths)) > 1 else None,
-        output_width=len(output),
-        head_widths=tuple(map(len, head)),
-    )
-    return _load(config, weights)
-
-
-def _smaller_expert(own: ExpertWeights, stem: Tensor, units: Tensor, output: Tensor, width: int) -> ExpertWeights:
-    """With these units, and zeros up to a width."""
-    more = width - len(units)
-    return ExpertWeights(
-        F.pad(own.weight_in[stem][:, units], (0, more)),
-        F.pad(own.bias_in[units], (0, more)),
-        F.pad(own.weight_out[units][:, output], (0, 0, 0, more)),
-        own.bias_out[output],
-    )
-
-
-def _smaller_chain(layers: nn.ModuleList, name: str, kept: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    """Weights of linear layers, between each two of these sets of units; None for all."""
-    weights = {}
-    for index, (layer, (before, after)) in enumerate(zip(layers, itertools.pairwise(kept), strict=True)):
-        weight, bias = _linear(layer).weight, _linear(layer).bias
-        weight = weight if before is None else weight[:, before]
-        weights[f"{name}.{index}.weight"] = weight if after is None else weight[after]
-        weights[f"{name}.{index}.bias"] = bias if after is None else bias[after]
-    return weights
-
-
-def _load(config: ModelConfig, weights: Mapping[str, Tensor]) -> Model:
-    model = build_skeleton(config)
-    model.load_state_dict({name: weight.detach().clone() for name, weight in weights.items()}, assign=True)
-    return model.eval()
 
 
 def _said(places: Sequence[Tensor]) -> str:
