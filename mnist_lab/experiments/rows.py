@@ -113,7 +113,8 @@ def _compression() -> Iterator[Row]:
     for source, ratios in ((FFN, (0.8, 0.95)), (MOE, (0.5, 0.8, 0.9, 0.95, 0.98))):
         for ratio in ratios:
             yield from _beside_rival(pruned_weights(source, PruneWeights(WeightPruning(ratio), by_itself)))
-    yield pruned_router(PruneRouter(0.5, by_itself))
+    for ratio in (0.5, 0.9):
+        yield pruned_router(PruneRouter(ratio, by_itself))
     for criterion in ("masks", "taylor"):
         yield pruned_neurons(MOE, PruneNeurons(NeuronPruning(0.5, criterion), by_itself))
     for source in (FFN, MOE):
