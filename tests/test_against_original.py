@@ -94,6 +94,8 @@ def test_record_and_table_hold_it_for_what_was_made_of_another(tmp_path: Path) -
     assert found["nonzero_params"] == pytest.approx(halved.params_total / 2, rel=0.05)
     assert found["kl_to_original"] > 0
     assert found["file_ratio"] == pytest.approx(1, abs=0.01)
+    ours, theirs = (record.measurements["pytorch"].test_acc for record in (halved, original))
+    assert found["acc_points"] == pytest.approx(100 * (ours - theirs))
     table = build_table([original, halved])
     text = format_compression(table, style="simple")
     assert "Halved" in text

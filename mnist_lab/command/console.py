@@ -29,7 +29,7 @@ from mnist_lab.report.text import SUMMARY_LEGEND, format_compression, format_fas
 from mnist_lab.runtimes import RUNTIMES, RuntimeName, why_missing
 
 Mode = Literal["train", "load"]
-ON_SCREEN = 6  # columns of compression that fit a screen
+ON_SCREEN = 7  # columns of compression that fit a screen
 MAX_LINE = 1000  # characters of an answer from a pipe
 MAX_ANSWERS = 3  # that are wrong, where nobody sits at a terminal
 SCRIPTS = {"FFN_baseline": "baseline_mnist.py", "Sparse_MoE": "moe_mnist.py", "KD_FFN_Student": "kd_mnist.py"}

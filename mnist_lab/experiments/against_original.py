@@ -35,6 +35,7 @@ def compare_with_original(
     labels = run.lab.test.numpy()[1]
     figures = {
         "file_ratio": original.artifact.stat().st_size / run.artifact.stat().st_size,
+        "acc_points": 100 * (measure.accuracy(logits, labels) - measure.accuracy(reference, labels)),
         "kl_to_original": mean_divergence(reference, logits),
         "worst_class_points": worst_class_points(reference, logits, labels),
     }

@@ -118,6 +118,9 @@ def against_original(name: str, format: str = ".3f") -> Column:  # noqa: A002
     return Column(name, lambda record, _: (record.against_original or {}).get(name), mean, format)
 
 
+ACC_POINTS = against_original("acc_points", "+.2f")
+
+
 def _images_per_second(record: Record, measurement: Measurement) -> float | None:
     """Of a batch of the largest size; of a model made from another only."""
     timing = measurement.latency_ms.get(str(TABLE_BATCHES[-1]))
@@ -126,6 +129,8 @@ def _images_per_second(record: Record, measurement: Measurement) -> float | None
 
 # Of the models that were made from others, in a section of their own.
 COMPRESSION = (
+    ACC_POINTS,
+    replace(ACC_POINTS, name="acc_points_ci95", over_seeds=confidence_interval, format=".2f"),
     against_original("file_ratio", ".2f"),
     against_original("params_ratio", ".2f"),
     against_original("nonzero_params", ",.0f"),
