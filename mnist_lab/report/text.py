@@ -25,14 +25,13 @@ COMPARISON_LEGEND = (
     "runtime (torchao's rows: in torch-compile, whose engine they share)."
 )
 COMPRESSION_LEGEND = (
-    "Against the row's original, the first model of its chain, of the same seed: test accuracy in points, with its 95 % "
-    "interval over seeds; how many times smaller file and parameters are; "
-    "parameters that are not zero; images with the same class, KL divergence in nats, change of the worst class in "
-    "points. Of a mixture: images whose first expert is the same, overlap of the chosen sets (Jaccard), the gate's KL, "
-    "margin between the last expert chosen and the next, coefficient of variation of the load, experts with less than "
-    "a tenth of an even share, and linear CKA between experts' outputs (1: alike). Memory in PyTorch: of the "
-    "parameters once loaded, zeros in full, and of a pass of 1,000 images at its peak. Images per second in batches of "
-    "1,024; seconds that the technique took."
+    "Against the row's original, the first model of its chain, of the same seed: test accuracy in points, and its 95 % "
+    "interval over seeds; how many times smaller file and parameters are; parameters that are not zero; images with "
+    "the same class, KL divergence in nats, change of the worst class in points. Of a mixture: images whose first "
+    "expert is the same, overlap of the chosen sets (Jaccard), the gate's KL, margin between the last expert chosen "
+    "and the next, coefficient of variation of the load, experts with less than a tenth of an even share, and linear "
+    "CKA between experts' outputs (1: alike). Memory in PyTorch: of the parameters once loaded, zeros in full, and of "
+    "a pass of 1,000 images at its peak. Images per second in batches of 1,024; seconds that the technique took."
 )
 # What a narrow terminal can do without, first what it misses least.
 DISPENSABLE = ("x orig", "seeds", "ms b1024", "precision", "ms b1", "MiB", "technique", "runtime")
