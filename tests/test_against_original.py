@@ -14,7 +14,8 @@ from tiny import HALVED, SMALL, make_dataset, make_lab
 from mnist_lab.experiments import against_original as a
 from mnist_lab.experiments.make import make
 from mnist_lab.experiments.run import Run
-from mnist_lab.models.moe import RoutingConfig, with_experts
+from mnist_lab.models.moe import RoutingConfig
+from mnist_lab.models.surgery import with_experts
 from mnist_lab.report.table import build_table
 from mnist_lab.report.text import format_compression
 

@@ -22,7 +22,8 @@ from mnist_lab.deploy.onnx import write_onnx
 from mnist_lab.experiments.technique import Form, Work
 from mnist_lab.models import PRESETS, build_model, config_from_dict, count_parameters, parameter_bytes
 from mnist_lab.models.checkpoints import load_checkpoint, save_checkpoint
-from mnist_lab.models.moe import EveryExpert, RoutingConfig, SparseMoE, SparseMoEConfig, as_dense, with_experts
+from mnist_lab.models.moe import EveryExpert, RoutingConfig, SparseMoE, SparseMoEConfig
+from mnist_lab.models.surgery import as_dense, with_experts
 from mnist_lab.runtimes import open_session
 from mnist_lab.training import Recipe, fit, torch_predictor
 

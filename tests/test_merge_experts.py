@@ -12,7 +12,8 @@ from mnist_lab.compress.merge_experts import Alignment, Grouping, MergeExperts, 
 from mnist_lab.compress.prune_experts import look, utilization
 from mnist_lab.errors import UserError
 from mnist_lab.models.ffn import FFN
-from mnist_lab.models.moe import SparseMoE, with_experts
+from mnist_lab.models.moe import SparseMoE
+from mnist_lab.models.surgery import with_experts
 
 PIXELS = make_dataset().train.pixels
 

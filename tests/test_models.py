@@ -21,8 +21,8 @@ from mnist_lab.models.moe import (
     smooth_load,
     squared_cv,
     switch_loss,
-    without_expert,
 )
+from mnist_lab.models.surgery import without_expert
 
 
 def make_moe(routing: RoutingConfig = RoutingConfig(), seed: int = 0) -> SparseMoE:

@@ -16,7 +16,8 @@ from mnist_lab.errors import RunFailed, UserError
 from mnist_lab.experiments.technique import Work
 from mnist_lab.models import PRESETS
 from mnist_lab.models.ffn import FFN
-from mnist_lab.models.moe import RoutingConfig, SparseMoE, SparseMoEConfig, as_dense, with_experts
+from mnist_lab.models.moe import RoutingConfig, SparseMoE, SparseMoEConfig
+from mnist_lab.models.surgery import as_dense, with_experts
 from mnist_lab.training import Recipe
 
 NO_TRAINING = Finetuning(finetune_epochs=0)

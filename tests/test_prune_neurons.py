@@ -21,7 +21,7 @@ from mnist_lab.experiments.make import make
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.run import Run
 from mnist_lab.models import Model, build_model
-from mnist_lab.models import units as u
+from mnist_lab.models import surgery as u
 from mnist_lab.models.ffn import FFNConfig
 from mnist_lab.models.moe import RoutingConfig, SparseMoE, SparseMoEConfig
 from mnist_lab.training import Recipe

@@ -21,7 +21,8 @@ from torch.nn import functional as F
 from mnist_lab.compress.finetune import Finetuning, finetune
 from mnist_lab.compress.prune_experts import Seen, best, check_keep, look, utilization
 from mnist_lab.experiments.technique import Made, Work
-from mnist_lab.models.moe import SparseMoE, as_dense, with_experts
+from mnist_lab.models.moe import SparseMoE
+from mnist_lab.models.surgery import as_dense, with_experts
 
 CHOOSING_SIZE = 2000  # training images on which experts are compared
 Grouping = Literal["frequency", "outputs"]

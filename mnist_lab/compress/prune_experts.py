@@ -20,7 +20,8 @@ from mnist_lab.compress.finetune import Finetuning, finetune
 from mnist_lab.errors import RunFailed, UserError
 from mnist_lab.experiments.technique import Made, Proof, Work
 from mnist_lab.measure import EVALUATION_BATCH
-from mnist_lab.models.moe import SparseMoE, as_dense, with_experts
+from mnist_lab.models.moe import SparseMoE
+from mnist_lab.models.surgery import as_dense, with_experts
 from mnist_lab.training import progress_bar, torch_predictor
 
 CHOOSING_SIZE = 10_000  # training images that the choice is made on

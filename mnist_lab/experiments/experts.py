@@ -10,7 +10,8 @@ from mnist_lab.data import Split
 from mnist_lab.deploy.inside import choose_experts
 from mnist_lab.experiments.run import Run
 from mnist_lab.models import Model
-from mnist_lab.models.moe import SparseMoE, without_expert
+from mnist_lab.models.moe import SparseMoE
+from mnist_lab.models.surgery import without_expert
 from mnist_lab.training import progress_bar, torch_predictor
 
 

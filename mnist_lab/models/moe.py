@@ -7,9 +7,9 @@ input, N = B·K (input, expert) pairs, sorted by expert, R rank of what experts 
 """
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Annotated, Any, Literal, NamedTuple
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, NamedTuple
 
 import torch
 from msgspec import Meta
@@ -19,8 +19,6 @@ from torch.nn import functional as F
 from mnist_lab.data import DataSpec
 from mnist_lab.errors import UserError
 from mnist_lab.models.ffn import (
-    FFN,
-    FFNConfig,
     Normalize,
     apply_linear,
     cast_like,
@@ -355,8 +353,8 @@ class EveryExpert(nn.Module):
         super().__init__()
         self.model = model
         experts = list(model.experts.each())
-        self.layers_in = nn.ModuleList(_linear(own.weight_in, own.bias_in) for own in experts)
-        self.layers_out = nn.ModuleList(_linear(own.weight_out, own.bias_out) for own in experts)
+        self.layers_in = nn.ModuleList(linear_of(own.weight_in, own.bias_in) for own in experts)
+        self.layers_out = nn.ModuleList(linear_of(own.weight_out, own.bias_out) for own in experts)
         self.train(model.training)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -371,61 +369,7 @@ class EveryExpert(nn.Module):
         return relu_chain(model.head, torch.stack(outputs).sum(dim=0).relu_())  # (B, C)
 
 
-def without_expert(model: SparseMoE, expert: int) -> SparseMoE:
-    """The same mixture with one expert closed.
-
-    Raises:
-        ValueError: there is no other expert.
-    """
-    return with_experts(model, [index for index in range(model.config.routing.num_experts) if index != expert])
-
-
-def with_experts(model: SparseMoE, kept: Sequence[int]) -> SparseMoE:
-    """The same mixture with these experts only, in evaluation mode: images of the others go to the best of these.
-
-    A gate over all experts is then one over all that are left, and K falls to their number.
-
-    Raises:
-        ValueError: none is left.
-    """
-    if not kept:
-        raise ValueError("a mixture of one expert has none to spare")
-    chosen, config = list(kept), model.config
-    weights = model.state_dict()
-    for name, weight in weights.items():
-        if name.startswith("router."):
-            weights[name] = weight[:, chosen]
-        elif name.startswith("experts.") and name not in BASES:
-            weights[name] = weight[chosen]
-    rest = replace(config.routing, num_experts=len(chosen), top_k=min(config.routing.top_k, len(chosen)))
-    own_widths: dict[str, Any] = {}
-    if config.expert_widths is not None:
-        widths = tuple(config.expert_widths[expert] for expert in chosen)
-        own_widths = {"expert_width": max(widths), "expert_widths": widths}
-        for name, axis in (("weight_in", 2), ("bias_in", 1), ("weight_out", 1)):
-            weights[f"experts.{name}"] = weights[f"experts.{name}"].narrow(axis, 0, max(widths)).contiguous()
-    with torch.device("meta"):  # draws no weights
-        smaller = SparseMoE(replace(config, routing=rest, **own_widths))
-    smaller.load_state_dict(weights, assign=True)
-    return smaller.eval()
-
-
-def as_dense(model: SparseMoE) -> FFN:
-    """A mixture of one expert as the dense FFN that it is: every image goes there, with weight 1."""
-    config, (only,) = model.config, model.experts.each()
-    hidden = [_linear(only.weight_in, only.bias_in), _linear(only.weight_out, only.bias_out)]
-    with torch.device("meta"):
-        dense = FFN(
-            FFNConfig((config.model_width, config.expert_width, config.output_width, *config.head_widths), config.data)
-        )
-    layers = nn.ModuleList([model.stem, *hidden, *model.head])
-    weights = {f"layers.{name}": tensor for name, tensor in layers.state_dict().items()}
-    weights |= {f"normalize.{name}": tensor for name, tensor in model.normalize.state_dict().items()}
-    dense.load_state_dict(weights, assign=True)
-    return dense.eval()
-
-
-def _linear(weight: Tensor, bias: Tensor) -> nn.Linear:
+def linear_of(weight: Tensor, bias: Tensor) -> nn.Linear:
     """A layer of a weight (inputs, outputs) and a bias."""
     layer = nn.Linear(weight.shape[0], weight.shape[1], device="meta")
     layer.weight, layer.bias = nn.Parameter(weight.detach().T.contiguous()), nn.Parameter(bias.detach().clone())

@@ -1,4 +1,4 @@
-"""Hidden units: where they are, the same model with some of them silent, and without them.
+"""The same model without some of its hidden units, or of its experts.
 
 Units are those of the FFN's hidden layers; of an MoE its stem, the inside of its experts, their outputs and its head.
 
@@ -8,14 +8,15 @@ Shapes: B images, D stem width, E experts, H expert width, O expert output width
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mnist_lab.models import Model, ModelConfig, build_skeleton
-from mnist_lab.models.ffn import FFN
-from mnist_lab.models.moe import ExpertWeights, SparseMoE
+from mnist_lab.models.ffn import FFN, FFNConfig
+from mnist_lab.models.moe import BASES, ExpertWeights, SparseMoE, linear_of
 
 Units = dict[str, Tensor]  # by layer: (width,), and (E, H) inside experts
 Places = dict[str, list[Tensor]]  # by layer: of its units, in order; inside experts of each
@@ -165,3 +166,57 @@ def _load(config: ModelConfig, weights: Mapping[str, Tensor]) -> Model:
     model = build_skeleton(config)
     model.load_state_dict({name: weight.detach().clone() for name, weight in weights.items()}, assign=True)
     return model.eval()
+
+
+def without_expert(model: SparseMoE, expert: int) -> SparseMoE:
+    """The same mixture with one expert closed.
+
+    Raises:
+        ValueError: there is no other expert.
+    """
+    return with_experts(model, [index for index in range(model.config.routing.num_experts) if index != expert])
+
+
+def with_experts(model: SparseMoE, kept: Sequence[int]) -> SparseMoE:
+    """The same mixture with these experts only, in evaluation mode: images of the others go to the best of these.
+
+    A gate over all experts is then one over all that are left, and K falls to their number.
+
+    Raises:
+        ValueError: none is left.
+    """
+    if not kept:
+        raise ValueError("a mixture of one expert has none to spare")
+    chosen, config = list(kept), model.config
+    weights = model.state_dict()
+    for name, weight in weights.items():
+        if name.startswith("router."):
+            weights[name] = weight[:, chosen]
+        elif name.startswith("experts.") and name not in BASES:
+            weights[name] = weight[chosen]
+    rest = replace(config.routing, num_experts=len(chosen), top_k=min(config.routing.top_k, len(chosen)))
+    own_widths: dict[str, Any] = {}
+    if config.expert_widths is not None:
+        widths = tuple(config.expert_widths[expert] for expert in chosen)
+        own_widths = {"expert_width": max(widths), "expert_widths": widths}
+        for name, axis in (("weight_in", 2), ("bias_in", 1), ("weight_out", 1)):
+            weights[f"experts.{name}"] = weights[f"experts.{name}"].narrow(axis, 0, max(widths)).contiguous()
+    with torch.device("meta"):  # draws no weights
+        smaller = SparseMoE(replace(config, routing=rest, **own_widths))
+    smaller.load_state_dict(weights, assign=True)
+    return smaller.eval()
+
+
+def as_dense(model: SparseMoE) -> FFN:
+    """A mixture of one expert as the dense FFN that it is: every image goes there, with weight 1."""
+    config, (only,) = model.config, model.experts.each()
+    hidden = [linear_of(only.weight_in, only.bias_in), linear_of(only.weight_out, only.bias_out)]
+    with torch.device("meta"):
+        dense = FFN(
+            FFNConfig((config.model_width, config.expert_width, config.output_width, *config.head_widths), config.data)
+        )
+    layers = nn.ModuleList([model.stem, *hidden, *model.head])
+    weights = {f"layers.{name}": tensor for name, tensor in layers.state_dict().items()}
+    weights |= {f"normalize.{name}": tensor for name, tensor in model.normalize.state_dict().items()}
+    dense.load_state_dict(weights, assign=True)
+    return dense.eval()
