@@ -1,8 +1,9 @@
-"""Convert a trained model to INT8 (post-training quantization), and measure it beside its FP32 form.
+"""Convert a trained model to INT8 or fewer bits (post-training quantization), and measure it beside its FP32 form.
 
 python ptq_mnist.py                                 # the FFN, static: expect 99.29 ± 0.08 %, 0.230 MiB
 python ptq_mnist.py --model moe                     # the MoE, dynamic: expect 99.19 ± 0.07 %, 0.718 MiB
 python ptq_mnist.py --model moe --mode static       # the contrast: expect 99.21 ± 0.07 %, 0.735 MiB
+python ptq_mnist.py --mode weight-only --bits 4     # weights of 4 bits, a scale for each output
 """
 
 from dataclasses import dataclass, field
@@ -12,8 +13,10 @@ from mnist_lab.command.console import make_and_print, open_lab, print_proof
 from mnist_lab.command.entry import run_script
 from mnist_lab.command.options import Options
 from mnist_lab.compress.int8 import Calibration, Mode, StaticInt8
+from mnist_lab.compress.weight_only import Rounding, WeightOnly
 from mnist_lab.errors import UserError
-from mnist_lab.experiments.rows import FFN, MOE, STUDENT, dynamic_int8, static_int8
+from mnist_lab.experiments.row import Row
+from mnist_lab.experiments.rows import FFN, MOE, STUDENT, dynamic_int8, static_int8, weight_only
 from mnist_lab.experiments.run import Run
 
 SOURCES = {"ffn": FFN, "moe": MOE, "student": STUDENT}
@@ -23,19 +26,33 @@ SOURCES = {"ffn": FFN, "moe": MOE, "student": STUDENT}
 class PTQOptions(Options):
     model: Literal["ffn", "moe", "student"] = "ffn"
     """Trained model to convert; student is KD_FFN_Student."""
-    mode: Mode | None = None
-    """Where activation ranges come from: static (calibration) or dynamic (each batch); when not given, static
-    for the dense models and dynamic for the MoE."""
+    mode: Mode | Literal["weight-only"] | None = None
+    """Where activation ranges come from: static (calibration) or dynamic (each batch); or weight-only, which stores
+    weights in --bits and no ranges; when not given, static for the dense models and dynamic for the MoE."""
     calibration: Calibration = field(default_factory=Calibration)
+    rounding: Rounding = field(default_factory=Rounding)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.is_dynamic and self.calibration != Calibration():
-            raise UserError("dynamic mode calibrates nothing: drop --calibration-size and --calibration-method")
+        if self.chosen_mode != "static" and self.calibration != Calibration():
+            raise UserError(
+                f"{self.chosen_mode} mode calibrates nothing: drop --calibration-size and --calibration-method"
+            )
+        if self.chosen_mode != "weight-only" and self.rounding != Rounding():
+            raise UserError(f"{self.chosen_mode} mode stores 8 bits: drop --bits and --group-size")
 
     @property
-    def is_dynamic(self) -> bool:
-        return (self.mode or ("dynamic" if self.model == "moe" else "static")) == "dynamic"
+    def chosen_mode(self) -> Mode | Literal["weight-only"]:
+        return self.mode or ("dynamic" if self.model == "moe" else "static")
+
+    @property
+    def row(self) -> Row:
+        source = SOURCES[self.model]
+        if self.chosen_mode == "weight-only":
+            return weight_only(source, WeightOnly(self.rounding))
+        return (
+            dynamic_int8(source) if self.chosen_mode == "dynamic" else static_int8(source, StaticInt8(self.calibration))
+        )
 
 
 def _check_calibration_size(size: int, num_images: int) -> None:
@@ -46,10 +63,9 @@ def _check_calibration_size(size: int, num_images: int) -> None:
 
 def main(options: PTQOptions) -> None:
     source = SOURCES[options.model]
-    row = dynamic_int8(source) if options.is_dynamic else static_int8(source, StaticInt8(options.calibration))
     with open_lab(options) as lab:
         _check_calibration_size(options.calibration.calibration_size, len(lab.dataset.train))
-        print_proof(make_and_print(Run(lab, row, options.seed), beside=Run(lab, source, options.seed)))
+        print_proof(make_and_print(Run(lab, options.row, options.seed), beside=Run(lab, source, options.seed)))
 
 
 if __name__ == "__main__":

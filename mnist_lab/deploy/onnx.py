@@ -49,10 +49,12 @@ def write_onnx(model: Model, path: Path, metadata: Mapping[str, Any], *, layout:
     Raises:
         RunFailed: the folder cannot be written.
     """
-    if isinstance(model, SparseMoE):
-        layout = layout or choose_layout(model.config)
-        metadata = {**metadata, "layout": {"name": layout}}
-    save_onnx(build_onnx(model, layout=layout), path, metadata)
+    save_onnx(build_onnx(model, layout=layout), path, {**metadata, **layout_metadata(model, layout)})
+
+
+def layout_metadata(model: Model, layout: Layout | None = None) -> dict[str, Any]:
+    """What an MoE's artifact says of its layout; nothing of a dense model."""
+    return {"layout": {"name": layout or choose_layout(model.config)}} if isinstance(model, SparseMoE) else {}
 
 
 def build_onnx(model: Model, *, layout: Layout | None = None) -> onnx.ModelProto:

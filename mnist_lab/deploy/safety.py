@@ -12,7 +12,7 @@ from mnist_lab.measure import EVALUATION_BATCH
 # What the suite's graphs are made of, as `deploy/onnx.py` writes them and ONNX Runtime's converter changes them.
 OPERATORS = {
     "Add", "Cast", "Concat", "DequantizeLinear", "Div", "DynamicQuantizeLinear", "Expand", "Flatten", "Gather",
-    "GatherElements", "Gemm", "MatMul", "MatMulInteger", "Mul", "QuantizeLinear", "Range", "Relu", "Reshape",
+    "GatherElements", "Gemm", "MatMul", "MatMulInteger", "Max", "Mul", "QuantizeLinear", "Range", "Relu", "Reshape",
     "ScatterElements", "Shape", "Softmax", "Split", "Squeeze", "Sub", "TopK", "Unsqueeze",
 }  # fmt: skip
 OF_CONSTANTS = {"Cast", "DequantizeLinear"}  # that may compute from constants alone: the result is no larger by much
@@ -20,6 +20,7 @@ ITEM_BYTES: dict[int, int] = {
     TensorProto.FLOAT: 4, TensorProto.BFLOAT16: 2, TensorProto.INT64: 8, TensorProto.INT32: 4,
     TensorProto.INT8: 1, TensorProto.UINT8: 1,
 }  # fmt: skip
+PACKED_BITS: dict[int, int] = {TensorProto.INT4: 4, TensorProto.INT2: 2}
 MAY_BE_SPARSE = {TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.UINT8}
 # For each value that it stores, a sparse constant may stand for so many and be so long. That leaves room for 99.9 % of
 # zeros in all but the smallest layers, while made dense none takes more than 342 times the bytes of its values and
@@ -31,7 +32,10 @@ MAX_INDICES = 2000  # constants of no more whole numbers than that are shapes, a
 
 def constant_bytes(constant: onnx.TensorProto) -> int:
     """Of a constant's values, by its shape and type; a type that the suite does not write counts as none."""
-    return math.prod(constant.dims) * ITEM_BYTES.get(constant.data_type, 0)
+    num_values = math.prod(constant.dims)
+    if constant.data_type in PACKED_BITS:
+        return math.ceil(num_values * PACKED_BITS[constant.data_type] / 8)
+    return num_values * ITEM_BYTES.get(constant.data_type, 0)
 
 
 def is_in_proportion(dims: Collection[int], num_values: int) -> bool:

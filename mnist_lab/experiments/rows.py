@@ -13,6 +13,7 @@ from mnist_lab.compress.prune_router import PruneRouter
 from mnist_lab.compress.prune_weights import PruneWeights, WeightPruning
 from mnist_lab.compress.share_base import ShareBase, Sharing
 from mnist_lab.compress.train import TrainFFN, TrainLike, TrainMoE
+from mnist_lab.compress.weight_only import WeightOnly
 from mnist_lab.experiments.row import Row
 from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.report.records import BASELINE, CONTROL, RIVAL
@@ -49,6 +50,11 @@ def dynamic_int8(source: Row) -> Row:
     if source.family == MOE.family:
         return Row("Sparse_MoE_INT8", source=source, form=DynamicInt8())
     return Row(static_int8(source).family, source=source, form=DynamicInt8(), variant="dynamic")
+
+
+def weight_only(source: Row, form: WeightOnly = WeightOnly()) -> Row:
+    """A trained row with weights of few bits."""
+    return Row(f"{source.family}_weight_only", source=source, form=form)
 
 
 def bfloat16(source: Row) -> Row:

@@ -103,7 +103,10 @@ class Form(Protocol):
     """Puts a model's weights into another kind of file."""
 
     label: ClassVar[str]
-    precision: ClassVar[Precision]
+
+    @property
+    def precision(self) -> Precision:
+        """Of its weights."""
 
     @property
     def runtimes(self) -> tuple[RuntimeName, ...]:
