@@ -1,5 +1,7 @@
 """Weight-only quantization: weights of 8, 4 or 2 bits, with a scale for each output, or for each group of its inputs.
 
+They are rounded to the nearest, or with feedback (`gptq.py`).
+
 The file is standard ONNX: integers, and a DequantizeLinear where they are used. ONNX Runtime makes one product of both,
 `MatMulNBits`, which rounds its inputs to 8 bits by itself.
 
@@ -19,6 +21,7 @@ import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
 
+from mnist_lab.compress.gptq import Gram, input_grams, round_with_feedback
 from mnist_lab.compress.int8 import absmax_quantize, optimized_graph
 from mnist_lab.deploy.artifacts import read_onnx, save_onnx
 from mnist_lab.deploy.onnx import IR_VERSION, OPSET, build_onnx, layout_metadata
@@ -40,6 +43,7 @@ ZERO = "zero"
 FLOAT_OPERATORS = {"Gemm", "MatMul", "FusedGemm", "FusedMatMul"}
 SMALLEST_GROUP = 16  # that ONNX Runtime's product has a kernel for, as powers of two from there to
 LARGEST_GROUP = 256
+CALIBRATION_SIZE = 5000  # training images
 CHECKED_IMAGES = 200
 LEAST_DECIBELS = 20.0  # of the engine's logits against those of the same weights in FP32: int8 inputs give some 40
 
@@ -52,6 +56,8 @@ class Rounding:
     """Of a weight."""
     group_size: int | Literal["channel"] = field(default="channel", metadata={"tag": "g"})
     """Inputs of an output that share a scale, a power of two from 16 to 256; or channel, all of them."""
+    method: Literal["gptq", "nearest"] = field(default="gptq", metadata={"tag": ""})
+    """Rounding to the nearest, or gptq: what is still to be rounded makes up for what was, on calibration images."""
 
     def __post_init__(self) -> None:
         if self.group_size == "channel":
@@ -63,7 +69,7 @@ class Rounding:
 
 @dataclass(frozen=True)
 class WeightOnly:
-    """Weights of few bits, rounded to the nearest, and nothing else of the model."""
+    """Weights of few bits, and nothing else of the model."""
 
     label: ClassVar[str] = "weight-only ptq"
     runtimes: ClassVar[tuple[RuntimeName, ...]] = ("onnxruntime",)
@@ -75,7 +81,8 @@ class WeightOnly:
 
     def write(self, model: Model, file: Path, work: Work, metadata: Mapping[str, Any]) -> None:
         graph = build_onnx(model)
-        round_weights(graph, self.rounding)
+        calibration = work.calibration(CALIBRATION_SIZE).numpy() if self.rounding.method == "gptq" else None
+        round_weights(graph, self.rounding, calibration)
         save_onnx(graph, file, {**metadata, **layout_metadata(model)})
 
     def prove(self, model: Model, file: Path) -> Proof:
@@ -103,19 +110,30 @@ def pack(integers: Int8, bits: Bits) -> bytes:
     return shifted.tobytes()
 
 
-def round_weights(model: onnx.ModelProto, rounding: Rounding) -> None:
-    """Put the weights of an FP32 graph's products, those of the routing apart, into few bits; in place."""
+def round_weights(model: onnx.ModelProto, rounding: Rounding, calibration: Array | None = None) -> None:
+    """Put the weights of an FP32 graph's products, those of the routing apart, into few bits; in place.
+
+    Args:
+        calibration: training pixels (N, 1, height, width), by which they are rounded with feedback; without, to the
+            nearest.
+    """
     graph, constants = model.graph, {constant.name: constant for constant in model.graph.initializer}
+    products = {
+        node.name: node.input[0]
+        for node in graph.node
+        if node.op_type in {"Gemm", "MatMul"} and node.name not in FLOAT_PRODUCTS and node.input[1] in constants
+    }
+    grams = {} if calibration is None else input_grams(model, list(dict.fromkeys(products.values())), calibration)
     nodes = []
     for node in graph.node:
-        if node.op_type in {"Gemm", "MatMul"} and node.name not in FLOAT_PRODUCTS and node.input[1] in constants:
-            weight = constants.pop(node.input[1])
-            bits: Bits = 4 if rounding.bits == 2 and weight.dims[1] % OUTPUTS_OF_2_BITS else rounding.bits
-            stored, dequantize = _few_bits(weight, bits, rounding.group_size)
-            constants |= {constant.name: constant for constant in stored}
-            nodes += [dequantize, *_product(node, dequantize.output[0])]
-        else:
+        if node.name not in products:
             nodes.append(node)
+            continue
+        weight = constants.pop(node.input[1])
+        bits: Bits = 4 if rounding.bits == 2 and weight.dims[1] % OUTPUTS_OF_2_BITS else rounding.bits
+        stored, dequantize = _few_bits(weight, bits, rounding.group_size, grams.get(node.input[0]))
+        constants |= {constant.name: constant for constant in stored}
+        nodes += [dequantize, *_product(node, dequantize.output[0])]
     for node in nodes:
         if (
             node.op_type == "Relu"
@@ -131,12 +149,15 @@ def round_weights(model: onnx.ModelProto, rounding: Rounding) -> None:
 
 
 def _few_bits(
-    weight: TensorProto, bits: Bits, group_size: int | Literal["channel"]
+    weight: TensorProto, bits: Bits, group_size: int | Literal["channel"], gram: Gram | None
 ) -> tuple[list[TensorProto], onnx.NodeProto]:
     """A weight's integers and scales, and the node that multiplies them."""
     values = numpy_helper.to_array(weight)
     size = len(values) if group_size == "channel" else min(group_size, len(values))
-    integers, scales = quantize_weight(values, bits, size)
+    if gram is None:
+        integers, scales = quantize_weight(values, bits, size)
+    else:
+        integers, scales = round_with_feedback(values, gram, bits, size)
     is_one_group = len(scales) == 1
     stored = TensorProto(
         name=f"{weight.name}.q", data_type=TYPES[bits], dims=values.shape, raw_data=pack(integers, bits)
