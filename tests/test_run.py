@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 from tiny import CHAIN, HALVED, OTHER, ROUNDED, SMALL, TAUGHT, exchange_weights, make_dataset, make_lab
 
+from mnist_lab.compress.prune_weights import PruneWeights
 from mnist_lab.compress.train import TrainFFN
 from mnist_lab.errors import UserError
+from mnist_lab.experiments import run as run_module
 from mnist_lab.experiments.lab import Lab
 from mnist_lab.experiments.make import ensure_weights, load_or_make
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.run import Run
 from mnist_lab.models.checkpoints import read_metadata, save_checkpoint
+from mnist_lab.runtimes import RuntimeName
 from mnist_lab.training import find_recipe
 
 pytestmark = pytest.mark.slow
@@ -83,6 +86,26 @@ def test_parent_that_is_gone_does_not_count_as_unchanged(lab: Lab, family: str) 
     below = list(runs)[list(runs).index(family) + 1 : -1]
     assert all("missing" in (runs[child].why_stale() or "") for child in below)
     assert runs["Other"].why_stale() is None
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        (("pytorch", "onnxruntime"), ["pytorch", "onnxruntime", "torch-sparse"]),
+        (("onnxruntime",), ["onnxruntime"]),
+        (("torchao",), ["pytorch", "torch-sparse"]),
+    ],
+)
+def test_zeros_are_measured_in_the_sparse_layout_too(
+    asked: tuple[RuntimeName, ...], expected: list[str], lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_module, "why_missing", lambda _: None)
+    pruned = Row("Pruned", PruneWeights(), source=SMALL)
+    lab = replace(lab, runtimes=asked)
+    assert Run(lab, pruned, 0).runtimes == expected
+    assert Run(lab, SMALL, 0).runtimes == expected[: -1 if "torch-sparse" in expected else None]
+    monkeypatch.setattr(run_module, "why_missing", lambda runtime: f"{runtime} needs MKL")
+    assert "torch-sparse" not in Run(lab, pruned, 0).runtimes
 
 
 def test_settings_come_from_the_dataclasses_themselves(lab: Lab) -> None:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from test_expert_shapes import APART, SHARED
 from tiny import spec
 from torch import Tensor
 
@@ -29,7 +30,7 @@ from mnist_lab.measure import Array
 from mnist_lab.models import PRESETS, build_model, parameter_bytes
 from mnist_lab.models.checkpoints import read_metadata, read_tensors, save_checkpoint, save_tensors
 from mnist_lab.models.ffn import FFN
-from mnist_lab.models.moe import EveryExpert, RoutingConfig, SparseMoE
+from mnist_lab.models.moe import EveryExpert, RoutingConfig, SparseMoE, SparseMoEConfig
 from mnist_lab.runtimes import (
     EXTENSIONS,
     FLOAT_PRODUCTS,
@@ -45,6 +46,7 @@ pytestmark = pytest.mark.slow
 
 PIXELS = np.random.default_rng(0).random((5, 1, 28, 28), np.float32)
 needs_compiler = pytest.mark.skipif(why_missing("torchao") is not None, reason=str(why_missing("torchao")))
+needs_mkl = pytest.mark.skipif(why_missing("torch-sparse") is not None, reason="sparse products are MKL's")
 needs_bfloat16 = pytest.mark.skipif(not has_bfloat16(), reason="this CPU has no BF16 products")
 
 
@@ -85,7 +87,14 @@ def signal_to_noise_db(reference: Array, logits: Array) -> float:
 
 @pytest.mark.parametrize("kind", ["ffn", "moe"])
 @pytest.mark.parametrize(
-    "runtime", ["pytorch", pytest.param("torch-compile", marks=needs_compiler), "onnxruntime", "openvino"]
+    "runtime",
+    [
+        "pytorch",
+        pytest.param("torch-compile", marks=needs_compiler),
+        pytest.param("torch-sparse", marks=needs_mkl),
+        "onnxruntime",
+        "openvino",
+    ],
 )
 def test_fp32_logits_are_the_models(runtime: RuntimeName, kind: str, tmp_path: Path) -> None:
     model = make_model(kind)
@@ -93,6 +102,25 @@ def test_fp32_logits_are_the_models(runtime: RuntimeName, kind: str, tmp_path: P
     session = open_in(runtime, tmp_path)
     assert session.runtime == runtime
     np.testing.assert_allclose(session.predict(PIXELS), torch_predictor(model)(PIXELS), atol=1e-4)
+
+
+@needs_mkl
+@pytest.mark.parametrize("config", [APART, SHARED, replace(APART, head_widths=(8,))], ids=["apart", "shared", "head"])
+def test_sparse_products_are_of_the_weights_that_are_not_zero(config: SparseMoEConfig, tmp_path: Path) -> None:
+    from mnist_lab.runtimes.torch_sparse import TorchSparseSession
+
+    torch.manual_seed(0)
+    model = build_model(config).eval()
+    assert isinstance(model, SparseMoE)
+    with torch.no_grad():
+        model.stem.weight *= torch.rand(model.stem.weight.shape) < 0.1
+    write_files(model, tmp_path)
+    session = TorchSparseSession(tmp_path / "model.safetensors")
+    (stem,) = session.network.stem
+    assert stem.weight_OI.layout == torch.sparse_csr
+    assert stem.weight_OI._nnz() == int((model.stem.weight != 0).sum())
+    for pixels in (PIXELS, PIXELS[:1]):  # of one image some experts get nothing
+        np.testing.assert_allclose(session.predict(pixels), torch_predictor(model)(pixels), atol=1e-4)
 
 
 @pytest.mark.parametrize("runtime", ["pytorch", "onnxruntime", "openvino"])

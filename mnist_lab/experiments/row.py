@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from mnist_lab.compress.float32 import Float32
+from mnist_lab.compress.prune_weights import PruneWeights
 from mnist_lab.experiments.technique import Form, Step
 from mnist_lab.runtimes import EXTENSIONS
 from mnist_lab.sources import DatasetName
@@ -45,6 +46,11 @@ class Row:
     def extension(self) -> str:
         """Of the file that is made first: what the first of the runtimes loads."""
         return EXTENSIONS[self.form.runtimes[0]]
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether its step makes zeros of weights."""
+        return isinstance(self.step, PruneWeights)
 
     @property
     def technique(self) -> str:

@@ -12,7 +12,7 @@ from mnist_lab.report.columns import COLUMNS, COMPRESSION, Column, first
 from mnist_lab.report.records import BASELINE, CONTROL, Record
 from mnist_lab.report.statistics import confidence_interval
 
-SAME_ENGINE = {"torchao": "torch-compile"}  # where a runtime has no FP32 of its own
+SAME_ENGINE = {"torchao": "torch-compile", "torch-sparse": "pytorch"}  # where a runtime has no FP32 of its own
 HIDDEN = ("seed_numbers", "original", "family")  # what comparisons need to know of a row
 
 
@@ -74,7 +74,7 @@ def _cell(column: Column, read: list[Any]) -> Any:
 def compare(table: pd.DataFrame) -> pd.DataFrame:
     """Every row against its original (the first model of its chain), and against the baseline.
 
-    Both in the row's own runtime (torchao's rows in torch-compile, whose engine they share). Accuracy
+    Both in the row's own runtime (torchao's rows in torch-compile, torch-sparse's in pytorch). Accuracy
     difference in percentage points, parameter storage as a share, speed-up as a factor per batch size;
     NaN where there is nothing to compare with, for the accuracy also where the two rows are not of the
     same seeds, for the speed-up where they were not timed on as many threads.

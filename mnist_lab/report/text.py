@@ -22,7 +22,7 @@ SUMMARY_LEGEND = (
 COMPARISON_LEGEND = (
     "Differences: `acc` in percentage points, `size` as a share of parameter storage, `x b1` … the speed-up at that "
     "batch size; against the row's original (the first model of its chain) and against the baseline, both in the same "
-    "runtime (torchao's rows: in torch-compile, whose engine they share)."
+    "runtime (torchao's rows: in torch-compile, torch-sparse's: in pytorch, whose engines they share)."
 )
 COMPRESSION_LEGEND = (
     "Against the row's original, the first model of its chain, of the same seed: test accuracy in points, and its 95 % "

@@ -16,13 +16,14 @@ from typing import Any, Literal, Protocol, get_args
 from mnist_lab.files import first_line
 from mnist_lab.measure import Array
 
-RuntimeName = Literal["pytorch", "torch-compile", "onnxruntime", "openvino", "torchao"]
+RuntimeName = Literal["pytorch", "torch-compile", "torch-sparse", "onnxruntime", "openvino", "torchao"]
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 Precision = Literal["FP32", "BF16", "INT8", "INT4", "INT2"]
 # What each runtime loads: the checkpoint, the ONNX artifact, or the integers and scales for PyTorch.
 EXTENSIONS: dict[RuntimeName, str] = {
     "pytorch": "safetensors",
     "torch-compile": "safetensors",
+    "torch-sparse": "safetensors",
     "onnxruntime": "onnx",
     "openvino": "onnx",
     "torchao": "safetensors",
@@ -69,9 +70,17 @@ def why_missing(runtime: RuntimeName) -> str | None:
     """What a runtime lacks on this machine; None where it can run."""
     if runtime in {"openvino", "torchao"} and importlib.util.find_spec(runtime) is None:
         return f"{runtime} is not installed: pip install -r requirements-extra.txt"
+    if runtime == "torch-sparse" and not _has_mkl():
+        return "torch-sparse needs a PyTorch with MKL, whose products of sparse matrices it takes"
     if runtime in {"torch-compile", "torchao"} and (needed := _needed_to_compile()):
         return f"{runtime} needs {needed}"
     return None
+
+
+def _has_mkl() -> bool:
+    import torch
+
+    return torch.backends.mkl.is_available()
 
 
 def _needed_to_compile() -> str | None:
@@ -137,6 +146,10 @@ def open_session(runtime: RuntimeName, file: Path, *, precision: Precision, thre
         from mnist_lab.runtimes.pytorch import TorchCompileSession
 
         return TorchCompileSession(file)
+    if runtime == "torch-sparse":
+        from mnist_lab.runtimes.torch_sparse import TorchSparseSession
+
+        return TorchSparseSession(file)
     if runtime == "torchao":
         from mnist_lab.runtimes.torchao import TorchAOSession
 

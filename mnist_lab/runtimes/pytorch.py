@@ -17,7 +17,8 @@ class PyTorchSession:
     version = str(torch.__version__)
 
     def __init__(self, checkpoint: Path) -> None:
-        self.model: Callable[[Tensor], Tensor] = load_checkpoint(checkpoint).model
+        self.loaded = load_checkpoint(checkpoint).model
+        self.model: Callable[[Tensor], Tensor] = self.loaded
 
     def prepare(self, pixels: Array) -> Tensor:
         return torch.from_numpy(pixels)
