@@ -2,7 +2,6 @@ import pytest
 from tiny import HALVED, SMALL, FourBits
 
 from mnist_lab.compress.distill import Distil, DistillationConfig
-from mnist_lab.compress.float32 import Float32
 from mnist_lab.compress.int8 import Calibration, StaticInt8
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import (
@@ -104,4 +103,4 @@ def test_compression_has_a_rival_of_its_size_for_whatever_becomes_smaller() -> N
     kinds = ("pruned", "narrower", "fewer", "shared")
     smaller = {n for n in names if any(kind in n for kind in kinds) and "rival" not in n and "INT8" not in n}
     assert rivals == {n for n in smaller if not set(n.split("-")) & {"masks", "taylor", "exact"}}
-    assert {row.source.name for row in COMPRESSION if row.form != Float32() and row.source is not None} == rivals
+    assert {row.source.name for row in COMPRESSION if row.form == StaticInt8() and row.source is not None} == rivals

@@ -13,7 +13,7 @@ from mnist_lab.compress.prune_router import PruneRouter
 from mnist_lab.compress.prune_weights import PruneWeights, WeightPruning
 from mnist_lab.compress.share_base import ShareBase, Sharing
 from mnist_lab.compress.train import TrainFFN, TrainLike, TrainMoE
-from mnist_lab.compress.weight_only import WeightOnly
+from mnist_lab.compress.weight_only import Rounding, WeightOnly
 from mnist_lab.experiments.row import Row
 from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.report.records import BASELINE, CONTROL, RIVAL
@@ -113,7 +113,9 @@ def rival(compressed: Row) -> Row:
 
 
 def _compression() -> Iterator[Row]:
-    """What a trained model loses when something is left out of it, beside the same size from scratch, and in INT8."""
+    """What a trained model loses when something is left out of it, beside the same size from scratch, and in INT8; and
+    what it loses in fewer bits.
+    """
     by_itself, untrained = Finetuning(teacher="self"), Finetuning(finetune_epochs=0)
     yield from (FFN, MOE)
     for source, ratios in ((FFN, (0.8, 0.95)), (MOE, (0.5, 0.8, 0.9, 0.95, 0.98))):
@@ -132,6 +134,9 @@ def _compression() -> Iterator[Row]:
         yield pruned_experts(PruneExperts(ExpertPruning(keep, "exact"), finetuning=untrained))
     yield merged_experts(MergeExperts(finetuning=by_itself))
     yield from _beside_rival(shared_base(ShareBase(Sharing(), by_itself)))
+    for source in (FFN, MOE):
+        for rounding in (Rounding(8), Rounding(4), Rounding(2), Rounding(2, 64), Rounding(2, method="nearest")):
+            yield weight_only(source, WeightOnly(rounding))
 
 
 def _beside_rival(compressed: Row) -> tuple[Row, Row, Row]:
