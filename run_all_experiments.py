@@ -24,8 +24,7 @@ class RunOptions(Options):
     mode: Mode | None = None
     """train makes every model anew; load uses up-to-date checkpoints and trains the rest; when not given, asks."""
     suite: Literal["models", "compression"] = "models"
-    """Which rows: the nine models, with BF16 where the CPU has it; or what is left out of FFN and MoE, with rivals, and
-    fewer bits."""
+    """Which rows: the nine models, with BF16 where the CPU has it; or pruned models, their rivals, and fewer bits."""
     seeds: int = 1
     """Number of seeds, from --seed upward."""
 
