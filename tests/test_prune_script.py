@@ -23,6 +23,7 @@ def prune(bench: Bench, kind: str, *arguments: str, says: str = "") -> str:  # n
 def test_weights_are_zero_in_the_file_and_the_record_says_how_many(finished_bench: Bench) -> None:  # noqa: F811
     out = prune(finished_bench, "weights", "--model", "ffn", "--ratio", "0.5")
     assert "50.0% of the weights are zero" in out
+    assert "in torch-sparse" in out  # as it is in PyTorch
     name = "FFN_baseline_pruned-0.5-epochs1-seed0"
     model = load_checkpoint(finished_bench.checkpoints / f"{name}.safetensors").model
     assert isinstance(model, FFN)

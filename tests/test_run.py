@@ -10,13 +10,11 @@ from tiny import CHAIN, HALVED, OTHER, ROUNDED, SMALL, TAUGHT, exchange_weights,
 from mnist_lab.compress.prune_weights import PruneWeights
 from mnist_lab.compress.train import TrainFFN
 from mnist_lab.errors import UserError
-from mnist_lab.experiments import run as run_module
 from mnist_lab.experiments.lab import Lab
 from mnist_lab.experiments.make import ensure_weights, load_or_make
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.run import Run
 from mnist_lab.models.checkpoints import read_metadata, save_checkpoint
-from mnist_lab.runtimes import RuntimeName
 from mnist_lab.training import find_recipe
 
 pytestmark = pytest.mark.slow
@@ -88,24 +86,11 @@ def test_parent_that_is_gone_does_not_count_as_unchanged(lab: Lab, family: str) 
     assert runs["Other"].why_stale() is None
 
 
-@pytest.mark.parametrize(
-    ("asked", "expected"),
-    [
-        (("pytorch", "onnxruntime"), ["pytorch", "onnxruntime", "torch-sparse"]),
-        (("onnxruntime",), ["onnxruntime"]),
-        (("torchao",), ["pytorch", "torch-sparse"]),
-    ],
-)
-def test_zeros_are_measured_in_the_sparse_layout_too(
-    asked: tuple[RuntimeName, ...], expected: list[str], lab: Lab, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run_module, "why_missing", lambda _: None)
+def test_zeros_are_measured_where_they_are_skipped(lab: Lab) -> None:
     pruned = Row("Pruned", PruneWeights(), source=SMALL)
-    lab = replace(lab, runtimes=asked)
-    assert Run(lab, pruned, 0).runtimes == expected
-    assert Run(lab, SMALL, 0).runtimes == expected[: -1 if "torch-sparse" in expected else None]
-    monkeypatch.setattr(run_module, "why_missing", lambda runtime: f"{runtime} needs MKL")
-    assert "torch-sparse" not in Run(lab, pruned, 0).runtimes
+    lab = replace(lab, runtimes=("pytorch", "torch-sparse"))
+    assert Run(lab, pruned, 0).runtimes == ["pytorch", "torch-sparse"]
+    assert Run(lab, SMALL, 0).runtimes == ["pytorch"]
 
 
 def test_settings_come_from_the_dataclasses_themselves(lab: Lab) -> None:

@@ -110,7 +110,7 @@ def _check_parent(parent: Run) -> None:
 
 
 def _find_runtimes(options: Options) -> tuple[RuntimeName, ...]:
-    """Those asked for that can run here; says of the others why not.
+    """Those asked for that can run here, PyTorch's sparse layout with PyTorch; says of the others why not.
 
     Raises:
         UserError: none of them can.
@@ -121,7 +121,10 @@ def _find_runtimes(options: Options) -> tuple[RuntimeName, ...]:
         print(f"--runtime {runtime} is skipped: {reason}")
     if len(missing) == len(asked):
         raise UserError(f"--runtime {' '.join(options.runtime)}: nothing is left to measure in")
-    return tuple(runtime for runtime in asked if runtime not in missing)
+    found = [runtime for runtime in asked if runtime not in missing]
+    if "pytorch" in found and "torch-sparse" not in asked and why_missing("torch-sparse") is None:
+        found.append("torch-sparse")
+    return tuple(found)
 
 
 def _check_runtimes(run: Run) -> None:

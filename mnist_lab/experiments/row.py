@@ -8,7 +8,7 @@ from typing import Any, Optional
 from mnist_lab.compress.float32 import Float32
 from mnist_lab.compress.prune_weights import PruneWeights
 from mnist_lab.experiments.technique import Form, Step
-from mnist_lab.runtimes import EXTENSIONS
+from mnist_lab.runtimes import EXTENSIONS, RuntimeName
 from mnist_lab.sources import DatasetName
 
 
@@ -48,9 +48,10 @@ class Row:
         return EXTENSIONS[self.form.runtimes[0]]
 
     @property
-    def is_sparse(self) -> bool:
-        """Whether its step makes zeros of weights."""
-        return isinstance(self.step, PruneWeights)
+    def runtimes(self) -> tuple[RuntimeName, ...]:
+        """That can run it: those of its form, and where most of its weights are zero the one that skips them."""
+        is_sparse = isinstance(self.step, PruneWeights)
+        return (*self.form.runtimes, "torch-sparse") if is_sparse else self.form.runtimes
 
     @property
     def technique(self) -> str:

@@ -18,7 +18,7 @@ from mnist_lab.files import as_json, reading, sha256
 from mnist_lab.models import Model
 from mnist_lab.models.checkpoints import load_checkpoint, read_metadata
 from mnist_lab.report.records import Count, Epoch, Parent, record_path
-from mnist_lab.runtimes import RuntimeName, why_missing
+from mnist_lab.runtimes import RuntimeName
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,9 @@ class Run:
 
     @property
     def runtimes(self) -> list[RuntimeName]:
-        """Where it is measured: where it was asked for, or if it runs in none of those, in its own first runtime.
-
-        A row whose weights are mostly zero is measured in PyTorch's sparse layout too, where it is in PyTorch.
-        """
-        own = self.row.form.runtimes
-        asked = [runtime for runtime in own if runtime in self.lab.runtimes] or [own[0]]
-        is_sparse = "pytorch" in asked and self.row.is_sparse and why_missing("torch-sparse") is None
-        return [*asked, "torch-sparse"] if is_sparse else asked
+        """Where it is measured: where it was asked for, or if it runs in none of those, in its own first runtime."""
+        own = self.row.runtimes
+        return [runtime for runtime in own if runtime in self.lab.runtimes] or [own[0]]
 
     @property
     def parents(self) -> dict[str, "Run"]:
