@@ -1,13 +1,15 @@
 """Leave something out of a trained model, train the rest a little more, and measure it beside the original.
 
-python prune_mnist.py weights                                  # four of five weights of the MoE become zero
+python prune_mnist.py weights                          # four of five weights of the MoE become zero
 python prune_mnist.py weights --model ffn --ratio 0.95 --criterion wanda
-python prune_mnist.py neurons --ratio 0.5                      # layers of half the width
-python prune_mnist.py router --ratio 0.5                       # half of the gate's weights become zero
-python prune_mnist.py experts --keep 1                         # the MoE's best expert becomes a dense FFN
-python prune_mnist.py experts --keep 2 --criterion exact --teacher self
-python prune_mnist.py merge --keep 2 --group outputs           # experts that resemble each other become one
-python prune_mnist.py shared-base --rank 8                     # what experts have in common is stored once
+python prune_mnist.py neurons --ratio 0.5              # layers of half the width
+python prune_mnist.py router --ratio 0.5               # half of the gate's weights become zero
+python prune_mnist.py experts --keep 1                 # the MoE's best expert becomes a dense FFN
+python prune_mnist.py experts --keep 2 --criterion exact
+python prune_mnist.py merge --keep 2 --group outputs   # experts that resemble each other become one
+python prune_mnist.py shared-base --rank 8             # what experts have in common is stored once
+
+Over three seeds, with --teacher self, against the MoE itself expect 90 % zeros −0.02 ± 0.01, half the width −0.02 ± 0.16, one expert +0.02 ± 0.07
 """
 
 from dataclasses import dataclass, field

@@ -91,6 +91,12 @@ def test_scripts_headers_name_the_reference_runs_results() -> None:
     found = re.findall(r"^\| (?:share of threes|the same before).*?\+([\d.]+)", claims, re.M)
     corrected, before = (f"{100 * float(share):.0f} %" for share in found)
     int8 = ("FFN_PTQ_INT8", "Sparse_MoE_INT8", "Sparse_MoE_PTQ")
+    compressed = build_table(load_records(folder / "compression")).drop_duplicates("model").set_index("model")
+    pruned = {"90 % zeros": "pruned-0.9", "half the width": "narrower", "one expert": "fewer_experts-1"}
+
+    def points(model: str) -> str:
+        return "{acc_points:+.2f} ± {acc_points_ci95:.2f}".format(**compressed.loc[model]).replace("-", "−")
+
     students = ("KD_FFN_Student", "KD_FFN_Student_from_FFN", "FFN_Student_no_KD")
     expected = {
         "baseline_mnist": [acc["FFN_baseline"]],
@@ -100,7 +106,7 @@ def test_scripts_headers_name_the_reference_runs_results() -> None:
         "run_all_experiments": [f"FFN {acc['FFN_baseline']}, MoE {acc['Sparse_MoE']}, student {acc['KD_FFN_Student']}"],
         "claims_mnist": [f"{len(re.findall(r'^## .*: supported$', claims, re.M))} of 14 supported"],
         "dark_knowledge_mnist": [f"{before} of the threes, {corrected} with the bias corrected"],
-        "prune_mnist": [],
+        "prune_mnist": [", ".join(f"{text} {points(f'Sparse_MoE_{row}-self')}" for text, row in pruned.items())],
         "visualize_results": [f"{len(FIGURES) - len(COMPRESSION_FIGURES)} plots a folder"],
     }
     assert {path.stem for path in ROOT.glob("*.py")} == set(expected)
