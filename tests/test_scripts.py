@@ -348,7 +348,7 @@ class TestSingleScripts:
         assert outcome.code == 0
         fields = dataclasses.fields(getattr(importlib.import_module(script), OPTIONS[script]))
         for field in fields:
-            if field.name not in {"routing", "softening", "calibration"}:  # groups of options
+            if field.name not in {"routing", "softening", "calibration", "rounding"}:  # groups of options
                 assert f"-{field.name.replace('_', '-')}" in outcome.out
         assert outcome.out.count("(default:") + outcome.out.count("(optional)") >= len(fields) - 1
         assert "{None" not in outcome.out
@@ -415,6 +415,10 @@ class TestBadInput:
             ("ptq_mnist --model bert", "bert"),
             ("ptq_mnist --runtime pytorch", "onnxruntime"),
             ("baseline_mnist --runtime torchao", "onnxruntime"),
+            ("ptq_mnist --bits 2", "drop --bits"),
+            ("ptq_mnist --mode weight-only --group-size 48", "--group-size 48"),
+            ("ptq_mnist --mode weight-only --bits 3", "--bits"),
+            ("ptq_mnist --mode weight-only --calibration-size 5", "calibrates nothing"),
             ("baseline_mnist --runtime tensorrt", "tensorrt"),
             ("claims_mnist --runtime pytorch", "onnxruntime"),
             ("claims_mnist --suite nonsense", "nonsense"),
