@@ -14,13 +14,14 @@ from torch.nn import functional as F
 from mnist_lab.compress import prune_neurons as p
 from mnist_lab.compress.finetune import Finetuning
 from mnist_lab.compress.prune_neurons import Criterion, NeuronPruning, PruneNeurons
-from mnist_lab.compress.train import TrainFFN, TrainLike
-from mnist_lab.deploy.onnx import build_onnx
+from mnist_lab.compress.prune_weights import weight_matrices
+from mnist_lab.compress.train import TrainFFN, TrainLike, narrower, no_larger
+from mnist_lab.deploy.onnx import build_onnx, stored_bytes
 from mnist_lab.errors import RunFailed, UserError
 from mnist_lab.experiments.make import make
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.run import Run
-from mnist_lab.models import Model, build_model
+from mnist_lab.models import Model, build_model, parameter_bytes
 from mnist_lab.models import surgery as u
 from mnist_lab.models.ffn import FFNConfig
 from mnist_lab.models.moe import RoutingConfig, SparseMoE, SparseMoEConfig
@@ -205,6 +206,21 @@ def test_nothing_to_spare_is_an_error_and_so_is_a_ratio_out_of_range() -> None:
     for ratio in (0, 1, -1, float("nan")):
         with pytest.raises(UserError, match="--ratio"):
             NeuronPruning(ratio)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_rival_of_zeros_is_as_narrow_as_their_file_demands(name: str) -> None:
+    wide = build_model(FFNConfig((128, 64), spec())).eval()
+    model = wide if name == "ffn" else make_model(name, expert_width=64)
+    assert no_larger(model.config, stored_bytes(model)) == model.config  # nothing is gained by storing it sparsely
+    for matrix in weight_matrices(model):
+        weight = matrix.of(model.get_parameter(matrix.parameter).data)
+        weight *= torch.rand(weight.shape, generator=torch.Generator().manual_seed(0)) < 0.1
+    num_bytes = stored_bytes(model)
+    assert num_bytes < 0.5 * parameter_bytes(model)
+    rival = no_larger(model.config, num_bytes)
+    assert parameter_bytes(build_model(rival)) <= num_bytes
+    assert no_larger(model.config, 1) == narrower(model.config, 0)  # 8 units a layer are the least
 
 
 def test_rival_has_the_size_of_what_it_rivals_and_learns_from_scratch_for_as_long(tmp_path: Path) -> None:

@@ -80,8 +80,7 @@ class TrainLike:
 
 def no_larger(config: ModelConfig, num_bytes: int) -> ModelConfig:
     """This architecture, or where its weights in FP32 take more bytes, a narrower one; not below 8 units a layer."""
-    shares = (step / NUM_STEPS for step in range(NUM_STEPS, 0, -1))
-    candidates = [config, *(narrower(config, share) for share in shares)]
+    candidates = [config, *(narrower(config, step / NUM_STEPS) for step in range(NUM_STEPS, 0, -1))]
     fitting = (one for one in candidates if parameter_bytes(build_skeleton(one)) <= num_bytes)
     return next(fitting, candidates[-1])
 

@@ -135,9 +135,8 @@ def round_weights(model: onnx.ModelProto, rounding: Rounding, calibration: Array
         constants |= {constant.name: constant for constant in stored}
         nodes += [dequantize, *_product(node, dequantize.output[0])]
     for node in nodes:
-        if (
-            node.op_type == "Relu"
-        ):  # which ONNX Runtime 1.32 may join to a product in float, before it sees the few bits
+        # ONNX Runtime 1.32 may join a Relu to a product in float, before it sees the few bits.
+        if node.op_type == "Relu":
             node.op_type = "Max"
             node.input.append(ZERO)
     constants[ZERO] = numpy_helper.from_array(np.zeros(1, np.float32), ZERO)

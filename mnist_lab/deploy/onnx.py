@@ -215,9 +215,8 @@ def _add_dense_experts(graph: _Graph, model: SparseMoE, hidden: str) -> str:
     all_widths = graph.constant("all_widths", [-1, num_experts * model.config.expert_width])
     gated = graph.add("Reshape", [gated, all_widths], "gated_rows")  # (B, E·H)
     output = graph.matmul("experts.out", gated, experts.weight_out.flatten(0, 1))  # (B, O)
-    return graph.add(
-        "Add", [output, graph.matmul(COMBINE, gates, experts.bias_out, stored_as="experts.out.bias")], "mixed"
-    )  # (B, O)
+    biases = graph.matmul(COMBINE, gates, experts.bias_out, stored_as="experts.out.bias")  # (B, O)
+    return graph.add("Add", [output, biases], "mixed")
 
 
 def _add_shared_experts(graph: _Graph, model: SparseMoE, hidden: str) -> str:

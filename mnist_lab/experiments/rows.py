@@ -135,7 +135,7 @@ def _compression() -> Iterator[Row]:
     yield merged_experts(MergeExperts(finetuning=by_itself))
     yield from _beside_rival(shared_base(ShareBase(Sharing(), by_itself)))
     for source in (FFN, MOE):
-        for rounding in (Rounding(8), Rounding(4), Rounding(2), Rounding(2, 64), Rounding(2, method="nearest")):
+        for rounding in (Rounding(8), Rounding(4), Rounding(2), Rounding(2, 64)):
             yield weight_only(source, WeightOnly(rounding))
 
 
