@@ -13,7 +13,8 @@ from mnist_lab.command.console import make_and_print, open_lab, print_proof
 from mnist_lab.command.entry import run_script
 from mnist_lab.command.options import Options
 from mnist_lab.compress.int8 import Calibration, Mode, StaticInt8
-from mnist_lab.compress.weight_only import Rounding, WeightOnly
+from mnist_lab.compress.levels import Rounding
+from mnist_lab.compress.weight_only import Method, WeightOnly
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import FFN, MOE, STUDENT, dynamic_int8, static_int8, weight_only
@@ -31,6 +32,7 @@ class PTQOptions(Options):
     weights in --bits and no ranges; when not given, static for the dense models and dynamic for the MoE."""
     calibration: Calibration = field(default_factory=Calibration)
     rounding: Rounding = field(default_factory=Rounding)
+    method: Method = field(default_factory=Method)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -38,8 +40,12 @@ class PTQOptions(Options):
             raise UserError(
                 f"{self.chosen_mode} mode calibrates nothing: drop --calibration-size and --calibration-method"
             )
-        if self.chosen_mode != "weight-only" and self.rounding != Rounding():
-            raise UserError(f"{self.chosen_mode} mode stores 8 bits: drop --bits and --group-size")
+        if self.chosen_mode != "weight-only" and (self.rounding, self.method) != (Rounding(), Method()):
+            raise UserError(f"{self.chosen_mode} mode stores 8 bits: drop what is for --mode weight-only")
+        if self.rounding.bits in {"ternary", 1}:
+            raise UserError(f"--bits {self.rounding.bits} is too little without training: qat_mnist.py does that")
+        if self.method.router_bits is not None and self.model != "moe":
+            raise UserError(f"--router-bits {self.method.router_bits}: {self.model} has no router")
 
     @property
     def chosen_mode(self) -> Mode | Literal["weight-only"]:
@@ -49,7 +55,7 @@ class PTQOptions(Options):
     def row(self) -> Row:
         source = SOURCES[self.model]
         if self.chosen_mode == "weight-only":
-            return weight_only(source, WeightOnly(self.rounding))
+            return weight_only(source, WeightOnly(self.rounding, self.method))
         return (
             dynamic_int8(source) if self.chosen_mode == "dynamic" else static_int8(source, StaticInt8(self.calibration))
         )

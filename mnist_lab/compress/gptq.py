@@ -1,13 +1,13 @@
 """Rounding with feedback (GPTQ, arXiv:2210.17323): what one input's rounding costs, the inputs still to come make up.
 
 Weights of a layer are rounded input by input; after each the others move so that the products with calibration rows X
-change least: with H = XᵀX and U the Cholesky factor of H⁻¹, by −(w − ŵ)/Uᵢᵢ · Uᵢⱼ. Scales are those of least error in
-the products, their sign free, so that all 2^bits integers serve.
+change least: with H = XᵀX and U the Cholesky factor of H⁻¹, by −(w − ŵ)/Uᵢᵢ · Uᵢⱼ. Scales (and zero points) are those
+of least error in the products; a scale's sign is free, so that all levels serve.
 
 Shapes: I inputs, O outputs, G groups of inputs.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -15,14 +15,15 @@ import onnx
 import onnxruntime
 import torch
 from onnx import TensorProto, helper
+from torch import Tensor
 
+from mnist_lab.compress.levels import Levels, Rounded
 from mnist_lab.measure import EVALUATION_BATCH, Array
 from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options
 
 DAMPING = 0.01  # of the mean diagonal of H
-SHARES = np.linspace(0.2, 1, 25)  # of the scale that reaches the largest weight, among which the best is looked for
+SHARES = np.linspace(0.2, 1, 25)  # of the range that holds every weight, among which the best is looked for
 Gram = npt.NDArray[np.float64]
-Int8 = npt.NDArray[np.int8]
 
 
 def input_grams(model: onnx.ModelProto, names: Sequence[str], pixels: Array) -> dict[str, Gram]:
@@ -41,9 +42,10 @@ def input_grams(model: onnx.ModelProto, names: Sequence[str], pixels: Array) -> 
     return grams
 
 
-def round_with_feedback(weight_IO: Array, gram_II: Gram, bits: int, group_size: int) -> tuple[Int8, Array]:
-    """Integers (I, O) of all 2^bits levels, and scales (G, O), with w ≈ scale·q where it matters to the products."""
-    lowest, highest = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+def round_with_feedback(
+    weight_IO: Array, gram_II: Gram, levels: Levels, group_size: int, *, affine: bool = False
+) -> Rounded:
+    """The levels, scales and with `affine` zero points that change the products least."""
     weight = torch.from_numpy(weight_IO.astype(np.float64))
     hessian = torch.from_numpy(gram_II.copy())
     energy_I = hessian.diagonal().clone()
@@ -52,28 +54,55 @@ def round_with_feedback(weight_IO: Array, gram_II: Gram, bits: int, group_size: 
     hessian.diagonal().add_(DAMPING * energy_I.mean().clamp(min=1e-12))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     factor = torch.linalg.cholesky(inverse, upper=True)
-    integers, scales = torch.zeros_like(weight), []
+    integers, scales, zeros = torch.zeros_like(weight), [], []
+    scale_O = zero_O = weight[0]
     for i in range(len(weight)):
         if i % group_size == 0:
             group = slice(i, i + group_size)
-            scales.append(search_scale(weight[group], energy_I[group], lowest, highest))
-        integers[i] = (weight[i] / scales[-1]).round().clamp(lowest, highest)
-        error_O = (weight[i] - scales[-1] * integers[i]) / factor[i, i]
+            scale_O, zero_O = search_scale(weight[group], energy_I[group], levels, affine=affine)
+            scales.append(scale_O)
+            zeros.append(zero_O)
+        integers[i] = nearest_level(weight[i] / scale_O + zero_O, levels)
+        error_O = (weight[i] - scale_O * (integers[i] - zero_O)) / factor[i, i]
         weight[i + 1 :] -= torch.outer(factor[i, i + 1 :], error_O)
-    return integers.numpy().astype(np.int8), torch.stack(scales).numpy().astype(np.float32)
+    return Rounded(
+        integers.numpy().astype(np.int8),
+        torch.stack(scales).numpy().astype(np.float32),
+        torch.stack(zeros).numpy().astype(np.int8) if affine else None,
+        group_size,
+    )
 
 
-def search_scale(weight_IO: torch.Tensor, energy_I: torch.Tensor, lowest: int, highest: int) -> torch.Tensor:
-    """The scale (O,) of each output for which Σ x²·(w − ŵ)² is least; negative where its sign serves better."""
+def nearest_level(values: Tensor, levels: Levels) -> Tensor:
+    digits = ((values - levels.lowest) / levels.step).round().clamp(0, levels.num - 1)
+    return levels.lowest + levels.step * digits
+
+
+def search_scale(weight_IO: Tensor, energy_I: Tensor, levels: Levels, *, affine: bool = False) -> tuple[Tensor, Tensor]:
+    """Scale and zero point (O,) of each output for which Σ x²·(w − ŵ)² is least; without `affine` zero is 0."""
+    best_O, best_zero_O = torch.ones_like(weight_IO[0]), torch.zeros_like(weight_IO[0])
+    least_O = torch.full_like(best_O, torch.inf)
+    for scale_O, zero_O in (_affine_candidates if affine else _symmetric_candidates)(weight_IO, levels):
+        rounded = scale_O * (nearest_level(weight_IO / scale_O + zero_O, levels) - zero_O)
+        error_O = energy_I @ (weight_IO - rounded).square()
+        best_O = torch.where(error_O < least_O, scale_O, best_O)
+        best_zero_O = torch.where(error_O < least_O, zero_O, best_zero_O)
+        least_O = torch.minimum(error_O, least_O)
+    return best_O, best_zero_O
+
+
+def _symmetric_candidates(weight_IO: Tensor, levels: Levels) -> Iterator[tuple[Tensor, Tensor]]:
     largest_O = weight_IO.abs().max(dim=0).values
     largest_O = torch.where(largest_O > 0, largest_O, 1.0)
-    best_O = largest_O / -lowest
-    least_O = torch.full_like(best_O, torch.inf)
     for share in SHARES:
         for sign in (1, -1):
-            scale_O = sign * share * largest_O / -lowest
-            rounded = scale_O * (weight_IO / scale_O).round().clamp(lowest, highest)
-            error_O = energy_I @ (weight_IO - rounded).square()
-            best_O = torch.where(error_O < least_O, scale_O, best_O)
-            least_O = torch.minimum(error_O, least_O)
-    return best_O
+            yield sign * share * largest_O / levels.farthest, torch.zeros_like(largest_O)
+
+
+def _affine_candidates(weight_IO: Tensor, levels: Levels) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of ranges that hold zero, which is a level."""
+    low_O, high_O = weight_IO.min(dim=0).values.clamp(max=0), weight_IO.max(dim=0).values.clamp(min=0)
+    span_O = torch.where(high_O > low_O, high_O - low_O, 1.0)
+    for share in SHARES:
+        scale_O = share * span_O / (levels.highest - levels.lowest)
+        yield scale_O, nearest_level(levels.lowest - share * low_O / scale_O, levels)

@@ -12,15 +12,17 @@ from mnist_lab.measure import EVALUATION_BATCH
 # What the suite's graphs are made of, as `deploy/onnx.py` writes them and ONNX Runtime's converter changes them.
 OPERATORS = {
     "Add", "Cast", "Concat", "DequantizeLinear", "Div", "DynamicQuantizeLinear", "Expand", "Flatten", "Gather",
-    "GatherElements", "Gemm", "MatMul", "MatMulInteger", "Max", "Mul", "QuantizeLinear", "Range", "Relu", "Reshape",
-    "ScatterElements", "Shape", "Softmax", "Split", "Squeeze", "Sub", "TopK", "Unsqueeze",
+    "GatherElements", "Gemm", "MatMul", "MatMulInteger", "Max", "Mod", "Mul", "QuantizeLinear", "Range", "Relu",
+    "Reshape", "ScatterElements", "Shape", "Softmax", "Split", "Squeeze", "Sub", "TopK", "Unsqueeze",
 }  # fmt: skip
-OF_CONSTANTS = {"Cast", "DequantizeLinear"}  # that may compute from constants alone: the result is no larger by much
+# What may compute from constants alone: weights of few bits, in words of 64, are taken apart when the file is loaded.
+OF_CONSTANTS = {"Cast", "DequantizeLinear", "Div", "Gather", "Mod", "Reshape", "Split"}
+WEIGHTS_OF_A_WORD = 64  # at most
 ITEM_BYTES: dict[int, int] = {
     TensorProto.FLOAT: 4, TensorProto.BFLOAT16: 2, TensorProto.INT64: 8, TensorProto.INT32: 4,
     TensorProto.INT8: 1, TensorProto.UINT8: 1,
 }  # fmt: skip
-PACKED_BITS: dict[int, int] = {TensorProto.INT4: 4, TensorProto.INT2: 2}
+PACKED_BITS: dict[int, int] = {TensorProto.INT4: 4}
 MAY_BE_SPARSE = {TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.INT8, TensorProto.UINT8}
 # For each value that it stores, a sparse constant may stand for so many and be so long. That leaves room for 99.9 % of
 # zeros in all but the smallest layers, while made dense none takes more than 342 times the bytes of its values and
@@ -70,7 +72,7 @@ def check_graph(model: onnx.ModelProto) -> None:
             if node.op_type not in OF_CONSTANTS:
                 raise ValueError(f"{node.name} computes from constants alone")
             constants.update(node.output)
-    _check_sizes(graph, model.opset_import)
+    _check_sizes(graph, constants, model.opset_import)
 
 
 def _check_stored(constant: onnx.TensorProto) -> None:
@@ -98,22 +100,26 @@ def _check_sparse(sparse: onnx.SparseTensorProto) -> None:
         raise ValueError(f"{name} has values in no order, or outside its shape")
 
 
-def _check_sizes(graph: onnx.GraphProto, opsets: Iterable[onnx.OperatorSetIdProto]) -> None:
-    """Raise ValueError where a result may hold more values per image than the file holds constants.
+def _check_sizes(graph: onnx.GraphProto, constants: Collection[str], opsets: Iterable[onnx.OperatorSetIdProto]) -> None:
+    """Raise ValueError where a result may hold more values per image than the file holds constants, or one of constants
+    alone more than these.
 
     Each that a layer gives is one of its weights' dimensions wide, so that of sparse ones the largest counts beside
     the values stored; an MoE's K experts of an image have no more rows than all its experts have weights.
     """
-    most = sum(math.prod(constant.dims) for constant in graph.initializer)
+    most = sum(
+        math.prod(constant.dims) * (WEIGHTS_OF_A_WORD if constant.data_type == TensorProto.INT64 else 1)
+        for constant in graph.initializer
+    )
+    most_of_constants = most + sum(math.prod(sparse.dims) for sparse in graph.sparse_initializer)
     most += sum(math.prod(sparse.values.dims) + max(sparse.dims) for sparse in graph.sparse_initializer)
-    most *= EVALUATION_BATCH
-    sketch = helper.make_model(_sketch(graph), opset_imports=list(opsets))
+    sketch = helper.make_model(_sketch(graph, constants), opset_imports=list(opsets))
     inferred = onnx.shape_inference.infer_shapes(sketch, strict_mode=True, data_prop=True).graph
     sizes = {value.name: _size(value) for value in [*inferred.value_info, *inferred.output]}
     for node in graph.node:
         for name in filter(None, node.output):
             size = sizes.get(name)
-            if size is None or size > most:
+            if size is None or size > (most_of_constants if name in constants else most * EVALUATION_BATCH):
                 raise ValueError(f"{name} may be of any size")
 
 
@@ -123,7 +129,7 @@ def _size(value: onnx.ValueInfoProto) -> int | None:
     return math.prod(dim.dim_value for dim in dims) if all(dim.HasField("dim_value") for dim in dims) else None
 
 
-def _sketch(graph: onnx.GraphProto) -> onnx.GraphProto:
+def _sketch(graph: onnx.GraphProto, constants: Collection[str]) -> onnx.GraphProto:
     """A graph of the same shapes for one batch at most, from which all of them follow: without weights, and without
     what depends on how many rows an expert gets. Each is taken to get all.
     """
@@ -145,16 +151,16 @@ def _sketch(graph: onnx.GraphProto) -> onnx.GraphProto:
     part: dict[str, set[str]] = {}  # which outputs of the Split a tensor comes from
     for node in graph.node:
         parts = {name: part.get(name, set()) for name in node.input}
-        sources = list(node.output) if node.op_type == "Split" else []
+        is_dispatch = node.op_type == "Split" and node.output[0] not in constants
         for name in node.output:
-            part[name] = {name} if sources else set().union(*parts.values())
+            part[name] = {name} if is_dispatch else set().union(*parts.values())
         same_size = node.input[:1]
         if node.op_type == "Concat" and any(parts.values()):
             if not all(len(found) == 1 for found in parts.values()) or len(part[node.output[0]]) != len(node.input):
                 raise ValueError(f"{node.name} does not join what was split")
         elif node.op_type == "Range":
             same_size = _counted(node, made_by, kept)
-        elif node.op_type != "Split" and not (node.op_type == "TopK" and node.input[1] not in kept):
+        elif not is_dispatch and not (node.op_type == "TopK" and node.input[1] not in kept):
             sketch.node.add().CopyFrom(node)
             continue
         for name in node.output:

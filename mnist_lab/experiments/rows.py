@@ -6,6 +6,7 @@ from mnist_lab.compress.bfloat16 import BFloat16
 from mnist_lab.compress.distill import Distil, DistillationConfig
 from mnist_lab.compress.finetune import Finetuning
 from mnist_lab.compress.int8 import DynamicInt8, StaticInt8
+from mnist_lab.compress.levels import Rounding
 from mnist_lab.compress.merge_experts import MergeExperts
 from mnist_lab.compress.prune_experts import ExpertPruning, PruneExperts
 from mnist_lab.compress.prune_neurons import NeuronPruning, PruneNeurons
@@ -13,7 +14,7 @@ from mnist_lab.compress.prune_router import PruneRouter
 from mnist_lab.compress.prune_weights import PruneWeights, WeightPruning
 from mnist_lab.compress.share_base import ShareBase, Sharing
 from mnist_lab.compress.train import TrainFFN, TrainLike, TrainMoE
-from mnist_lab.compress.weight_only import Rounding, WeightOnly
+from mnist_lab.compress.weight_only import WeightOnly
 from mnist_lab.experiments.row import Row
 from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.report.records import BASELINE, CONTROL, RIVAL
