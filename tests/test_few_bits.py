@@ -5,11 +5,17 @@ import onnx
 import onnxruntime
 import pytest
 from onnx import TensorProto, helper, numpy_helper
+from tiny import spec
 
 from mnist_lab.compress import few_bits as f
 from mnist_lab.compress.few_bits import FewBits, add_weights, stored_bits
-from mnist_lab.compress.levels import LEVELS, Bits, Rounded
+from mnist_lab.compress.levels import LEVELS, Bits, Rounded, Rounding
+from mnist_lab.compress.weight_only import put_in, round_weight
+from mnist_lab.deploy.onnx import build_onnx
+from mnist_lab.deploy.safety import check_graph
 from mnist_lab.measure import Array
+from mnist_lab.models import build_model
+from mnist_lab.models.ffn import FFNConfig
 
 RANDOM = np.random.default_rng(0)
 SHAPES = {"one": (20, 6), "two": (7, 5), "three": (1, 1)}
@@ -71,6 +77,19 @@ def test_a_weight_takes_its_bits(bits: Bits, expected: float) -> None:
     model, _ = read_back([FewBits("w", bits, draw(bits, (1000, 300), group_size=1000))])
     constants = [c for c in model.graph.initializer if not c.name.endswith("scale")]
     assert 8 * sum(len(c.raw_data) for c in constants) / 300_000 == pytest.approx(expected, abs=0.03)
+
+
+def test_constants_may_not_become_more_than_words_can_hold() -> None:
+    graph = build_onnx(build_model(FFNConfig((8,), spec(0.2, 0.3))))
+    weight = graph.graph.initializer[0]
+    node = next(node for node in graph.graph.node if weight.name in node.input)
+    rounded = round_weight(numpy_helper.to_array(weight), Rounding(2), None)
+    put_in(graph, {node.name: FewBits(weight.name, 2, rounded)})
+    check_graph(graph)
+    powers = next(constant for constant in graph.graph.initializer if constant.name == "b2.powers")
+    powers.CopyFrom(numpy_helper.from_array(np.ones((1, 1000), np.int64), powers.name))
+    with pytest.raises(ValueError, match="of any size"):
+        check_graph(graph)
 
 
 def test_halves_of_a_byte_are_what_onnx_reads() -> None:
