@@ -86,8 +86,10 @@ def test_constants_may_not_become_more_than_words_can_hold() -> None:
     rounded = round_weight(numpy_helper.to_array(weight), Rounding(2), None)
     put_in(graph, {node.name: FewBits(weight.name, 2, rounded)})
     check_graph(graph)
-    powers = next(constant for constant in graph.graph.initializer if constant.name == "b2.powers")
-    powers.CopyFrom(numpy_helper.from_array(np.ones((1, 1000), np.int64), powers.name))
+    by_name = {constant.name: constant for constant in graph.graph.initializer}
+    num_words, num_weights = by_name["b2.words"].dims[0], 784 * 8
+    for name, value in (("powers", np.ones((1, 1000))), ("sizes", [num_weights, 1000 * num_words - num_weights])):
+        by_name[f"b2.{name}"].CopyFrom(numpy_helper.from_array(np.array(value, np.int64), f"b2.{name}"))
     with pytest.raises(ValueError, match="of any size"):
         check_graph(graph)
 
