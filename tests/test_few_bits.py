@@ -84,7 +84,7 @@ def test_constants_may_not_become_more_than_words_can_hold() -> None:
     weight = graph.graph.initializer[0]
     node = next(node for node in graph.graph.node if weight.name in node.input)
     rounded = round_weight(numpy_helper.to_array(weight), Rounding(2), None)
-    put_in(graph, {node.name: FewBits(weight.name, 2, rounded)})
+    put_in(graph, {node.name: Rounding(2)}, {node.name: rounded})
     check_graph(graph)
     by_name = {constant.name: constant for constant in graph.graph.initializer}
     num_words, num_weights = by_name["b2.words"].dims[0], 784 * 8

@@ -16,7 +16,7 @@ from mnist_lab.data import load_dataset
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.lab import Lab
 from mnist_lab.experiments.latencies import measure_latencies
-from mnist_lab.experiments.make import load_or_make, load_or_measure, make, make_all
+from mnist_lab.experiments.make import load_or_make, load_or_measure, make, make_all, produce
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import ORDER, families
 from mnist_lab.experiments.run import Run
@@ -79,16 +79,22 @@ def use_allowed_cpus() -> None:
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
 
 
-def make_and_print(run: Run, *, beside: Run | None = None) -> Record:
+def make_and_print(run: Run, *, beside: Run | None = None, with_source: bool = False) -> Record:
     """Make one run, time it (by turns with a finished one to compare with), and print the figures.
+
+    Args:
+        with_source: make what the run is another form of anew first, and say what it did.
 
     Raises:
         UserError: it runs in none of the runtimes asked for; a run that it needs first is missing or stale.
     """
     lab = run.lab
     _check_runtimes(run)
-    for parent in run.parents.values():
+    first = run.parents["source"] if with_source else run
+    for parent in first.parents.values():
         _check_parent(parent)
+    if with_source:
+        print(produce(first).proof["text"], flush=True)
     records = [make(run)]
     if beside is not None:
         records.append(load_or_measure(beside))

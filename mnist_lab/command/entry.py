@@ -27,18 +27,18 @@ REGISTRY = ConstructorRegistry()
 
 @REGISTRY.primitive_rule
 def _one_of(type_info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Any] | None:
-    """An option of a Literal's names that may be left out: tyro alone would count `None` among the names."""
+    """An option of a Literal's values that may be left out: tyro alone would count `None` among them."""
     names, *rest = get_args(type_info.type) or (None,)
     if get_origin(names) is not Literal or rest != [NoneType]:
         return None
-    choices: tuple[str, ...] = get_args(names)
+    choices = {str(value): value for value in get_args(names)}
     return PrimitiveConstructorSpec(
         nargs=1,
         metavar=f"{{{','.join(choices)}}}",
-        instance_from_str=lambda given: given[0],
-        is_instance=lambda value: value is None or value in choices,
+        instance_from_str=lambda given: choices[given[0]],
+        is_instance=lambda value: value is None or value in choices.values(),
         str_from_instance=lambda value: [str(value)],
-        choices=choices,
+        choices=tuple(choices),
     )
 
 

@@ -69,15 +69,20 @@ def finetune(
     epochs = config.num_epochs(work)
     if epochs == 0:
         return []
-    objective: Objective = supervised_loss
-    if config.teacher == "self":
-        fixed_pixels = work.dataset.train.pixels if work.recipe.augmentation is None else None
-        objective = distillation_objective(
-            copy.deepcopy(before), DistillationConfig(), device=work.device, fixed_pixels=fixed_pixels
-        )
+    objective = wrap(objective_of(work, before, config))
     learning_rate = work.recipe.learning_rate * min(1, num_steps(work, epochs) / RECOVERY_STEPS)
     with _training_only(model, only):
-        return work.fit(model, wrap(objective), epochs=epochs, learning_rate=learning_rate)
+        return work.fit(model, objective, epochs=epochs, learning_rate=learning_rate)
+
+
+def objective_of(work: Work, before: Model, config: Finetuning) -> Objective:
+    """The labels', or beside them what the model said before."""
+    if config.teacher == "none":
+        return supervised_loss
+    fixed_pixels = work.dataset.train.pixels if work.recipe.augmentation is None else None
+    return distillation_objective(
+        copy.deepcopy(before), DistillationConfig(), device=work.device, fixed_pixels=fixed_pixels
+    )
 
 
 def num_steps(work: Work, epochs: int) -> int:

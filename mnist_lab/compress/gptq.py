@@ -21,6 +21,7 @@ from mnist_lab.compress.levels import Levels, Rounded
 from mnist_lab.measure import EVALUATION_BATCH, Array
 from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options
 
+CALIBRATION_SIZE = 5000  # training images
 DAMPING = 0.01  # of the mean diagonal of H
 SHARES = np.linspace(0.2, 1, 25)  # of the range that holds every weight, among which the best is looked for
 Gram = npt.NDArray[np.float64]
@@ -74,8 +75,10 @@ def round_with_feedback(
 
 
 def nearest_level(values: Tensor, levels: Levels) -> Tensor:
-    digits = ((values - levels.lowest) / levels.step).round().clamp(0, levels.num - 1)
-    return levels.lowest + levels.step * digits
+    if levels.step == 1:
+        return values.round().clamp_(levels.lowest, levels.highest)
+    digits = ((values - levels.lowest) / levels.step).round_().clamp_(0, levels.num - 1)
+    return digits.mul_(levels.step).add_(levels.lowest)
 
 
 def search_scale(weight_IO: Tensor, energy_I: Tensor, levels: Levels, *, affine: bool = False) -> tuple[Tensor, Tensor]:

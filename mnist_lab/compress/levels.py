@@ -15,6 +15,7 @@ from mnist_lab.errors import UserError
 from mnist_lab.measure import Array
 
 Bits = Literal[8, 4, 3, 2, "ternary", 1]
+RouterBits = Literal[8, 4, 2] | None  # None: it stays in float
 GroupSize = int | Literal["channel"]
 Int8 = npt.NDArray[np.int8]
 Float64 = npt.NDArray[np.float64]
@@ -89,6 +90,15 @@ class Rounded(NamedTuple):
 
     def _by_input(self, per_group: Array) -> Array:
         return np.repeat(per_group, self.group_size, axis=0)[: len(self.integers)]
+
+
+def name_of(bits: Bits) -> str:
+    return {"ternary": "three levels", 1: "1 bit"}.get(bits, f"{bits} bits")
+
+
+def on_levels(weight_IO: Array, rounding: Rounding) -> Rounded | None:
+    """Weights that were trained on the levels of this rounding; None of any others."""
+    return find_levels(weight_IO, LEVELS[rounding.bits], rounding.size_of_groups(len(weight_IO)))
 
 
 def find_levels(weight_IO: Array, levels: Levels, group_size: int) -> Rounded | None:

@@ -18,9 +18,9 @@ import onnxruntime
 from onnx import helper, numpy_helper
 
 from mnist_lab.compress.few_bits import IR_VERSION, OPSET, FewBits, add_weights, stored_bits
-from mnist_lab.compress.gptq import Gram, input_grams, round_with_feedback
+from mnist_lab.compress.gptq import CALIBRATION_SIZE, Gram, input_grams, round_with_feedback
 from mnist_lab.compress.int8 import absmax_quantize, optimized_graph
-from mnist_lab.compress.levels import LEVELS, Bits, Levels, Rounded, Rounding, find_levels
+from mnist_lab.compress.levels import LEVELS, Bits, Levels, Rounded, Rounding, RouterBits, name_of, on_levels
 from mnist_lab.deploy.artifacts import read_artifact, read_onnx, save_onnx
 from mnist_lab.deploy.onnx import build_onnx, layout_metadata
 from mnist_lab.errors import WrongPrecision
@@ -33,7 +33,6 @@ from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options
 PRECISIONS: dict[Bits, Precision] = {8: "INT8", 4: "INT4", 3: "INT3", 2: "INT2", "ternary": "ternary", 1: "INT1"}
 ZERO = "zero"
 FLOAT_OPERATORS = {"Gemm", "MatMul", "FusedGemm", "FusedMatMul"}
-CALIBRATION_SIZE = 5000  # training images
 CHECKED_IMAGES = 200
 LEAST_DECIBELS = 20.0  # of the engine's logits against those of the same weights in FP32: int8 inputs give some 40
 Plan = Mapping[str, Rounding]  # by product
@@ -47,7 +46,7 @@ class Method:
     """Rounding to the nearest, or gptq: what is still to be rounded makes up for what was, on calibration images."""
     zero_point: bool = field(default=False, metadata={"tag": "zero"})
     """Levels between the smallest and the largest weight (affine), instead of around zero (symmetric)."""
-    router_bits: Literal[8, 4, 2] | None = field(default=None, metadata={"tag": "router"})
+    router_bits: RouterBits = field(default=None, metadata={"tag": "router"})
     """Of the weights of an MoE's router; when not given, it stays in float."""
 
 
@@ -66,9 +65,7 @@ class WeightOnly:
 
     def write(self, model: Model, file: Path, work: Work, metadata: Mapping[str, Any]) -> None:
         graph = build_onnx(model)
-        plan = dict.fromkeys(products_of(graph), self.rounding)
-        if self.method.router_bits is not None:
-            plan[ROUTER] = Rounding(self.method.router_bits)
+        plan = uniform_plan(graph, self.rounding, self.method.router_bits)
         write_rounded(graph, plan, self.method, work)
         save_onnx(graph, file, {**metadata, **layout_metadata(model)})
 
@@ -76,13 +73,45 @@ class WeightOnly:
         return prove_weights(file)
 
 
+@dataclass(frozen=True)
+class AsTrained:
+    """The weights of few bits that a model was trained with, as they are."""
+
+    label: ClassVar[str] = ""
+    runtimes: ClassVar[tuple[RuntimeName, ...]] = ("onnxruntime",)
+    rounding: Rounding = field(metadata={"tag": None})
+    router_bits: RouterBits = field(default=None, metadata={"tag": None})
+
+    @property
+    def precision(self) -> Precision:
+        return PRECISIONS[self.rounding.bits]
+
+    def write(self, model: Model, file: Path, work: Work, metadata: Mapping[str, Any]) -> None:
+        graph = build_onnx(model)
+        plan = uniform_plan(graph, self.rounding, self.router_bits)
+        rounded = find_on_levels(graph, plan)
+        if left := sorted(plan.keys() - rounded.keys()):
+            raise WrongPrecision(f"the weights of {', '.join(left)} do not lie on {name_of(self.rounding.bits)}")
+        put_in(graph, plan, rounded)
+        save_onnx(graph, file, {**metadata, **layout_metadata(model)})
+
+    def prove(self, model: Model, file: Path) -> Proof:
+        return prove_weights(file)
+
+
+def uniform_plan(model: onnx.ModelProto, rounding: Rounding, router_bits: RouterBits) -> Plan:
+    """One rounding for all products with weights but those of the routing, of which the router may have its own."""
+    plan = dict.fromkeys((name for name in products_of(model) if name not in FLOAT_PRODUCTS), rounding)
+    return plan if router_bits is None else plan | {ROUTER: Rounding(router_bits)}
+
+
 def products_of(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    """The products with weights of an FP32 graph, those of the routing apart, by name."""
+    """The products with weights of an FP32 graph, by name."""
     constants = {constant.name for constant in model.graph.initializer}
     return {
         node.name: node
         for node in model.graph.node
-        if node.op_type in {"Gemm", "MatMul"} and node.name not in FLOAT_PRODUCTS and node.input[1] in constants
+        if node.op_type in {"Gemm", "MatMul"} and node.input[1] in constants
     }
 
 
@@ -91,25 +120,30 @@ def write_rounded(model: onnx.ModelProto, plan: Plan, method: Method, work: Work
 
     Weights that lie on as many levels already stay as they are.
     """
-    products = {node.name: node for node in model.graph.node if node.name in plan}
-    constants = {constant.name: constant for constant in model.graph.initializer}
-    weights = {name: numpy_helper.to_array(constants[node.input[1]]) for name, node in products.items()}
-    rounded = {name: on_levels(weights[name], rounding) for name, rounding in plan.items()}
-    left = [name for name in plan if rounded[name] is None]
+    rounded = find_on_levels(model, plan)
+    left = {name: node for name, node in products_of(model).items() if name in plan and name not in rounded}
     grams: dict[str, Gram] = {}
     if left and method.method == "gptq":
-        calibration = work.calibration(CALIBRATION_SIZE).numpy()
-        grams = input_grams(model, list(dict.fromkeys(products[name].input[0] for name in left)), calibration)
-    for name in left:
-        gram = grams.get(products[name].input[0])
-        rounded[name] = round_weight(weights[name], plan[name], gram, affine=method.zero_point)
-    found = {name: weight for name, weight in rounded.items() if weight is not None}
-    put_in(model, {name: FewBits(products[name].input[1], plan[name].bits, found[name]) for name in plan})
+        inputs = list(dict.fromkeys(node.input[0] for node in left.values()))
+        grams = input_grams(model, inputs, work.calibration(CALIBRATION_SIZE).numpy())
+    for name, node in left.items():
+        weight = weight_of(model, node)
+        rounded[name] = round_weight(weight, plan[name], grams.get(node.input[0]), affine=method.zero_point)
+    put_in(model, plan, rounded)
 
 
-def on_levels(weight_IO: Array, rounding: Rounding) -> Rounded | None:
-    """Weights that were trained on the levels of this rounding; None of any others."""
-    return find_levels(weight_IO, LEVELS[rounding.bits], rounding.size_of_groups(len(weight_IO)))
+def find_on_levels(model: onnx.ModelProto, plan: Plan) -> dict[str, Rounded]:
+    """The weights of an FP32 graph's products that lie on the levels of the plan already."""
+    products = products_of(model)
+    found = {name: on_levels(weight_of(model, products[name]), rounding) for name, rounding in plan.items()}
+    return {name: rounded for name, rounded in found.items() if rounded is not None}
+
+
+def weight_of(model: onnx.ModelProto, node: onnx.NodeProto) -> Array:
+    """Of a product (I, O)."""
+    stored = next(constant for constant in model.graph.initializer if constant.name == node.input[1])
+    weight: Array = numpy_helper.to_array(stored)
+    return weight
 
 
 def round_weight(weight_IO: Array, rounding: Rounding, gram_II: Gram | None, *, affine: bool = False) -> Rounded:
@@ -144,8 +178,10 @@ def _join(parts: list[Rounded], group_size: int) -> Rounded:
     )
 
 
-def put_in(model: onnx.ModelProto, weights: Mapping[str, FewBits]) -> None:
-    """Replace the weights of products, by name, in a graph that ONNX Runtime can make products of few bits of."""
+def put_in(model: onnx.ModelProto, plan: Plan, rounded: Mapping[str, Rounded]) -> None:
+    """Replace products' weights by rounded ones, so that ONNX Runtime makes products of few bits of them; in place."""
+    stored = {node.name: node.input[1] for node in model.graph.node if node.name in plan}
+    weights = [FewBits(stored[name], plan[name].bits, rounded[name]) for name in stored]
     graph = model.graph
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
@@ -153,14 +189,14 @@ def put_in(model: onnx.ModelProto, weights: Mapping[str, FewBits]) -> None:
         if node.op_type == "Relu":
             node.op_type = "Max"
             node.input.append(ZERO)
-        nodes += _product(node) if node.name in weights else [node]
-    gone = {weight.name for weight in weights.values()}
+        nodes += _product(node) if node.name in stored else [node]
+    gone = set(stored.values())
     constants = [constant for constant in graph.initializer if constant.name not in gone]
     constants.append(numpy_helper.from_array(np.zeros(1, np.float32), ZERO))
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
     graph.initializer.extend(constants)
-    add_weights(graph, weights.values())
+    add_weights(graph, weights)
     model.opset_import[0].version, model.ir_version = OPSET, IR_VERSION
 
 
@@ -194,7 +230,7 @@ def prove_weights(file: Path) -> Proof:
     decibels = agreement(file)
     if decibels < LEAST_DECIBELS:
         raise WrongPrecision(f"ONNX Runtime computes something else than the file says: {decibels:.0f} dB")
-    counted = ", ".join(f"{num} of {_name(bits)}" for bits, num in stored.items())
+    counted = ", ".join(f"{num} of {name_of(bits)}" for bits, num in stored.items())
     kernels = ", ".join(f"{num} in {bits} bits" for bits, num in sorted(run.items(), reverse=True))
     text = f"weights of products: {counted}; multiplied: {kernels}; in float: {', '.join(floats) or 'none'}"
     return {
@@ -203,10 +239,6 @@ def prove_weights(file: Path) -> Proof:
         "products": {str(bits): num for bits, num in run.items()},
         "decibels": decibels,
     }
-
-
-def _name(bits: Bits) -> str:
-    return {"ternary": "three levels", 1: "1 bit"}.get(bits, f"{bits} bits")
 
 
 def agreement(file: Path) -> float:

@@ -12,10 +12,12 @@ from mnist_lab.compress.prune_experts import ExpertPruning, PruneExperts
 from mnist_lab.compress.prune_neurons import NeuronPruning, PruneNeurons
 from mnist_lab.compress.prune_router import PruneRouter
 from mnist_lab.compress.prune_weights import PruneWeights, WeightPruning
+from mnist_lab.compress.qat import TrainQuantized
 from mnist_lab.compress.share_base import ShareBase, Sharing
 from mnist_lab.compress.train import TrainFFN, TrainLike, TrainMoE
-from mnist_lab.compress.weight_only import WeightOnly
+from mnist_lab.compress.weight_only import AsTrained, WeightOnly
 from mnist_lab.experiments.row import Row
+from mnist_lab.experiments.technique import Form
 from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.report.records import BASELINE, CONTROL, RIVAL
 
@@ -56,6 +58,22 @@ def dynamic_int8(source: Row) -> Row:
 def weight_only(source: Row, form: WeightOnly = WeightOnly()) -> Row:
     """A trained row with weights of few bits."""
     return Row(f"{source.family}_weight_only", source=source, form=form)
+
+
+def trained_quantized(source: Row, step: TrainQuantized) -> Row:
+    """A row whose weights learned in few bits, as FP32 holds them."""
+    way = "QAT" if step.quantization.learn == "task" else "layer_wise"
+    return Row(f"{source.family}_{way}_FP32", step, source=source)
+
+
+def deployed(trained: Row) -> Row:
+    """The same in the few bits that it learned with; in INT8 where its activations were rounded to 8 bits as well."""
+    assert isinstance(trained.step, TrainQuantized)
+    config, family = trained.step.quantization, trained.family.removesuffix("_FP32")
+    form: Form = AsTrained(config.rounding, config.router_bits)
+    if config.rounding.bits == config.activation_bits == 8:
+        form = DynamicInt8() if family.startswith(MOE.family) else StaticInt8()
+    return Row(family, source=trained, form=form)
 
 
 def bfloat16(source: Row) -> Row:

@@ -88,8 +88,11 @@ class Made(NamedTuple):
 class Step(Protocol):
     """Makes weights: trains them, or changes its source's."""
 
-    label: ClassVar[str]  # in the table's technique, which joins the labels along the chain; empty for none
     cost: ClassVar[float]  # of an epoch, as a multiple of the dense FFN's: by it the time left is told
+
+    @property
+    def label(self) -> str:
+        """In the table's technique, which joins the labels along the chain; empty for none."""
 
     def make(self, work: Work) -> Made:
         """A model from scratch, from `work.source` or from `work.teacher`.

@@ -119,6 +119,16 @@ class Decision(NamedTuple):
     noise_std_BE: Tensor | None  # None in evaluation
 
 
+class Pairs(NamedTuple):
+    """(Image, expert) pairs, sorted by expert."""
+
+    order_N: Tensor  # which they are of all B·K
+    row_N: Tensor  # the image of each
+    load_E: Tensor  # pairs that chose each expert
+    kept_load_E: Tensor  # of these, as many as there is room for
+    dropped_share: float  # of all pairs, for lack of capacity
+
+
 class Routed(NamedTuple):
     """What a forward pass of the MoE decided on its way to the logits."""
 
@@ -328,6 +338,13 @@ class SparseMoE(nn.Module):
 
     def _mix(self, hidden_BD: Tensor, decision: Decision) -> tuple[Tensor, Tensor, float]:
         """Dispatch, compute, combine, classify. Returns the logits, the load per expert, the dropped share."""
+        pairs = self.dispatch(decision)
+        output_NO = self.experts(hidden_BD.index_select(0, pairs.row_N), pairs.kept_load_E)
+        mixed_BO = self.combine(output_NO, pairs, decision)
+        return relu_chain(self.head, mixed_BO.relu_()), pairs.load_E, pairs.dropped_share
+
+    def dispatch(self, decision: Decision) -> Pairs:
+        """The pairs sorted by expert; in training as many of each as there is room for."""
         num_experts, top_k = self.config.routing.num_experts, self.config.routing.top_k
         expert_N = decision.experts_BK.flatten()
         load_E = torch.bincount(expert_N, minlength=num_experts)
@@ -336,11 +353,13 @@ class SparseMoE(nn.Module):
         if self.training and self.config.routing.capacity_factor is not None:
             order_N, kept_load_E = limit_capacity(order_N, load_E, self.config.routing.capacity_factor)
             dropped_share = 1 - order_N.numel() / expert_N.numel()
-        row_N = order_N // top_k
-        output_NO = self.experts(hidden_BD.index_select(0, row_N), kept_load_E)
-        output_NO = output_NO * decision.weights_BK.flatten()[order_N].unsqueeze(1)
-        mixed_BO = output_NO.new_zeros(len(hidden_BD), output_NO.shape[1]).index_add_(0, row_N, output_NO)
-        return relu_chain(self.head, mixed_BO.relu_()), load_E, dropped_share
+        return Pairs(order_N, order_N // top_k, load_E, kept_load_E, dropped_share)
+
+    def combine(self, output_NO: Tensor, pairs: Pairs, decision: Decision) -> Tensor:
+        """The weighted sum (B, O) of what each image's experts say."""
+        weighted_NO = output_NO * decision.weights_BK.flatten()[pairs.order_N].unsqueeze(1)
+        mixed_BO = output_NO.new_zeros(len(decision.experts_BK), output_NO.shape[1])
+        return mixed_BO.index_add_(0, pairs.row_N, weighted_NO)
 
 
 class EveryExpert(nn.Module):

@@ -1,0 +1,117 @@
+"""Quantization-aware training (QAT): a model learns with its weights rounded, and keeps them so (fake_quant.py)."""
+
+import copy
+import math
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import ClassVar, Literal
+
+import torch
+from torch import nn
+
+from mnist_lab.compress.fake_quant import RoundedActivations, fold, round_in_training, router_of, weights_of
+from mnist_lab.compress.finetune import Finetuning, as_it_is, finetune, num_steps, objective_of
+from mnist_lab.compress.gptq import CALIBRATION_SIZE
+from mnist_lab.compress.layer_by_layer import layer_objective
+from mnist_lab.compress.levels import Rounding, RouterBits, name_of, on_levels
+from mnist_lab.data import Split
+from mnist_lab.errors import RunFailed, UserError
+from mnist_lab.experiments.technique import Made, Work
+from mnist_lab.models import Model
+from mnist_lab.models.moe import SparseMoE
+from mnist_lab.training import Batch, EpochMetrics, Objective, StepLoss
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """What is rounded in training, and what the rounded model learns."""
+
+    rounding: Rounding = field(default_factory=Rounding)
+    router_bits: RouterBits = field(default=None, metadata={"tag": "router"})
+    """Of the weights of an MoE's router; when not given, it stays in float."""
+    activation_bits: Literal[8, 4] | None = field(default=None, metadata={"tag": "a"})
+    """Of what goes from layer to layer, in training; when not given, it is not rounded."""
+    start: Literal["trained", "scratch"] = field(default="trained", metadata={"tag": ""})
+    """Start from the trained model; or from fresh weights, and train for the whole recipe."""
+    learn: Literal["task", "layers"] = field(default="task", metadata={"tag": None})
+    """The task, with the whole network; or layer by layer, without labels, what the trained model's layers give."""
+
+    def __post_init__(self) -> None:
+        if self.learn == "layers" and (self.start == "scratch" or self.activation_bits is not None):
+            raise UserError("--learn layers starts from the trained model and rounds weights alone")
+
+
+@dataclass(frozen=True)
+class TrainQuantized:
+    """A model with weights of few bits that learned with them."""
+
+    cost: ClassVar[float] = 1.0
+    quantization: Quantization = field(default_factory=Quantization)
+    training: Finetuning = field(default_factory=Finetuning)
+
+    @property
+    def label(self) -> str:
+        return "qat" if self.quantization.learn == "task" else "layer-wise ptq"
+
+    def __post_init__(self) -> None:
+        if self.quantization.start == "scratch" and self.training.finetune_epochs is not None:
+            raise UserError("--start scratch trains for the whole recipe: drop --finetune-epochs, or give --epochs")
+        if self.quantization.learn == "layers" and self.training.teacher != "none":
+            raise UserError("--learn layers has the trained model's layers as teachers: drop --teacher")
+
+    def make(self, work: Work) -> Made:
+        before, config = work.source, self.quantization
+        assert before is not None
+        model = copy.deepcopy(before) if config.start == "trained" else work.build(before.config)
+        for weight in weights_of(model):
+            round_in_training(weight, config.rounding)
+        if config.router_bits is not None:
+            assert isinstance(model, SparseMoE)
+            round_in_training(router_of(model), Rounding(config.router_bits))
+        curves = self._train(work, model, before)
+        fold(model)
+        num_weights = count_on_levels(model, config.rounding)
+        how = "the task" if config.learn == "task" else "their layers' outputs before"
+        text = f"{num_weights:,} weights of {name_of(config.rounding.bits)} learned {how} over {len(curves)} epochs"
+        return Made(model, curves, {"text": text, "weights": num_weights, "epochs": len(curves)})
+
+    def _train(self, work: Work, model: Model, before: Model) -> list[EpochMetrics]:
+        config = self.quantization
+        if config.learn == "layers":
+            few = with_images(work, CALIBRATION_SIZE)
+            steps = num_steps(work, self.training.num_epochs(work))
+            return few.fit(model, layer_objective(copy.deepcopy(before)), epochs=math.ceil(steps / num_steps(few, 1)))
+        bits = config.activation_bits
+        wrap = as_it_is if bits is None else partial(rounding_activations, bits=bits)
+        if config.start == "scratch":
+            return work.fit(model, wrap(objective_of(work, before, self.training)))
+        return finetune(work, model, before, self.training, wrap=wrap)
+
+
+def rounding_activations(objective: Objective, bits: int) -> Objective:
+    """The same objective, with activations of so many bits."""
+
+    def rounded(model: nn.Module, batch: Batch) -> StepLoss:
+        with RoundedActivations(bits):
+            return objective(model, batch)
+
+    return rounded
+
+
+def with_images(work: Work, num_images: int) -> Work:
+    """The same with no more training images than that, those that others calibrate on, and no labels."""
+    pixels = work.calibration(num_images)
+    no_labels = torch.zeros(len(pixels), dtype=torch.int64)
+    return replace(work, dataset=replace(work.dataset, train=Split(pixels, no_labels)))
+
+
+def count_on_levels(model: Model, rounding: Rounding) -> int:
+    """Weights of products but the router's, all of which lie on levels.
+
+    Raises:
+        RunFailed: some do not.
+    """
+    matrices = [matrix for weight in weights_of(model) for matrix in weight.matrices()]
+    if any(on_levels(matrix.numpy(), rounding) is None for matrix in matrices):
+        raise RunFailed(f"the trained weights do not lie on levels of {name_of(rounding.bits)}")
+    return sum(matrix.numel() for matrix in matrices)
