@@ -85,11 +85,11 @@ def stored_bits(graph: onnx.GraphProto) -> Counter[Bits]:
         if node.op_type != "DequantizeLinear":
             continue
         name = node.input[0]
-        while name in made_by and made_by[name].op_type != "Gather":
+        while name in made_by and made_by[name].op_type in {"Cast", "Reshape", "Split"}:
             name = made_by[name].input[0]
         if name in constants:
             found[bits_of_type[constants[name].data_type]] += 1
-        else:
+        elif made_by[name].op_type == "Gather":  # and not an activation
             found[bits_of_table[constants[made_by[name].input[0]].dims[0]]] += 1
     return found
 

@@ -15,7 +15,8 @@ from mnist_lab.errors import UserError
 from mnist_lab.measure import Array
 
 Bits = Literal[8, 4, 3, 2, "ternary", 1]
-RouterBits = Literal[8, 4, 2] | None  # None: it stays in float
+RouterBits = Literal[8, 4, 2] | None  # None: they stay in float
+ActivationBits = Literal[8, 4] | None
 GroupSize = int | Literal["channel"]
 Int8 = npt.NDArray[np.int8]
 Float64 = npt.NDArray[np.float64]

@@ -13,7 +13,7 @@ from mnist_lab.compress.fake_quant import RoundedActivations, fold, round_in_tra
 from mnist_lab.compress.finetune import Finetuning, as_it_is, finetune, num_steps, objective_of
 from mnist_lab.compress.gptq import CALIBRATION_SIZE
 from mnist_lab.compress.layer_by_layer import layer_objective
-from mnist_lab.compress.levels import Rounding, RouterBits, name_of, on_levels
+from mnist_lab.compress.levels import ActivationBits, Rounding, RouterBits, name_of, on_levels
 from mnist_lab.data import Split
 from mnist_lab.errors import RunFailed, UserError
 from mnist_lab.experiments.technique import Made, Work
@@ -29,7 +29,7 @@ class Quantization:
     rounding: Rounding = field(default_factory=Rounding)
     router_bits: RouterBits = field(default=None, metadata={"tag": "router"})
     """Of the weights of an MoE's router; when not given, it stays in float."""
-    activation_bits: Literal[8, 4] | None = field(default=None, metadata={"tag": "a"})
+    activation_bits: ActivationBits = field(default=None, metadata={"tag": "a"})
     """Of what goes from layer to layer, in training; when not given, it is not rounded."""
     start: Literal["trained", "scratch"] = field(default="trained", metadata={"tag": ""})
     """Start from the trained model; or from fresh weights, and train for the whole recipe."""

@@ -20,13 +20,26 @@ from onnx import helper, numpy_helper
 from mnist_lab.compress.few_bits import IR_VERSION, OPSET, FewBits, add_weights, stored_bits
 from mnist_lab.compress.gptq import CALIBRATION_SIZE, Gram, input_grams, round_with_feedback
 from mnist_lab.compress.int8 import absmax_quantize, optimized_graph
-from mnist_lab.compress.levels import LEVELS, Bits, Levels, Rounded, Rounding, RouterBits, name_of, on_levels
+from mnist_lab.compress.levels import (
+    LEVELS,
+    ActivationBits,
+    Bits,
+    Levels,
+    Rounded,
+    Rounding,
+    RouterBits,
+    name_of,
+    on_levels,
+)
+from mnist_lab.compress.round_activations import CALIBRATION_SIZE as ACTIVATION_SAMPLE
+from mnist_lab.compress.round_activations import bytes_to_and_from_experts, count_rounded, round_activations
 from mnist_lab.deploy.artifacts import read_artifact, read_onnx, save_onnx
 from mnist_lab.deploy.onnx import build_onnx, layout_metadata
 from mnist_lab.errors import WrongPrecision
 from mnist_lab.experiments.technique import Proof, Work
 from mnist_lab.measure import Array
 from mnist_lab.models import Model
+from mnist_lab.models.moe import SparseMoE
 from mnist_lab.runtimes import FLOAT_PRODUCTS, ROUTER, Precision, RuntimeName
 from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options
 
@@ -48,6 +61,8 @@ class Method:
     """Levels between the smallest and the largest weight (affine), instead of around zero (symmetric)."""
     router_bits: RouterBits = field(default=None, metadata={"tag": "router"})
     """Of the weights of an MoE's router; when not given, it stays in float."""
+    activation_bits: ActivationBits = field(default=None, metadata={"tag": "a"})
+    """Of what goes from layer to layer, rounded and back in the graph; when not given, it stays in float."""
 
 
 @dataclass(frozen=True)
@@ -64,13 +79,13 @@ class WeightOnly:
         return PRECISIONS[self.rounding.bits]
 
     def write(self, model: Model, file: Path, work: Work, metadata: Mapping[str, Any]) -> None:
-        graph = build_onnx(model)
+        graph = build_rounding(model, self.method.activation_bits, work)
         plan = uniform_plan(graph, self.rounding, self.method.router_bits)
         write_rounded(graph, plan, self.method, work)
         save_onnx(graph, file, {**metadata, **layout_metadata(model)})
 
     def prove(self, model: Model, file: Path) -> Proof:
-        return prove_weights(file)
+        return prove_rounded(model, file)
 
 
 @dataclass(frozen=True)
@@ -81,13 +96,14 @@ class AsTrained:
     runtimes: ClassVar[tuple[RuntimeName, ...]] = ("onnxruntime",)
     rounding: Rounding = field(metadata={"tag": None})
     router_bits: RouterBits = field(default=None, metadata={"tag": None})
+    activation_bits: ActivationBits = field(default=None, metadata={"tag": None})
 
     @property
     def precision(self) -> Precision:
         return PRECISIONS[self.rounding.bits]
 
     def write(self, model: Model, file: Path, work: Work, metadata: Mapping[str, Any]) -> None:
-        graph = build_onnx(model)
+        graph = build_rounding(model, self.activation_bits, work)
         plan = uniform_plan(graph, self.rounding, self.router_bits)
         rounded = find_on_levels(graph, plan)
         if left := sorted(plan.keys() - rounded.keys()):
@@ -96,7 +112,15 @@ class AsTrained:
         save_onnx(graph, file, {**metadata, **layout_metadata(model)})
 
     def prove(self, model: Model, file: Path) -> Proof:
-        return prove_weights(file)
+        return prove_rounded(model, file)
+
+
+def build_rounding(model: Model, bits: ActivationBits, work: Work) -> onnx.ModelProto:
+    """The graph of a model with activations of so many bits."""
+    graph = build_onnx(model)
+    if bits is not None:
+        round_activations(graph, bits, work.calibration(ACTIVATION_SAMPLE).numpy())
+    return graph
 
 
 def uniform_plan(model: onnx.ModelProto, rounding: Rounding, router_bits: RouterBits) -> Plan:
@@ -208,6 +232,26 @@ def _product(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
     yield helper.make_node("MatMul", [rows, weight], [product], name=product)
     if bias:
         yield helper.make_node("Add", [product, *bias], [output], name=output)
+
+
+def prove_rounded(model: Model, file: Path) -> Proof:
+    """What of an artifact is rounded, and of an MoE the bytes of an image's rows to and from its experts.
+
+    Raises:
+        WrongPrecision: as `prove_weights`.
+    """
+    proof = prove_weights(file)
+    rounded = count_rounded(optimized_graph(file))
+    if rounded:
+        counted = ", ".join(f"{num} in {bits} bits" for bits, num in rounded.items())
+        proof |= {"activations": {str(bits): num for bits, num in rounded.items()}}
+        proof["text"] += f"; activations: {counted}"
+    if isinstance(model, SparseMoE):
+        by_bits = {str(bits): bytes_to_and_from_experts(model.config, bits) for bits in (32, 8, 4)}
+        proof["bytes_to_and_from_experts"] = by_bits
+        travelling = min(rounded, default=32)
+        proof["text"] += f"; to and from experts {by_bits[str(travelling)]:,} bytes an image"
+    return proof
 
 
 def prove_weights(file: Path) -> Proof:
