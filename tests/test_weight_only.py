@@ -85,7 +85,8 @@ def test_engine_multiplies_with_few_bits(
     method = Method("nearest" if name in {"ffn", "moe"} else "gptq", zero_point)  # large ones take seconds
     proof = write(model, file, Rounding(bits, group_size), method)
     num_layers = sum(node.op_type == "DequantizeLinear" for node in read_onnx(file).graph.node)
-    assert proof["stored"] == {str(bits): num_layers}
+    in_few = num_layers - (bits in {3, 2})  # the last layer keeps 4
+    assert proof["stored"] == {str(bits): in_few} | ({"4": 1} if in_few < num_layers else {})
     assert proof["products"] == {"8" if bits == 8 else "4": num_layers}
     onnx.checker.check_model(onnx.load(file), full_check=True)
     session = open_session("onnxruntime", file, precision=WeightOnly(Rounding(bits)).precision, threads=1)
@@ -116,7 +117,7 @@ def test_weights_on_levels_stay_as_they_are(tmp_path: Path) -> None:
             if weight.ndim > 1 and not name.startswith("router"):
                 weight.copy_(weight.sign() * 0.03)
     proof = write(model, file, Rounding(1))  # gptq would move them
-    assert proof["stored"] == {"1": 10}
+    assert proof["stored"] == {"1": 9, "4": 1}
     found = open_session("onnxruntime", file, precision="INT1", threads=1).predict(PIXELS)
     with torch.inference_mode():
         expected = model(torch.from_numpy(PIXELS)).numpy()

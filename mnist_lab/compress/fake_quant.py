@@ -1,8 +1,9 @@
 """Rounding inside a network that goes on learning: forward it rounds, backward the gradient passes it by.
 
-Weights: forward ŵ = s·level(w/s) (levels.py). Backward ∂ŵ/∂w is 1 between the lowest and the highest level and 0 beyond
-(straight-through), and the step size s is learned (LSQ, arXiv:1902.08153): ∂ŵ/∂s = level(w/s) − w/s between them, the
-lowest or the highest level beyond. s is trained as s₀·exp(θ), so that a step of Adam changes it by a share of itself.
+Weights: forward ŵ = s·level(w/s) (levels.py). Backward ∂ŵ/∂w is 1 where w/s lies in reach of the levels, half a step
+beyond the lowest and the highest at most, and 0 elsewhere (straight-through); and the step size s is learned (LSQ,
+arXiv:1902.08153): ∂ŵ/∂s = level(w/s) − w/s in reach, level(w/s) elsewhere. s is trained as s₀·exp(θ), so that a step of
+Adam changes it by a share of itself.
 
 Shapes: I inputs, O outputs, E experts, G groups of inputs.
 """
@@ -16,7 +17,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from mnist_lab.compress.gptq import nearest_level, search_scale
-from mnist_lab.compress.levels import LEVELS, Levels, Rounding
+from mnist_lab.compress.levels import LEVELS, Levels, Rounding, RouterBits
 from mnist_lab.models import Model
 from mnist_lab.models.moe import SparseMoE
 
@@ -43,16 +44,18 @@ class Weight(NamedTuple):
         return value.unbind() if value.ndim == 3 else (value if self.input_axis == 0 else value.T,)
 
 
-def weights_of(model: Model) -> list[Weight]:
-    """Those of all products but the router's, in the order of a pass."""
+def roundings(model: Model, rounding: Rounding, router_bits: RouterBits) -> list[tuple[Weight, Rounding]]:
+    """How the weight of each product is rounded, as `weight_only.uniform_plan` has it for a graph."""
     if not isinstance(model, SparseMoE):
-        return [Weight(layer, "weight", 1) for layer in model.layers]
-    stacked = [Weight(model.experts, name, 1) for name in ("weight_in", "weight_out")]
-    return [Weight(model.stem, "weight", 1), *stacked, *(Weight(layer, "weight", 1) for layer in model.head)]
-
-
-def router_of(model: SparseMoE) -> Weight:
-    return Weight(model.router, "gate", 0)
+        *inner, last = (Weight(layer, "weight", 1) for layer in model.layers)
+    else:
+        stacked = [Weight(model.experts, name, 1) for name in ("weight_in", "weight_out")]
+        *head, last = (Weight(layer, "weight", 1) for layer in model.head)
+        inner = [Weight(model.stem, "weight", 1), *stacked, *head]
+    found = [*((weight, rounding) for weight in inner), (last, rounding.of_last_layer)]
+    if isinstance(model, SparseMoE) and router_bits is not None:
+        found.append((Weight(model.router, "gate", 0), Rounding(router_bits)))
+    return found
 
 
 def round_in_training(weight: Weight, rounding: Rounding) -> None:
@@ -82,8 +85,8 @@ class RoundToLevels(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
         multiple, level, step = ctx.saved_tensors
-        is_within = (multiple >= ctx.levels.lowest) & (multiple <= ctx.levels.highest)
-        passed = gradient * is_within
+        reach = ctx.levels.step / 2  # for a single bit, −1 or 1, that is to −2 and 2
+        passed = gradient * ((multiple >= ctx.levels.lowest - reach) & (multiple <= ctx.levels.highest + reach))
         of_step = torch.addcmul(gradient * level, passed, multiple, value=-1)
         return passed, of_step.sum_to_size(step.shape), None
 

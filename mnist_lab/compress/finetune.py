@@ -58,6 +58,7 @@ def finetune(
     *,
     only: Iterable[str] | None = None,
     wrap: Wrap = as_it_is,
+    rate: float = 1.0,
 ) -> list[EpochMetrics]:
     """Train `model` in place; the learning curves.
 
@@ -65,12 +66,13 @@ def finetune(
         before: the model that it was made from; not changed.
         only: parameters to train, by name; all when not given.
         wrap: of the objective, for a technique that changes the model on the way.
+        rate: of learning, as a share of the recipe's.
     """
     epochs = config.num_epochs(work)
     if epochs == 0:
         return []
     objective = wrap(objective_of(work, before, config))
-    learning_rate = work.recipe.learning_rate * min(1, num_steps(work, epochs) / RECOVERY_STEPS)
+    learning_rate = rate * work.recipe.learning_rate * min(1, num_steps(work, epochs) / RECOVERY_STEPS)
     with _training_only(model, only):
         return work.fit(model, objective, epochs=epochs, learning_rate=learning_rate)
 

@@ -68,6 +68,11 @@ class Rounding:
         if not SMALLEST_GROUP <= size <= LARGEST_GROUP or size & (size - 1):
             raise UserError(f"--group-size {size} must be channel, or a power of two from 16 to 256")
 
+    @property
+    def of_last_layer(self) -> "Rounding":
+        """It has few weights, and all that it loses shows: they keep 4 bits."""
+        return self if self.bits in {8, 4} else Rounding(4, self.group_size)
+
     def size_of_groups(self, num_inputs: int) -> int:
         """Inputs of a group; the last one of a layer may be smaller."""
         return num_inputs if self.group_size == "channel" else min(self.group_size, num_inputs)

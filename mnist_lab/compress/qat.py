@@ -9,7 +9,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from mnist_lab.compress.fake_quant import RoundedActivations, fold, round_in_training, router_of, weights_of
+from mnist_lab.compress.fake_quant import RoundedActivations, fold, round_in_training, roundings
 from mnist_lab.compress.finetune import Finetuning, as_it_is, finetune, num_steps, objective_of
 from mnist_lab.compress.gptq import CALIBRATION_SIZE
 from mnist_lab.compress.layer_by_layer import layer_objective
@@ -18,8 +18,9 @@ from mnist_lab.data import Split
 from mnist_lab.errors import RunFailed, UserError
 from mnist_lab.experiments.technique import Made, Work
 from mnist_lab.models import Model
-from mnist_lab.models.moe import SparseMoE
 from mnist_lab.training import Batch, EpochMetrics, Objective, StepLoss
+
+RATE = 0.4  # of the recipe's learning rate
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,11 @@ class TrainQuantized:
         before, config = work.source, self.quantization
         assert before is not None
         model = copy.deepcopy(before) if config.start == "trained" else work.build(before.config)
-        for weight in weights_of(model):
-            round_in_training(weight, config.rounding)
-        if config.router_bits is not None:
-            assert isinstance(model, SparseMoE)
-            round_in_training(router_of(model), Rounding(config.router_bits))
+        for weight, rounding in roundings(model, config.rounding, config.router_bits):
+            round_in_training(weight, rounding)
         curves = self._train(work, model, before)
         fold(model)
-        num_weights = count_on_levels(model, config.rounding)
+        num_weights = count_on_levels(model, config)
         how = "the task" if config.learn == "task" else "their layers' outputs before"
         text = f"{num_weights:,} weights of {name_of(config.rounding.bits)} learned {how} over {len(curves)} epochs"
         return Made(model, curves, {"text": text, "weights": num_weights, "epochs": len(curves)})
@@ -79,13 +77,14 @@ class TrainQuantized:
         config = self.quantization
         if config.learn == "layers":
             few = with_images(work, CALIBRATION_SIZE)
-            steps = num_steps(work, self.training.num_epochs(work))
-            return few.fit(model, layer_objective(copy.deepcopy(before)), epochs=math.ceil(steps / num_steps(few, 1)))
+            epochs = math.ceil(num_steps(work, self.training.num_epochs(work)) / num_steps(few, 1))
+            rate = RATE * work.recipe.learning_rate
+            return few.fit(model, layer_objective(copy.deepcopy(before)), epochs=epochs, learning_rate=rate)
         bits = config.activation_bits
         wrap = as_it_is if bits is None else partial(rounding_activations, bits=bits)
         if config.start == "scratch":
             return work.fit(model, wrap(objective_of(work, before, self.training)))
-        return finetune(work, model, before, self.training, wrap=wrap)
+        return finetune(work, model, before, self.training, wrap=wrap, rate=RATE)
 
 
 def rounding_activations(objective: Objective, bits: int) -> Objective:
@@ -105,13 +104,16 @@ def with_images(work: Work, num_images: int) -> Work:
     return replace(work, dataset=replace(work.dataset, train=Split(pixels, no_labels)))
 
 
-def count_on_levels(model: Model, rounding: Rounding) -> int:
-    """Weights of products but the router's, all of which lie on levels.
+def count_on_levels(model: Model, config: Quantization) -> int:
+    """Weights of a model that was trained so, all of which lie on their levels.
 
     Raises:
         RunFailed: some do not.
     """
-    matrices = [matrix for weight in weights_of(model) for matrix in weight.matrices()]
-    if any(on_levels(matrix.numpy(), rounding) is None for matrix in matrices):
-        raise RunFailed(f"the trained weights do not lie on levels of {name_of(rounding.bits)}")
-    return sum(matrix.numel() for matrix in matrices)
+    count = 0
+    for weight, rounding in roundings(model, config.rounding, config.router_bits):
+        for matrix in weight.matrices():
+            count += matrix.numel()
+            if on_levels(matrix.numpy(), rounding) is None:
+                raise RunFailed(f"the trained weights do not lie on levels of {name_of(rounding.bits)}")
+    return count

@@ -45,6 +45,7 @@ from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options
 
 PRECISIONS: dict[Bits, Precision] = {8: "INT8", 4: "INT4", 3: "INT3", 2: "INT2", "ternary": "ternary", 1: "INT1"}
 ZERO = "zero"
+LAST_LAYER = "logits"
 FLOAT_OPERATORS = {"Gemm", "MatMul", "FusedGemm", "FusedMatMul"}
 CHECKED_IMAGES = 200
 LEAST_DECIBELS = 20.0  # of the engine's logits against those of the same weights in FP32: int8 inputs give some 40
@@ -107,7 +108,7 @@ class AsTrained:
         plan = uniform_plan(graph, self.rounding, self.router_bits)
         rounded = find_on_levels(graph, plan)
         if left := sorted(plan.keys() - rounded.keys()):
-            raise WrongPrecision(f"the weights of {', '.join(left)} do not lie on {name_of(self.rounding.bits)}")
+            raise WrongPrecision(f"the weights of {', '.join(left)} do not lie on their levels")
         put_in(graph, plan, rounded)
         save_onnx(graph, file, {**metadata, **layout_metadata(model)})
 
@@ -124,8 +125,9 @@ def build_rounding(model: Model, bits: ActivationBits, work: Work) -> onnx.Model
 
 
 def uniform_plan(model: onnx.ModelProto, rounding: Rounding, router_bits: RouterBits) -> Plan:
-    """One rounding for all products with weights but those of the routing, of which the router may have its own."""
+    """One rounding for all products with weights, but for the last one and those of the routing."""
     plan = dict.fromkeys((name for name in products_of(model) if name not in FLOAT_PRODUCTS), rounding)
+    plan[LAST_LAYER] = rounding.of_last_layer
     return plan if router_bits is None else plan | {ROUTER: Rounding(router_bits)}
 
 

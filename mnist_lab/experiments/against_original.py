@@ -4,10 +4,12 @@ import itertools
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from mnist_lab import measure
+from mnist_lab.experiments.experts import Experts, routes_of_artifacts
 from mnist_lab.experiments.run import Run
 from mnist_lab.experiments.technique import Proof
 from mnist_lab.memory import measure_peak
@@ -19,11 +21,12 @@ Figures = dict[str, float]
 
 
 def compare_with_original(
-    run: Run, stored: Model | None, proof: Proof, *, logits: measure.Array, reference: measure.Array
+    run: Run, model: Model, stored: Model | None, proof: Proof, *, logits: measure.Array, reference: measure.Array
 ) -> Figures | None:
     """Figures of a run against the first model of its chain; None of that itself.
 
     Args:
+        model: that its files were written from.
         stored: the model with the weights of the run's own file, where that holds a PyTorch model.
         proof: of what was done; "kept" names the experts that stay.
         logits: (N, C) of the test images in the run's own runtime, and
@@ -39,6 +42,8 @@ def compare_with_original(
         "kl_to_original": mean_divergence(reference, logits),
         "worst_class_points": worst_class_points(reference, logits, labels),
     }
+    if (routes := routes_of_artifacts(run, model)) is not None:
+        figures |= compare_artifacts(*routes, logits.argmax(axis=1) != reference.argmax(axis=1))
     if stored is None:
         return figures
     before = run.lab.once("model", original.output, original.load)
@@ -51,6 +56,27 @@ def compare_with_original(
     if isinstance(before, SparseMoE) and isinstance(stored, SparseMoE) and run.row.step is not None:
         figures |= compare_routing(before, stored, run.lab.test.pixels[:NUM_IMAGES], proof.get("kept"))
     return figures
+
+
+def compare_artifacts(before: Experts, after: Experts, is_other: npt.NDArray[np.bool_]) -> Figures:
+    """How two artifacts of a mixture route the same images.
+
+    Args:
+        before: sets of experts (N, K) of the original's, and
+        after: of the other.
+        is_other: (N,), images whose class changed.
+    """
+    is_rerouted = (before != after).any(axis=1)
+    num_experts = 1 + max(int(before.max()), int(after.max()))
+    loads = (torch.from_numpy(np.bincount(experts.ravel(), minlength=num_experts)) for experts in (before, after))
+    load_cv_before, load_cv = map(variation, loads)
+    return {
+        "rerouted": float(is_rerouted.mean()),
+        "rerouted_other_class": float((is_rerouted & is_other).mean()),
+        "rerouted_same_class": float((is_rerouted & ~is_other).mean()),
+        "load_cv_before": load_cv_before,
+        "load_cv": load_cv,
+    }
 
 
 @torch.inference_mode()

@@ -3,6 +3,7 @@
 from functools import partial
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mnist_lab import measure
@@ -13,6 +14,8 @@ from mnist_lab.models import Model
 from mnist_lab.models.moe import SparseMoE
 from mnist_lab.models.surgery import without_expert
 from mnist_lab.training import progress_bar, torch_predictor
+
+Experts = npt.NDArray[np.int64]
 
 
 def expert_by_class(model: SparseMoE, split: Split) -> list[list[float]]:
@@ -51,11 +54,11 @@ def acc_without_expert(model: SparseMoE, split: Split) -> list[list[float]] | No
     return table
 
 
-def routes_changed(run: Run, model: Model) -> float | None:
-    """Share of test images that the artifact sends to other experts than the original's does.
+def routes_of_artifacts(run: Run, model: Model) -> tuple[Experts, Experts] | None:
+    """The sets of experts (N, K) that a run's original and its own artifact choose for the test images.
 
-    None where that says nothing: of an original, of a model without experts or with other ones, and of a form that
-    ONNX Runtime, which is looked into, does not run.
+    None where that says nothing: of an original, of a model without experts or with another choice of them, and of a
+    form that ONNX Runtime, which is looked into, does not run.
     """
     original = run.original
     if original == run or not isinstance(model, SparseMoE) or "onnxruntime" not in run.row.form.runtimes:
@@ -64,6 +67,10 @@ def routes_changed(run: Run, model: Model) -> float | None:
         run.lab.once("test routes", file, partial(choose_experts, file, run.lab.test.numpy()[0]))
         for file in (original.artifact, run.artifact)
     )
-    if before.shape != after.shape:
-        return None
-    return float((before != after).any(axis=1).mean())
+    return (before, after) if before.shape == after.shape else None
+
+
+def routes_changed(run: Run, model: Model) -> float | None:
+    """Share of test images that the artifact sends to other experts than the original's does; None as above."""
+    routes = routes_of_artifacts(run, model)
+    return None if routes is None else float((routes[0] != routes[1]).any(axis=1).mean())

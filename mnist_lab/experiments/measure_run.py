@@ -84,7 +84,7 @@ def measure_run(
         scaled=_scale_temperature(validation_logits, validation_labels, test_logits, test_labels),
         acc_without_expert=acc_without_expert(moe, run.lab.test) if moe else None,
         routes_changed=routes_changed(run, model),
-        against_original=compare_with_original(run, stored, proof, logits=test_logits, reference=reference),
+        against_original=compare_with_original(run, model, stored, proof, logits=test_logits, reference=reference),
         figures=_figures(run, stored),
     )
     save_record(run.lab.results, record)
