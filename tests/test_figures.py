@@ -26,9 +26,8 @@ from mnist_lab.errors import RunFailed
 from mnist_lab.report import drawing, figures, model_figures
 from mnist_lab.report.columns import COLUMNS, Cost
 from mnist_lab.report.columns import figure as figure_column
-from mnist_lab.report.compression_figures import COMPRESSION_FIGURES
 from mnist_lab.report.drawing import LONGEST_NAME, Look, choose_looks, shorten, spread, wrap, write_figures
-from mnist_lab.report.figures import FIGURES, draw_all, pareto_set, radar_radii, within_noise
+from mnist_lab.report.figures import FIGURES, OF_COMPRESSED, draw_all, pareto_set, radar_radii, within_noise
 from mnist_lab.report.records import CONTROL, Epoch, Measurement, Parent, Record
 from mnist_lab.report.results import Results, listed
 from mnist_lab.report.statistics import binomial_interval
@@ -54,7 +53,7 @@ NAMES = [name for name, *_ in MODELS]
 TRAINED = [name for name in NAMES if not name.endswith(("INT8", "PTQ", "BF16"))]
 LABELS = [name + (" (openvino)" if name.endswith("BF16") else "") for name in NAMES]
 FRONTIER = ["FFN_PTQ_INT8", "KD_FFN_Student", "KD_FFN_Student_INT8"]
-USUAL = {name: draw for name, draw in FIGURES.items() if name not in COMPRESSION_FIGURES}
+USUAL = {name: draw for name, draw in FIGURES.items() if name not in OF_COMPRESSED}
 # What a figure can show only of some: of trained models, of a teacher and its students, of mixtures.
 OF_SOME = {"training_curves", "confidence_histogram", "expert_load"}
 

@@ -13,8 +13,7 @@ from tiny import spec
 from mnist_lab.deploy.onnx import write_onnx
 from mnist_lab.experiments.rows import TABLE, families
 from mnist_lab.models import PRESETS, build_model
-from mnist_lab.report.compression_figures import COMPRESSION_FIGURES
-from mnist_lab.report.figures import FIGURES
+from mnist_lab.report.figures import FIGURES, OF_COMPRESSED
 from mnist_lab.report.records import load_records
 from mnist_lab.report.table import build_table
 from mnist_lab.report.text import format_fastest, format_summary
@@ -107,7 +106,7 @@ def test_scripts_headers_name_the_reference_runs_results() -> None:
         "claims_mnist": [f"{len(re.findall(r'^## .*: supported$', claims, re.M))} of 14 supported"],
         "dark_knowledge_mnist": [f"{before} of the threes, {corrected} with the bias corrected"],
         "prune_mnist": [", ".join(f"{text} {points(f'Sparse_MoE_{row}-self')}" for text, row in pruned.items())],
-        "visualize_results": [f"{len(FIGURES) - len(COMPRESSION_FIGURES)} plots a folder"],
+        "visualize_results": [f"{len(FIGURES) - len(OF_COMPRESSED)} plots a folder"],
     }
     assert {path.stem for path in ROOT.glob("*.py")} == set(expected)
     for script, results in expected.items():

@@ -26,7 +26,6 @@ from mnist_lab.experiments.rows import MODELS, TABLE
 from mnist_lab.models.checkpoints import read_metadata
 from mnist_lab.report import figures
 from mnist_lab.report.columns import COLUMNS
-from mnist_lab.report.compression_figures import COMPRESSION_FIGURES
 from mnist_lab.report.records import load_records
 from mnist_lab.runtimes import why_missing
 from mnist_lab.studies.claims import rows as claims_rows
@@ -137,7 +136,7 @@ class TestWholeSuite:
 
     def test_all_plots_are_there(self, finished: Path) -> None:
         drawn = {path.stem for path in (finished / "results" / FOLDER / "plots").glob("*.png")}
-        assert drawn == figures.FIGURES.keys() - COMPRESSION_FIGURES.keys()
+        assert drawn == figures.FIGURES.keys() - figures.OF_COMPRESSED.keys()
 
     def test_every_file_is_what_its_record_says(self, finished: Path) -> None:
         records = load_records(finished / "results" / FOLDER)

@@ -17,8 +17,7 @@ from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import FFN, STUDENT, STUDENT_WITHOUT_TEACHER, families
 from mnist_lab.experiments.run import Run
 from mnist_lab.report.columns import COLUMNS
-from mnist_lab.report.compression_figures import COMPRESSION_FIGURES
-from mnist_lab.report.figures import FIGURES
+from mnist_lab.report.figures import FIGURES, OF_COMPRESSED
 from mnist_lab.report.records import load_records
 from mnist_lab.report.results import Results
 from mnist_lab.report.table import build_table
@@ -75,7 +74,7 @@ def test_rows_and_column_are_in_every_figure(finished: Lab) -> None:
             texts += [axes.get_title(), axes.get_xlabel(), *(label.get_text() for label in labels)]
         words[name] = "\n".join(texts)
     of_some = {"training_curves", "confidence_histogram", "expert_load"}  # of trained models, teachers, mixtures
-    for name in drawn - of_some - COMPRESSION_FIGURES.keys():
+    for name in drawn - of_some - OF_COMPRESSED.keys():
         assert all(row.name in words[name] for row in (HALVED, ROUNDED)), name
     assert "Taught" in words["training_curves"]
     for name in ("accuracy_vs_nonzero", "accuracy_vs_bytes"):

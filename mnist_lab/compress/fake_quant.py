@@ -52,7 +52,10 @@ def roundings(model: Model, rounding: Rounding, router_bits: RouterBits) -> list
         stacked = [Weight(model.experts, name, 1) for name in ("weight_in", "weight_out")]
         *head, last = (Weight(layer, "weight", 1) for layer in model.head)
         inner = [Weight(model.stem, "weight", 1), *stacked, *head]
-    found = [*((weight, rounding) for weight in inner), (last, rounding.of_last_layer)]
+    first, *inner = inner
+    found = [(first, rounding.of_first_layer)]
+    found += [(weight, rounding) for weight in inner]
+    found.append((last, rounding.of_last_layer))
     if isinstance(model, SparseMoE) and router_bits is not None:
         found.append((Weight(model.router, "gate", 0), Rounding(router_bits)))
     return found

@@ -60,6 +60,8 @@ class Rounding:
     """Of a weight; ternary is -1, 0 or 1 times a scale, 1 is -1 or 1."""
     group_size: GroupSize = field(default="channel", metadata={"tag": "g"})
     """Inputs of an output that share a scale, a power of two from 16 to 256; or channel, all of them."""
+    first_layer_bits: Bits | None = field(default=None, metadata={"tag": "first"})
+    """Of the first layer's weights, which see the pixels; when not given, as many as of all others."""
 
     def __post_init__(self) -> None:
         if self.group_size == "channel":
@@ -67,6 +69,10 @@ class Rounding:
         size = self.group_size
         if not SMALLEST_GROUP <= size <= LARGEST_GROUP or size & (size - 1):
             raise UserError(f"--group-size {size} must be channel, or a power of two from 16 to 256")
+
+    @property
+    def of_first_layer(self) -> "Rounding":
+        return Rounding(self.first_layer_bits or self.bits, self.group_size)
 
     @property
     def of_last_layer(self) -> "Rounding":

@@ -20,6 +20,7 @@ from mnist_lab.experiments.technique import Made, Work
 from mnist_lab.models import Model
 from mnist_lab.training import Batch, EpochMetrics, Objective, StepLoss
 
+Learn = Literal["task", "layers"]
 RATE = 0.4  # of the recipe's learning rate
 
 
@@ -34,7 +35,7 @@ class Quantization:
     """Of what goes from layer to layer, in training; when not given, it is not rounded."""
     start: Literal["trained", "scratch"] = field(default="trained", metadata={"tag": ""})
     """Start from the trained model; or from fresh weights, and train for the whole recipe."""
-    learn: Literal["task", "layers"] = field(default="task", metadata={"tag": None})
+    learn: Learn = field(default="task", metadata={"tag": None})
     """The task, with the whole network; or layer by layer, without labels, what the trained model's layers give."""
 
     def __post_init__(self) -> None:

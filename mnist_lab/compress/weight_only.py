@@ -125,9 +125,9 @@ def build_rounding(model: Model, bits: ActivationBits, work: Work) -> onnx.Model
 
 
 def uniform_plan(model: onnx.ModelProto, rounding: Rounding, router_bits: RouterBits) -> Plan:
-    """One rounding for all products with weights, but for the last one and those of the routing."""
-    plan = dict.fromkeys((name for name in products_of(model) if name not in FLOAT_PRODUCTS), rounding)
-    plan[LAST_LAYER] = rounding.of_last_layer
+    """One rounding for all products with weights, but for the first, the last and those of the routing."""
+    first, *others = (name for name in products_of(model) if name not in FLOAT_PRODUCTS)
+    plan = {first: rounding.of_first_layer, **dict.fromkeys(others, rounding), LAST_LAYER: rounding.of_last_layer}
     return plan if router_bits is None else plan | {ROUTER: Rounding(router_bits)}
 
 

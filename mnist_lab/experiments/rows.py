@@ -12,10 +12,10 @@ from mnist_lab.compress.prune_experts import ExpertPruning, PruneExperts
 from mnist_lab.compress.prune_neurons import NeuronPruning, PruneNeurons
 from mnist_lab.compress.prune_router import PruneRouter
 from mnist_lab.compress.prune_weights import PruneWeights, WeightPruning
-from mnist_lab.compress.qat import TrainQuantized
+from mnist_lab.compress.qat import Quantization, TrainQuantized
 from mnist_lab.compress.share_base import ShareBase, Sharing
 from mnist_lab.compress.train import TrainFFN, TrainLike, TrainMoE
-from mnist_lab.compress.weight_only import AsTrained, WeightOnly
+from mnist_lab.compress.weight_only import AsTrained, Method, WeightOnly
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.technique import Form
 from mnist_lab.models.moe import RoutingConfig
@@ -153,9 +153,36 @@ def _compression() -> Iterator[Row]:
         yield pruned_experts(PruneExperts(ExpertPruning(keep, "exact"), finetuning=untrained))
     yield merged_experts(MergeExperts(finetuning=by_itself))
     yield from _beside_rival(shared_base(ShareBase(Sharing(), by_itself)))
+    yield from _few_bits()
+
+
+def _few_bits() -> Iterator[Row]:
+    """What a trained model loses in fewer bits: rounded, layer by layer, or trained with them."""
+    yield from (static_int8(FFN), dynamic_int8(MOE), static_int8(MOE))
+    with_zeros = Method(zero_point=True)
     for source in (FFN, MOE):
-        for rounding in (Rounding(8), Rounding(4), Rounding(2), Rounding(2, 64)):
+        for rounding in (Rounding(8), Rounding(4), Rounding(3), Rounding(2)):
             yield weight_only(source, WeightOnly(rounding))
+        for rounding in (Rounding(3), Rounding(2)):
+            yield weight_only(source, WeightOnly(rounding, with_zeros))
+        for rounding in (Rounding(3), Rounding(2), Rounding("ternary")):
+            yield learned(source, Quantization(rounding, learn="layers"))
+        for rounding in (Rounding(4), Rounding(3), Rounding(2), Rounding("ternary"), Rounding(1)):
+            yield learned(source, Quantization(rounding))
+        yield learned(source, Quantization(Rounding(8), activation_bits=8))
+    yield learned(MOE, Quantization(Rounding(1, first_layer_bits=2)))
+    for method in (Method(router_bits=8), Method(router_bits=4), Method(router_bits=2)):
+        yield weight_only(MOE, WeightOnly(Rounding(8), method))
+    yield learned(MOE, Quantization(Rounding(8), router_bits=2))
+    for method in (Method(activation_bits=8), Method(activation_bits=4)):
+        yield weight_only(MOE, WeightOnly(Rounding(8), method))
+    yield learned(MOE, Quantization(Rounding(8), activation_bits=4))
+
+
+def learned(source: Row, quantization: Quantization) -> Row:
+    """As it is deployed, what learned in few bits from the trained model, which is its teacher too."""
+    training = Finetuning(teacher="self" if quantization.learn == "task" else "none")
+    return deployed(trained_quantized(source, TrainQuantized(quantization, training)))
 
 
 def _beside_rival(compressed: Row) -> tuple[Row, Row, Row]:

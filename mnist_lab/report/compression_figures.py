@@ -138,14 +138,14 @@ def expert_similarity(results: Results) -> Figure | None:
 
 def routing_vs_ratio(results: Results) -> Figure | None:
     """How much of the routing stayed, over the share that was left out: a row of panels per original."""
-    looks = _looks_by_family(results)
+    looks = looks_by_family(results)
     members: dict[str, list[Model]] = {}
     for model in results.models:
         if not math.isnan(_share_left_out(results, model)) and model.row[[*ROUTING]].notna().any():
             members.setdefault(model.runs[0].original, []).append(model)
     if not members:
         return None
-    titles = _titles(results, members, 4.2)
+    titles = titles_of(results, members, 4.2)
     columns = len(ROUTING)
     size = (12.5, (4 + extra_height(titles)) * len(members) + 0.9)
     figure, panels = make_figure(
@@ -158,9 +158,9 @@ def routing_vs_ratio(results: Results) -> Figure | None:
 
         def point_of(model: Model, column: str = column) -> Point:
             share = _share_left_out(results, model)
-            return Point(100 * share, 100 * model.row[column], _interval_over_seeds(model, column))
+            return Point(100 * share, 100 * model.row[column], interval_over_seeds(model, column))
 
-        handles |= _draw_lines(axes, models, point_of, looks)
+        handles |= draw_lines(axes, models, point_of, looks)
         axes.set_title(title, fontsize=10)
         axes.set(xlabel="left out (% of weights, of units, or of experts)", ylabel=label, xlim=(0, 103))
     place_legend(figure, [*handles.values()], [*handles])
@@ -182,7 +182,7 @@ def _draw_accuracy(
     members = _by_original(results)
     if not members:
         return None
-    titles = _titles(results, members, 4.2)
+    titles = titles_of(results, members, 4.2)
     columns = min(2, len(members))
     rows = math.ceil(len(members) / columns)
     figure, panels = make_figure(
@@ -192,10 +192,10 @@ def _draw_accuracy(
         columns=columns,
         size=(4.8 * columns + 3.4, (4.2 + extra_height(titles)) * rows + 0.9),
     )
-    looks = _looks_by_family(results)
+    looks = looks_by_family(results)
     handles: dict[str, Line2D] = {}
     for axes, own_title, models in zip(panels, titles, members.values(), strict=True):
-        handles |= _draw_lines(
+        handles |= draw_lines(
             axes, models, lambda model: Point(x_of(model), 100 * model.row["test_acc"], model.accuracy_error), looks
         )
         axes.set_title(own_title, fontsize=10)
@@ -234,12 +234,12 @@ def _is_compressed(model: Model) -> bool:
     return model.is_derived and model.runs[0].config.get("step") is not None
 
 
-def _titles(results: Results, originals: Mapping[str, Sequence[Model]], inches: float) -> list[str]:
+def titles_of(results: Results, originals: Mapping[str, Sequence[Model]], inches: float) -> list[str]:
     short_names = {model.name: model.short_name for model in results.models}
     return [wrap(f"made from {short_names.get(name, name)}", inches, 10) for name in originals]
 
 
-def _looks_by_family(results: Results) -> dict[str, Look]:
+def looks_by_family(results: Results) -> dict[str, Look]:
     """That of the plainest model of each."""
     plainest_first = sorted(results.models, key=lambda model: (len(model.name), model.name))
     looks: dict[str, Look] = {}
@@ -248,15 +248,20 @@ def _looks_by_family(results: Results) -> dict[str, Look]:
     return looks
 
 
-def _draw_lines(
-    axes: Axes, models: Sequence[Model], point_of: Callable[[Model], Point], looks: Mapping[str, Look]
+def draw_lines(
+    axes: Axes,
+    models: Sequence[Model],
+    point_of: Callable[[Model], Point],
+    looks: Mapping[str, Look],
+    *,
+    name_of: Callable[[Model], str] | None = None,
 ) -> dict[str, Line2D]:
-    """A line per technique, joined from left to right, another of the rivals, and the original larger; each by its
-    name. Points without a place (NaN) are left out.
+    """A line per technique, or per what `name_of` gives, joined from left to right, another of the rivals, and the
+    original larger; each by its name. Points without a place (NaN) are left out.
     """
     members: dict[str, list[Model]] = {}
     for model in models:
-        members.setdefault(_line_of(model), []).append(model)
+        members.setdefault((name_of or line_of)(model), []).append(model)
     lines = {}
     for name, own in members.items():
         points = sorted((point_of(model) for model in own), key=lambda point: point[:2])
@@ -278,7 +283,7 @@ def _draw_lines(
     return lines
 
 
-def _line_of(model: Model) -> str:
+def line_of(model: Model) -> str:
     if model.is_rival:
         return RIVALS
     if not model.is_derived:
@@ -292,7 +297,7 @@ def _is_untrained(model: Model) -> bool:
     return step.get("finetuning", {}).get("finetune_epochs") == 0
 
 
-def _interval_over_seeds(model: Model, column: str) -> Error | None:
+def interval_over_seeds(model: Model, column: str) -> Error | None:
     """Percentage points from the mean of a share to the ends of its interval; None of a single seed."""
     if len(model.runs) < 2 or pd.isna(model.row[column]):
         return None

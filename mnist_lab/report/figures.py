@@ -35,6 +35,7 @@ from mnist_lab.report.drawing import (
     write_figures,
     write_footnote,
 )
+from mnist_lab.report.few_bits_figures import FEW_BITS_FIGURES
 from mnist_lab.report.model_figures import (
     confidence_histogram,
     confusion_matrices,
@@ -265,6 +266,7 @@ def latency_by_runtime(results: Results) -> Figure | None:
     return figure
 
 
+OF_COMPRESSED = COMPRESSION_FIGURES | FEW_BITS_FIGURES
 FIGURES: dict[str, Callable[[Results], Figure | None]] = {
     draw.__name__: draw
     for draw in (
@@ -280,7 +282,7 @@ FIGURES: dict[str, Callable[[Results], Figure | None]] = {
         confusion_matrices,
         latency_by_runtime,
     )
-} | COMPRESSION_FIGURES
+} | OF_COMPRESSED
 
 
 def _split_by_frontier(models: Sequence[Model]) -> tuple[list[Model], list[Model]]:
