@@ -21,7 +21,6 @@ import onnx
 import onnxruntime
 import torch
 from onnx import numpy_helper
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from mnist_lab.compress.few_bits import FewBits, add_weights, stored_bits
 from mnist_lab.compress.gptq import CALIBRATION_SIZE
@@ -213,6 +212,8 @@ def _predict_with(model: onnx.ModelProto, constants: Mapping[str, Array], pixels
 
 def allocate(rises: Mapping[Choice, float], sizes: Sizes, num_bytes: int) -> dict[str, Rounding]:
     """The choice for each product with the least sum of rises that fits; of equals the smallest file."""
+    from scipy.optimize import Bounds, LinearConstraint, milp
+
     choices, kinds = [*rises], [*sizes.shared]
     names = [*dict(choices)]
     rise = np.array([rises[choice] for choice in choices] + [0.0] * len(kinds))
