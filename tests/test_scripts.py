@@ -434,7 +434,7 @@ class TestBadInput:
             ("ptq_mnist --mode weight-only --size-budget nan", "--size-budget nan"),
             ("ptq_mnist --mode weight-only --size-budget 90 --bits 2", "drop --bits"),
             ("ptq_mnist --mode weight-only --size-budget 90 --group-size 64", "--group-size"),
-            ("ptq_mnist --size-budget 90", "--mode weight-only"),
+            ("ptq_mnist --size-budget 90", "static mode stores 8 bits"),
             ("ptq_mnist --mode weight-only --allocation even", "--allocation even"),
             ("baseline_mnist --runtime tensorrt", "tensorrt"),
             ("claims_mnist --runtime pytorch", "onnxruntime"),
