@@ -211,21 +211,24 @@ def test_file_above_its_budget_is_found(tmp_path: Path) -> None:
         MixedBits(5).prove(make_ffn(), file)
 
 
+def even_problem(names: str, shared: int) -> tuple[list[dict[str, Rounding]], Sizes]:
+    own = {(name, rounding): 100 * int(rounding.bits) for name in names for rounding in WIDTHS}
+    plans = [dict.fromkeys(names, rounding) for rounding in WIDTHS]
+    return plans, Sizes(0, own, {rounding.bits: shared for rounding in WIDTHS})
+
+
 def test_even_allocation_has_at_most_two_neighbouring_widths_drawn_by_seed() -> None:
-    names = "abcdef"
-    widths = dict.fromkeys(names, WIDTHS)
-    sizes = Sizes(0, {(n, r): 100 * int(r.bits) for n in names for r in WIDTHS}, dict.fromkeys((2, 3, 4, 8), 0))
-    plans = [m.allocate_evenly(widths, sizes, 1500, seed=seed) for seed in range(5)]
-    assert all(sorted(r.bits for r in plan.values()) == [2, 2, 2, 3, 3, 3] for plan in plans)
-    assert len({tuple(plan.items()) for plan in plans}) > 1
-    assert set(m.allocate_evenly(widths, sizes, 1800, seed=0).values()) == {Rounding(3)}
-    assert set(m.allocate_evenly(widths, sizes, 9999, seed=0).values()) == {Rounding(8)}
+    plans, sizes = even_problem("abcdef", 0)
+    drawn = [m.allocate_evenly(plans, sizes, 1500, seed=seed) for seed in range(5)]
+    assert all(sorted(int(r.bits) for r in plan.values()) == [2, 2, 2, 3, 3, 3] for plan in drawn)
+    assert len({tuple(plan.items()) for plan in drawn}) > 1
+    for num_bytes, plan in ((1800, plans[1]), (9999, plans[3])):
+        assert m.allocate_evenly(plans, sizes, num_bytes, seed=0) == plan
 
 
 def test_uniform_bits_are_even_though_words_of_two_kinds_would_not_fit() -> None:
-    widths = dict.fromkeys("ab", WIDTHS)
-    sizes = Sizes(0, {(n, r): 100 * int(r.bits) for n in "ab" for r in WIDTHS}, dict.fromkeys((2, 3, 4, 8), 150))
-    assert set(m.allocate_evenly(widths, sizes, 750, seed=0).values()) == {Rounding(3)}
+    plans, sizes = even_problem("ab", 150)
+    assert m.allocate_evenly(plans, sizes, 750, seed=0) == plans[1]
 
 
 def weight_of(graph: Any, name: str) -> Any:

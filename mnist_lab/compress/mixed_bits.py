@@ -29,10 +29,10 @@ from mnist_lab.compress.weight_only import (
     Method,
     Plan,
     build_rounding,
-    products_of,
     prove_rounded,
     put_in,
     round_products,
+    uniform_plan,
 )
 from mnist_lab.deploy.artifacts import content_of, read_onnx, read_onnx_metadata, save_onnx
 from mnist_lab.deploy.onnx import layout_metadata
@@ -41,7 +41,7 @@ from mnist_lab.experiments.technique import Proof, Work
 from mnist_lab.measure import Array, log_softmax, predict
 from mnist_lab.models import Model
 from mnist_lab.models.moe import SparseMoE
-from mnist_lab.runtimes import FLOAT_PRODUCTS, ROUTER, Precision, RuntimeName
+from mnist_lab.runtimes import ROUTER, Precision, RuntimeName
 from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options
 
 WIDTHS = (Rounding(2), Rounding(3), Rounding(4), Rounding(8))
@@ -64,7 +64,7 @@ class MixedBits:
     """KiB that the whole file may take."""
     allocation: Allocation = field(default="sensitivity", metadata={"tag": ""})
     """Which products get more bits: those where they keep the logits best for their bytes; or, as a yardstick, all get
-    the same, and as many as fit, drawn by seed, one step more."""
+    the same (the last layer at least 4), and as many as fit, drawn by seed, one step more."""
     method: Method = field(default_factory=Method)
 
     def __post_init__(self) -> None:
@@ -77,10 +77,10 @@ class MixedBits:
             UserError: the budget is less than the smallest file takes, or more than the largest.
         """
         graph = build_rounding(model, self.method.activation_bits, work)
-        widths: dict[str, Sequence[Rounding]] = {n: WIDTHS for n in products_of(graph) if n not in FLOAT_PRODUCTS}
-        if self.method.router_bits is not None:
-            widths[ROUTER] = (Rounding(self.method.router_bits),)
-        choices = [(name, rounding) for name, own in widths.items() for rounding in own]
+        plans = [uniform_plan(graph, rounding, self.method.router_bits) for rounding in WIDTHS]
+        choices = [
+            (name, rounding) for name, own in plans[0].items() for rounding in ((own,) if name == ROUTER else WIDTHS)
+        ]
         rounded = round_products(graph, choices, self.method, work)
         pixels = work.calibration(CALIBRATION_SIZE)
         load = load_by_expert(model, pixels)
@@ -92,11 +92,10 @@ class MixedBits:
             told = {"rise": float(f"{rise:.3g}"), "load": [round(share, 4) for share in load]}
             return made, {**metadata, **layout_metadata(model), "mixed_bits": told}
 
-        plans = uniform_plans(widths)
         sizes = measure_sizes(rounded, plans[IN_4], len(content_of(*put_together(plans[IN_4], 0.0))))
         num_bytes = sizes.check(self.size_budget, plans, work.name)
         if self.allocation == "even":
-            plan = allocate_evenly(widths, sizes, num_bytes, seed=work.seed)
+            plan = allocate_evenly(plans, sizes, num_bytes, seed=work.seed)
             rises = measure_rises(graph, {choice: rounded[choice] for choice in plan.items()}, pixels.numpy())
         else:
             rises = measure_rises(graph, rounded, pixels.numpy())
@@ -237,19 +236,11 @@ def allocate(rises: Mapping[Choice, float], sizes: Sizes, num_bytes: int) -> dic
     return dict(choice for choice, share in zip(choices, solved.x, strict=False) if share > 0.5)
 
 
-def uniform_plans(widths: Mapping[str, Sequence[Rounding]]) -> list[dict[str, Rounding]]:
-    """The same bits for all products that have a choice, fewest first."""
-    return [{name: own[min(step, len(own) - 1)] for name, own in widths.items()} for step in range(len(WIDTHS))]
-
-
-def allocate_evenly(
-    widths: Mapping[str, Sequence[Rounding]], sizes: Sizes, num_bytes: int, *, seed: int
-) -> dict[str, Rounding]:
-    """The most bits that fit for all, and one step more for as many as fit, drawn by seed."""
-    steps = uniform_plans(widths)
-    step = max(step for step, plan in enumerate(steps) if sizes.of(plan) <= num_bytes)
-    plan, wider = steps[step], steps[min(step + 1, len(steps) - 1)]
-    names = [*widths]
+def allocate_evenly(plans: Sequence[Plan], sizes: Sizes, num_bytes: int, *, seed: int) -> dict[str, Rounding]:
+    """The last of these plans that fits, and of the next one as many choices as fit, drawn by seed."""
+    step = max(step for step, plan in enumerate(plans) if sizes.of(plan) <= num_bytes)
+    plan, wider = dict(plans[step]), plans[min(step + 1, len(plans) - 1)]
+    names = [*plan]
     for name in (names[place] for place in np.random.default_rng(seed).permutation(len(names))):
         if sizes.of(plan | {name: wider[name]}) <= num_bytes:
             plan[name] = wider[name]
