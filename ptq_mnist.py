@@ -4,6 +4,7 @@ python ptq_mnist.py                                 # the FFN, static: expect 99
 python ptq_mnist.py --model moe                     # the MoE, dynamic: expect 99.19 ± 0.07 %, 0.718 MiB
 python ptq_mnist.py --model moe --mode static       # the contrast: expect 99.21 ± 0.07 %, 0.735 MiB
 python ptq_mnist.py --mode weight-only --bits 4     # weights of 4 bits, a scale for each output
+python ptq_mnist.py --mode weight-only --model moe --size-budget 235    # of 2, 3, 4 or 8 bits, as fits into 235 KiB
 """
 
 from dataclasses import dataclass, field
@@ -14,10 +15,11 @@ from mnist_lab.command.entry import run_script
 from mnist_lab.command.options import Options
 from mnist_lab.compress.int8 import Calibration, Mode, StaticInt8
 from mnist_lab.compress.levels import Rounding
+from mnist_lab.compress.mixed_bits import Allocation, MixedBits, check_budget
 from mnist_lab.compress.weight_only import Method, WeightOnly
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.row import Row
-from mnist_lab.experiments.rows import FFN, MOE, STUDENT, dynamic_int8, static_int8, weight_only
+from mnist_lab.experiments.rows import FFN, MOE, STUDENT, dynamic_int8, mixed_bits, static_int8, weight_only
 from mnist_lab.experiments.run import Run
 
 SOURCES = {"ffn": FFN, "moe": MOE, "student": STUDENT}
@@ -32,6 +34,11 @@ class PTQOptions(Options):
     weights in --bits and no ranges; when not given, static for the dense models and dynamic for the MoE."""
     calibration: Calibration = field(default_factory=Calibration)
     rounding: Rounding = field(default_factory=Rounding)
+    size_budget: float | None = None
+    """In place of --bits: KiB that the whole file may take; how many bits each layer gets follows from that."""
+    allocation: Allocation = "sensitivity"
+    """Which layers get more bits of a --size-budget: those where they keep the logits best for their bytes; or, as a
+    yardstick, all get the same, and as many as fit, drawn by seed, one step more."""
     method: Method = field(default_factory=Method)
 
     def __post_init__(self) -> None:
@@ -40,7 +47,15 @@ class PTQOptions(Options):
             raise UserError(
                 f"{self.chosen_mode} mode calibrates nothing: drop --calibration-size and --calibration-method"
             )
-        if self.chosen_mode != "weight-only" and (self.rounding, self.method) != (Rounding(), Method()):
+        if self.size_budget is None:
+            if self.allocation != "sensitivity":
+                raise UserError(f"--allocation {self.allocation} shares out a --size-budget, and there is none")
+        elif self.rounding != Rounding():
+            raise UserError(f"--size-budget {self.size_budget:g} chooses the bits: drop --bits and --group-size")
+        else:
+            check_budget(self.size_budget)
+        own = (self.rounding, self.method, self.size_budget)
+        if self.chosen_mode != "weight-only" and own != (Rounding(), Method(), None):
             raise UserError(f"{self.chosen_mode} mode stores 8 bits: drop what is for --mode weight-only")
         if self.rounding.bits in {"ternary", 1}:
             raise UserError(f"--bits {self.rounding.bits} is too little without training: qat_mnist.py does that")
@@ -55,6 +70,8 @@ class PTQOptions(Options):
     def row(self) -> Row:
         source = SOURCES[self.model]
         if self.chosen_mode == "weight-only":
+            if self.size_budget is not None:
+                return mixed_bits(source, MixedBits(self.size_budget, self.allocation, self.method))
             return weight_only(source, WeightOnly(self.rounding, self.method))
         return (
             dynamic_int8(source) if self.chosen_mode == "dynamic" else static_int8(source, StaticInt8(self.calibration))

@@ -3,6 +3,7 @@ from tiny import HALVED, SMALL, FourBits
 
 from mnist_lab.compress.distill import Distil, DistillationConfig
 from mnist_lab.compress.int8 import Calibration, StaticInt8
+from mnist_lab.compress.mixed_bits import MixedBits
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import (
     BFLOAT16,
@@ -17,6 +18,7 @@ from mnist_lab.experiments.rows import (
     bfloat16,
     dynamic_int8,
     families,
+    mixed_bits,
     sparse_moe,
     static_int8,
     student,
@@ -69,6 +71,7 @@ EXTREME = RoutingConfig(8, 1, "switch", 0.1, 1.25)
         (static_int8(FFN, StaticInt8(Calibration(1000, "entropy"))), "FFN_PTQ_INT8-entropy", "static ptq", FFN.name),
         (static_int8(STUDENT), "KD_FFN_Student_INT8", "kd + static ptq", "KD_FFN_Student"),
         (bfloat16(MOE), "Sparse_MoE_BF16", "moe", "Sparse_MoE"),
+        (mixed_bits(FFN, MixedBits(99.5, "even")), "FFN_baseline_mixed_bits-KiB99.5-even", "mixed-bit ptq", FFN.name),
         (dynamic_int8(sparse_moe(EXTREME)), "Sparse_MoE_INT8-E8-K1-switch-w0.1-c1.25", "moe + dynamic ptq", None),
         (Row("Further", form=FourBits(), source=HALVED), "Further", "zeroed + 4 bits", "Halved"),
     ],

@@ -264,6 +264,17 @@ class TestSingleScripts:
             assert (finished_bench.checkpoints / f"{name}-seed0.onnx").is_file()
 
     @pytest.mark.skipif(why_missing("torchao") is not None, reason=str(why_missing("torchao")))
+    def test_bits_follow_from_the_bytes_that_a_file_may_take(self, finished_bench: Bench) -> None:
+        for allocation, suffix in (("sensitivity", ""), ("even", "-even")):
+            options = ["--mode", "weight-only", "--size-budget", "90", "--allocation", allocation]
+            outcome = finished_bench("ptq_mnist", *options)
+            assert outcome.code == 0, outcome
+            assert "of 90 KiB" in outcome.out
+            file = finished_bench.checkpoints / f"FFN_baseline_mixed_bits-KiB90{suffix}-epochs1-seed0.onnx"
+            assert 80 * 1024 < file.stat().st_size <= 90 * 1024
+        few = ["ptq_mnist", "--mode", "weight-only", "--size-budget", "9"]
+        finished_bench.expect_user_error(*few, says="in the fewest bits")
+
     def test_runtimes_asked_for_are_those_of_the_table(self, finished_bench: Bench) -> None:
         outcome = finished_bench("ptq_mnist", "--runtime", "openvino", "torchao")
         assert outcome.code == 0
@@ -418,6 +429,12 @@ class TestBadInput:
             ("ptq_mnist --mode weight-only --group-size 48", "--group-size 48"),
             ("ptq_mnist --mode weight-only --bits 3", "--bits"),
             ("ptq_mnist --mode weight-only --calibration-size 5", "calibrates nothing"),
+            ("ptq_mnist --mode weight-only --size-budget 0", "--size-budget 0"),
+            ("ptq_mnist --mode weight-only --size-budget nan", "--size-budget nan"),
+            ("ptq_mnist --mode weight-only --size-budget 90 --bits 2", "drop --bits"),
+            ("ptq_mnist --mode weight-only --size-budget 90 --group-size 64", "--group-size"),
+            ("ptq_mnist --size-budget 90", "static mode stores 8 bits"),
+            ("ptq_mnist --mode weight-only --allocation even", "--allocation even"),
             ("baseline_mnist --runtime tensorrt", "tensorrt"),
             ("claims_mnist --runtime pytorch", "onnxruntime"),
             ("claims_mnist --suite nonsense", "nonsense"),

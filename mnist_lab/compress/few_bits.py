@@ -7,7 +7,6 @@ when the file is loaded, for all weights of a kind at once, and from there on th
 Shapes: I inputs, O outputs, G groups of inputs, W words, D digits in a word.
 """
 
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -74,13 +73,13 @@ def add_weights(graph: onnx.GraphProto, weights: Iterable[FewBits]) -> None:
     graph.initializer.extend(constants.values())
 
 
-def stored_bits(graph: onnx.GraphProto) -> Counter[Bits]:
-    """How many layers' weights a graph stores in how many bits."""
+def stored_bits(graph: onnx.GraphProto) -> dict[str, Bits]:
+    """In how many bits a graph stores weights, by their names."""
     constants = {constant.name: constant for constant in graph.initializer}
     made_by = {name: node for node in graph.node for name in node.output}
     bits_of_type = {data_type: bits for bits, data_type in TYPES.items()}
     bits_of_table = {LEVELS[bits].num: bits for bits in LEVELS if bits not in TYPES}
-    found: Counter[Bits] = Counter()
+    found: dict[str, Bits] = {}
     for node in graph.node:
         if node.op_type != "DequantizeLinear":
             continue
@@ -88,9 +87,9 @@ def stored_bits(graph: onnx.GraphProto) -> Counter[Bits]:
         while name in made_by and made_by[name].op_type in {"Cast", "Reshape", "Split"}:
             name = made_by[name].input[0]
         if name in constants:
-            found[bits_of_type[constants[name].data_type]] += 1
+            found[node.output[0]] = bits_of_type[constants[name].data_type]
         elif made_by[name].op_type == "Gather":  # and not an activation
-            found[bits_of_table[constants[made_by[name].input[0]].dims[0]]] += 1
+            found[node.output[0]] = bits_of_table[constants[made_by[name].input[0]].dims[0]]
     return found
 
 

@@ -7,7 +7,7 @@ ONNX: a weight goes through `DequantizeLinear` into its product. ONNX Runtime ma
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -146,16 +146,26 @@ def write_rounded(model: onnx.ModelProto, plan: Plan, method: Method, work: Work
 
     Weights that lie on as many levels already stay as they are.
     """
-    rounded = find_on_levels(model, plan)
-    left = {name: node for name, node in products_of(model).items() if name in plan and name not in rounded}
+    rounded = round_products(model, plan.items(), method, work)
+    put_in(model, plan, {name: rounded[name, rounding] for name, rounding in plan.items()})
+
+
+def round_products(
+    model: onnx.ModelProto, choices: Collection[tuple[str, Rounding]], method: Method, work: Work
+) -> dict[tuple[str, Rounding], Rounded]:
+    """The weights of products of an FP32 graph, each in all the roundings asked for."""
+    products = products_of(model)
+    weights = {name: weight_of(model, products[name]) for name, _ in choices}
+    rounded = {(name, rounding): on_levels(weights[name], rounding) for name, rounding in choices}
+    left = [choice for choice, found in rounded.items() if found is None]
     grams: dict[str, Gram] = {}
     if left and method.method == "gptq":
-        inputs = list(dict.fromkeys(node.input[0] for node in left.values()))
+        inputs = list(dict.fromkeys(products[name].input[0] for name, _ in left))
         grams = input_grams(model, inputs, work.calibration(CALIBRATION_SIZE).numpy())
-    for name, node in left.items():
-        weight = weight_of(model, node)
-        rounded[name] = round_weight(weight, plan[name], grams.get(node.input[0]), affine=method.zero_point)
-    put_in(model, plan, rounded)
+    for name, rounding in left:
+        gram = grams.get(products[name].input[0])
+        rounded[name, rounding] = round_weight(weights[name], rounding, gram, affine=method.zero_point)
+    return {choice: found for choice, found in rounded.items() if found is not None}
 
 
 def find_on_levels(model: onnx.ModelProto, plan: Plan) -> dict[str, Rounded]:
@@ -264,7 +274,7 @@ def prove_weights(file: Path) -> Proof:
         WrongPrecision: it does not.
     """
     model = read_onnx(file)
-    stored = stored_bits(model.graph)
+    stored = Counter(stored_bits(model.graph).values())
     nodes = optimized_graph(file).node
     run = Counter(helper.get_node_attr_value(node, "bits") for node in nodes if node.op_type == "MatMulNBits")
     expected = Counter(8 if bits == 8 else 4 for bits in stored.elements())

@@ -17,12 +17,19 @@ ADVICE = "Move it away and make it again."
 
 
 def save_onnx(model: onnx.ModelProto, path: Path, metadata: Mapping[str, Any]) -> None:
-    """Write a model with `metadata` (anything JSON can hold), a string per key and nothing else; sealed.
-
-    Matrices that are smaller so are stored sparsely, in `model` too.
+    """Write the `content_of` a model.
 
     Raises:
         RunFailed: the folder cannot be written.
+    """
+    content = content_of(model, metadata)
+    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+
+
+def content_of(model: onnx.ModelProto, metadata: Mapping[str, Any]) -> bytes:
+    """A model as a file, with `metadata` (anything JSON can hold), a string per key and nothing else; sealed.
+
+    Matrices that are smaller so are stored sparsely, in `model` too.
     """
     for constant in model.graph.initializer:
         if not constant.HasField("raw_data"):  # as the converter leaves its scales
@@ -31,8 +38,7 @@ def save_onnx(model: onnx.ModelProto, path: Path, metadata: Mapping[str, Any]) -
     model.ClearField("metadata_props")
     for key, value in sorted({"digest": BLANK, **metadata}.items()):
         model.metadata_props.add(key=key, value=json.dumps(value, sort_keys=True, allow_nan=False))
-    content = seal(model.SerializeToString(deterministic=True))
-    write_atomically(path, lambda temporary: temporary.write_bytes(content))
+    return seal(model.SerializeToString(deterministic=True))
 
 
 def read_artifact(path: Path) -> bytes:

@@ -8,6 +8,7 @@ from mnist_lab.compress.finetune import Finetuning
 from mnist_lab.compress.int8 import DynamicInt8, StaticInt8
 from mnist_lab.compress.levels import Rounding
 from mnist_lab.compress.merge_experts import MergeExperts
+from mnist_lab.compress.mixed_bits import MixedBits
 from mnist_lab.compress.prune_experts import ExpertPruning, PruneExperts
 from mnist_lab.compress.prune_neurons import NeuronPruning, PruneNeurons
 from mnist_lab.compress.prune_router import PruneRouter
@@ -58,6 +59,11 @@ def dynamic_int8(source: Row) -> Row:
 def weight_only(source: Row, form: WeightOnly = WeightOnly()) -> Row:
     """A trained row with weights of few bits."""
     return Row(f"{source.family}_weight_only", source=source, form=form)
+
+
+def mixed_bits(source: Row, form: MixedBits = MixedBits()) -> Row:
+    """A trained row with weights of a few bits each, within a budget."""
+    return Row(f"{source.family}_mixed_bits", source=source, form=form)
 
 
 def trained_quantized(source: Row, step: TrainQuantized) -> Row:

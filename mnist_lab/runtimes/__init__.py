@@ -18,7 +18,7 @@ from mnist_lab.measure import Array
 
 RuntimeName = Literal["pytorch", "torch-compile", "torch-sparse", "onnxruntime", "openvino", "torchao"]
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
-Precision = Literal["FP32", "BF16", "INT8", "INT4", "INT3", "INT2", "ternary", "INT1"]
+Precision = Literal["FP32", "BF16", "INT8", "INT4", "INT3", "INT2", "ternary", "INT1", "mixed"]
 # What each runtime loads: the checkpoint, the ONNX artifact, or the integers and scales for PyTorch.
 EXTENSIONS: dict[RuntimeName, str] = {
     "pytorch": "safetensors",
