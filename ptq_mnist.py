@@ -15,7 +15,7 @@ from mnist_lab.command.entry import run_script
 from mnist_lab.command.options import Options
 from mnist_lab.compress.int8 import Calibration, Mode, StaticInt8
 from mnist_lab.compress.levels import Rounding
-from mnist_lab.compress.mixed_bits import Allocation, MixedBits, check_budget
+from mnist_lab.compress.mixed_bits import Allocation, MixedBits
 from mnist_lab.compress.weight_only import Method, WeightOnly
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.row import Row
@@ -36,8 +36,10 @@ class PTQOptions(Options):
     rounding: Rounding = field(default_factory=Rounding)
     size_budget: float | None = None
     """In place of --bits: KiB that the whole file may take; how many bits each layer gets follows from that."""
+    mean_bits: float | None = None
+    """The same, as much as a file takes whose weights have so many bits, or one between two such, from 2 to 8."""
     allocation: Allocation = "sensitivity"
-    """Which layers get more bits of a --size-budget: those where they keep the logits best for their bytes; or, as a
+    """Which layers get more bits of such a budget: those where they keep the logits best for their bytes; or, as a
     yardstick, all get the same, and as many as fit, drawn by seed, one step more."""
     method: Method = field(default_factory=Method)
 
@@ -47,14 +49,14 @@ class PTQOptions(Options):
             raise UserError(
                 f"{self.chosen_mode} mode calibrates nothing: drop --calibration-size and --calibration-method"
             )
-        if self.size_budget is None:
+        if self.mixed is None:
             if self.allocation != "sensitivity":
                 raise UserError(f"--allocation {self.allocation} shares out a --size-budget, and there is none")
         elif self.rounding != Rounding():
-            raise UserError(f"--size-budget {self.size_budget:g} chooses the bits: drop --bits and --group-size")
-        else:
-            check_budget(self.size_budget)
-        own = (self.rounding, self.method, self.size_budget)
+            raise UserError("--size-budget and --mean-bits choose the bits: drop --bits and --group-size")
+        elif None not in {self.size_budget, self.mean_bits}:
+            raise UserError("--size-budget and --mean-bits are two ways to say the same: drop one of them")
+        own = (self.rounding, self.method, self.mixed)
         if self.chosen_mode != "weight-only" and own != (Rounding(), Method(), None):
             raise UserError(f"{self.chosen_mode} mode stores 8 bits: drop what is for --mode weight-only")
         if self.rounding.bits in {"ternary", 1}:
@@ -67,12 +69,18 @@ class PTQOptions(Options):
         return self.mode or ("dynamic" if self.model == "moe" else "static")
 
     @property
+    def mixed(self) -> MixedBits | None:
+        """The form of a budget, where there is one."""
+        if self.size_budget is None and self.mean_bits is None:
+            return None
+        return MixedBits(self.size_budget, self.mean_bits or MixedBits().mean_bits, self.allocation, self.method)
+
+    @property
     def row(self) -> Row:
         source = SOURCES[self.model]
         if self.chosen_mode == "weight-only":
-            if self.size_budget is not None:
-                return mixed_bits(source, MixedBits(self.size_budget, self.allocation, self.method))
-            return weight_only(source, WeightOnly(self.rounding, self.method))
+            form = self.mixed
+            return mixed_bits(source, form) if form else weight_only(source, WeightOnly(self.rounding, self.method))
         return (
             dynamic_int8(source) if self.chosen_mode == "dynamic" else static_int8(source, StaticInt8(self.calibration))
         )

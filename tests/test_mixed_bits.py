@@ -92,13 +92,13 @@ def test_products_whose_rounding_does_nothing_get_the_fewest_bits() -> None:
     assert m.allocate(rises, sizes, 10**6)["b"] == WIDTHS[0]
 
 
-@pytest.mark.parametrize("zero_point", [False, True])
+@pytest.mark.parametrize("scheme", ["symmetric", "affine"])
 @pytest.mark.parametrize("name", MODELS)
 def test_file_is_as_large_as_foreseen_and_never_above_its_budget(
-    name: str, zero_point: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, scheme: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, file = MODELS[name](), tmp_path / "model.onnx"
-    method = Method("nearest", zero_point)
+    method = Method("nearest", scheme)
     smallest, largest = ends(model, file, method)
     seen: list[Sizes] = []
     measure = m.measure_sizes
@@ -110,7 +110,7 @@ def test_file_is_as_large_as_foreseen_and_never_above_its_budget(
     monkeypatch.setattr(m, "measure_sizes", watch)
     for allocation, share in product(("sensitivity", "even"), (0.0, 0.3, 1.0)):
         budget = smallest + share * (largest - smallest)
-        proof = write(model, file, MixedBits(budget, allocation, method))  # type: ignore[arg-type]
+        proof = write(model, file, MixedBits(budget, allocation=allocation, method=method))  # type: ignore[arg-type]
         plan = {product: Rounding(bits) for product, bits in proof["bits"].items()}
         spare = m.SPARE_BYTES * len(plan)
         assert seen[-1].of(plan) - 4 * spare <= file.stat().st_size <= seen[-1].of(plan) <= budget * 1024

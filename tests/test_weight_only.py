@@ -75,14 +75,12 @@ def test_zero_points_let_levels_reach_from_the_smallest_to_the_largest(bits: Bit
     assert (np.abs(np.rint(zero / step) - zero / step) < 1e-4).all()  # zero is a level
 
 
-@pytest.mark.parametrize(("group_size", "zero_point"), [("channel", False), ("channel", True), (64, False)])
+@pytest.mark.parametrize(("group_size", "scheme"), [("channel", "symmetric"), ("channel", "affine"), (64, "symmetric")])
 @pytest.mark.parametrize("bits", BITS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_engine_multiplies_with_few_bits(
-    name: str, bits: Bits, group_size: Any, zero_point: bool, tmp_path: Path
-) -> None:
+def test_engine_multiplies_with_few_bits(name: str, bits: Bits, group_size: Any, scheme: Any, tmp_path: Path) -> None:
     model, file = make_model(name), tmp_path / "model.onnx"
-    method = Method("nearest" if name in {"ffn", "moe"} else "gptq", zero_point)  # large ones take seconds
+    method = Method("nearest" if name in {"ffn", "moe"} else "gptq", scheme)  # large ones take seconds
     proof = write(model, file, Rounding(bits, group_size), method)
     num_layers = sum(node.op_type == "DequantizeLinear" for node in read_onnx(file).graph.node)
     in_few = num_layers - (bits in {3, 2})  # the last layer keeps 4

@@ -46,6 +46,8 @@ from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options
 
 WIDTHS = (Rounding(2), Rounding(3), Rounding(4), Rounding(8))
 IN_4 = WIDTHS.index(Rounding(4))  # which share nothing, and of which many zeros are not stored sparsely
+MEAN_BITS = (2, 3, 4, 8)  # of these
+LONGEST = 1.23e-5  # of a rise, as text
 KIB = 1024
 SPARE_BYTES = 16  # for each product: numbers in a file take a byte more or less, as they are larger or smaller
 SCALE = 1e6  # of the largest rise to the solver, which sees no differences below 1e-6
@@ -60,15 +62,17 @@ class MixedBits:
     label: ClassVar[str] = "mixed-bit ptq"
     runtimes: ClassVar[tuple[RuntimeName, ...]] = ("onnxruntime",)
     precision: ClassVar[Precision] = "mixed"
-    size_budget: float = field(default=256.0, metadata={"tag": "KiB"})
+    size_budget: float | None = field(default=None, metadata={"tag": "KiB"})
     """KiB that the whole file may take."""
+    mean_bits: float = field(default=2.5, metadata={"tag": "mean"})
+    """Without a budget in KiB: as much as a file takes whose weights have so many bits, or one between two such."""
     allocation: Allocation = field(default="sensitivity", metadata={"tag": ""})
     """Which products get more bits: those where they keep the logits best for their bytes; or, as a yardstick, all get
     the same (the last layer at least 4), and as many as fit, drawn by seed, one step more."""
     method: Method = field(default_factory=Method)
 
     def __post_init__(self) -> None:
-        check_budget(self.size_budget)
+        check_budget(self.size_budget, self.mean_bits)
 
     def write(self, model: Model, file: Path, work: Work, metadata: Mapping[str, Any]) -> None:
         """As every form.
@@ -85,41 +89,61 @@ class MixedBits:
         pixels = work.calibration(CALIBRATION_SIZE)
         load = load_by_expert(model, pixels)
 
-        def put_together(plan: Plan, rise: float) -> tuple[onnx.ModelProto, dict[str, Any]]:
+        def put_together(plan: Plan, rises: Mapping[Choice, float], num_bytes: int) -> tuple[onnx.ModelProto, Any]:
             made = onnx.ModelProto()
             made.CopyFrom(graph)
             put_in(made, plan, {choice[0]: rounded[choice] for choice in plan.items()})
-            told = {"rise": float(f"{rise:.3g}"), "load": [round(share, 4) for share in load]}
+            told = tell(plan, rises, load) | {"budget": num_bytes}
             return made, {**metadata, **layout_metadata(model), "mixed_bits": told}
 
-        sizes = measure_sizes(rounded, plans[IN_4], len(content_of(*put_together(plans[IN_4], 0.0))))
-        num_bytes = sizes.check(self.size_budget, plans, work.name)
+        in_4 = put_together(plans[IN_4], dict.fromkeys(choices, LONGEST), 10**9)
+        sizes = measure_sizes(rounded, plans[IN_4], len(content_of(*in_4)))
+        num_bytes = sizes.budget(self, plans, work.name)
         if self.allocation == "even":
             plan = allocate_evenly(plans, sizes, num_bytes, seed=work.seed)
             rises = measure_rises(graph, {choice: rounded[choice] for choice in plan.items()}, pixels.numpy())
         else:
             rises = measure_rises(graph, rounded, pixels.numpy())
             plan = allocate(rises, sizes, num_bytes)
-        made, told = put_together(plan, sum(rises[choice] for choice in plan.items()))
-        save_onnx(made, file, told)
+        made, says = put_together(plan, rises, num_bytes)
+        save_onnx(made, file, says)
 
     def prove(self, model: Model, file: Path) -> Proof:
         proof, told = prove_rounded(model, file), read_onnx_metadata(file)["mixed_bits"]
         bits = bits_by_product(read_onnx(file).graph)
         num_bytes = file.stat().st_size
-        if num_bytes > self.size_budget * KIB:
-            raise WrongPrecision(f"{num_bytes / KIB:.1f} KiB are more than the budget of {self.size_budget:g} KiB")
+        budget = told["budget"] if self.size_budget is None else self.size_budget * KIB
+        if num_bytes > budget:
+            raise WrongPrecision(f"{num_bytes / KIB:.1f} KiB are more than the budget of {budget / KIB:.1f} KiB")
         text = (
-            f"bits: {describe_bits(bits, told['load'])}; {num_bytes / KIB:.1f} of {self.size_budget:g} KiB; "
-            f"predicted rise of KL {told['rise']:.2g} nats; {proof['text']}"
+            f"bits: {describe_bits(bits, told['load'])}; {num_bytes / KIB:.1f} of {budget / KIB:.1f} KiB; "
+            f"rise of KL on calibration images, summed over layers: {told['rise']:.2g} nats; {proof['text']}"
         )
-        return {**proof, "text": text, "bits": bits, "bytes": num_bytes, "budget": self.size_budget * KIB, **told}
+        return {**proof, "text": text, "bits": bits, "bytes": num_bytes, **told}
 
 
-def check_budget(size_budget: float) -> None:
-    """Raise UserError for what is no number of KiB; whether there is such a file only the model tells."""
-    if not 0 < size_budget < math.inf:
+def tell(plan: Plan, rises: Mapping[Choice, float], load: Sequence[float]) -> dict[str, Any]:
+    """What an artifact says of a choice: the rise that it comes to, each expert's share of all visits, and, where all
+    choices were measured, how much two bits in its layers raise the KL per visit.
+    """
+    told = {"rise": _short(sum(rises[choice] for choice in plan.items())), "load": [*map(_short, load)]}
+    in_2 = {name: rise for (name, rounding), rise in rises.items() if rounding == WIDTHS[0]}
+    if load and plan.keys() <= in_2.keys() | {ROUTER}:
+        own = (sum(in_2[name] for name in in_2 if name.startswith(f"expert{expert}.")) for expert in range(len(load)))
+        told["rise_per_visit"] = [_short(rise / max(share, 1e-9)) for rise, share in zip(own, load, strict=True)]
+    return told
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.3g}")
+
+
+def check_budget(size_budget: float | None, mean_bits: float) -> None:
+    """Raise UserError for what is no number of KiB, or of bits; whether there is such a file only the model tells."""
+    if size_budget is not None and not 0 < size_budget < math.inf:
         raise UserError(f"--size-budget {size_budget:g} must be a number of KiB above 0")
+    if not MEAN_BITS[0] <= mean_bits <= MEAN_BITS[-1]:
+        raise UserError(f"--mean-bits {mean_bits:g} must lie between {MEAN_BITS[0]} and {MEAN_BITS[-1]}")
 
 
 @torch.no_grad()
@@ -144,13 +168,15 @@ class Sizes(NamedTuple):
         shared = sum(self.shared[bits] for bits in {rounding.bits for rounding in plan.values()})
         return self.others + shared + sum(self.own[choice] for choice in plan.items())
 
-    def check(self, size_budget: float, plans: Iterable[Plan], name: str) -> int:
-        """A budget in bytes that lies between the smallest and the largest of these.
+    def budget(self, form: MixedBits, plans: Iterable[Plan], name: str) -> int:
+        """In bytes, between the smallest and the largest of these, the fewest bits first.
 
         Raises:
-            UserError: it does not.
+            UserError: it lies elsewhere.
         """
-        found = [self.of(plan) / KIB for plan in plans]
+        found, size_budget = [self.of(plan) / KIB for plan in plans], form.size_budget
+        if size_budget is None:
+            return int(np.interp(form.mean_bits, MEAN_BITS, found) * KIB)
         if not min(found) <= size_budget <= max(found):
             least, most = math.ceil(min(found) * 10) / 10, math.floor(max(found) * 10) / 10
             raise UserError(

@@ -58,8 +58,8 @@ class Method:
 
     method: Literal["gptq", "nearest"] = field(default="gptq", metadata={"tag": ""})
     """Rounding to the nearest, or gptq: what is still to be rounded makes up for what was, on calibration images."""
-    zero_point: bool = field(default=False, metadata={"tag": "zero"})
-    """Levels between the smallest and the largest weight (affine), instead of around zero (symmetric)."""
+    scheme: Literal["symmetric", "affine"] = field(default="symmetric", metadata={"tag": ""})
+    """Levels around zero; or, with zero points, between the smallest and the largest weight (affine)."""
     router_bits: RouterBits = field(default=None, metadata={"tag": "router"})
     """Of the weights of an MoE's router; when not given, it stays in float."""
     activation_bits: ActivationBits = field(default=None, metadata={"tag": "a"})
@@ -164,7 +164,7 @@ def round_products(
         grams = input_grams(model, inputs, work.calibration(CALIBRATION_SIZE).numpy())
     for name, rounding in left:
         gram = grams.get(products[name].input[0])
-        rounded[name, rounding] = round_weight(weights[name], rounding, gram, affine=method.zero_point)
+        rounded[name, rounding] = round_weight(weights[name], rounding, gram, affine=method.scheme == "affine")
     return {choice: found for choice, found in rounded.items() if found is not None}
 
 

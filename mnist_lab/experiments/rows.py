@@ -165,12 +165,12 @@ def _compression() -> Iterator[Row]:
 def _few_bits() -> Iterator[Row]:
     """What a trained model loses in fewer bits: rounded, layer by layer, or trained with them."""
     yield from (static_int8(FFN), dynamic_int8(MOE), static_int8(MOE))
-    with_zeros = Method(zero_point=True)
+    affine = Method(scheme="affine")
     for source in (FFN, MOE):
         for rounding in (Rounding(8), Rounding(4), Rounding(3), Rounding(2)):
             yield weight_only(source, WeightOnly(rounding))
         for rounding in (Rounding(3), Rounding(2)):
-            yield weight_only(source, WeightOnly(rounding, with_zeros))
+            yield weight_only(source, WeightOnly(rounding, affine))
         for rounding in (Rounding(3), Rounding(2), Rounding("ternary")):
             yield learned(source, Quantization(rounding, learn="layers"))
         for rounding in (Rounding(4), Rounding(3), Rounding(2), Rounding("ternary"), Rounding(1)):
@@ -183,6 +183,9 @@ def _few_bits() -> Iterator[Row]:
     for method in (Method(activation_bits=8), Method(activation_bits=4)):
         yield weight_only(MOE, WeightOnly(Rounding(8), method))
     yield learned(MOE, Quantization(Rounding(8), activation_bits=4))
+    for mean_bits in (2.5, 3):
+        for method in (Method(), affine):
+            yield from (mixed_bits(MOE, MixedBits(None, mean_bits, way, method)) for way in ("sensitivity", "even"))
 
 
 def learned(source: Row, quantization: Quantization) -> Row:

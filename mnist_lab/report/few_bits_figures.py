@@ -179,4 +179,4 @@ def _is_by_sensitivity(model: Model) -> bool:
 
 
 def _way(model: Model) -> str:
-    return model.family + (", zero points" if _setting(model, "zero_point") else "")
+    return model.family + (", zero points" if _setting(model, "scheme") == "affine" else "")
