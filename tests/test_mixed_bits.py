@@ -207,7 +207,7 @@ def test_predicted_rise_is_about_what_happens_to_the_logits(tmp_path: Path) -> N
 def test_file_above_its_budget_is_found(tmp_path: Path) -> None:
     file, form = tmp_path / "model.onnx", MixedBits(10)
     write(make_ffn(), file, form)
-    with pytest.raises(WrongPrecision, match="more than the budget of 5 KiB"):
+    with pytest.raises(WrongPrecision, match="more than the budget of 5.0 KiB"):
         MixedBits(5).prove(make_ffn(), file)
 
 
