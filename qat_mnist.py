@@ -13,8 +13,7 @@ from typing import Literal
 from mnist_lab.command.console import make_and_print, open_lab, print_proof
 from mnist_lab.command.entry import run_script
 from mnist_lab.command.options import Options
-from mnist_lab.compress.finetune import Finetuning
-from mnist_lab.compress.qat import Quantization, TrainQuantized
+from mnist_lab.compress.qat import Learning, Quantization, TrainQuantized
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.rows import FFN, MOE, STUDENT, deployed, trained_quantized
 from mnist_lab.experiments.run import Run
@@ -27,7 +26,7 @@ class QATOptions(Options):
     model: Literal["ffn", "moe", "student"] = "ffn"
     """Trained model to start from, or that is the teacher; student is KD_FFN_Student."""
     quantization: Quantization = field(default_factory=Quantization)
-    training: Finetuning = field(default_factory=Finetuning)
+    training: Learning = field(default_factory=Learning)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -34,10 +34,11 @@ class Finetuning:
         if self.finetune_epochs is not None and not 0 <= self.finetune_epochs <= MAX_EPOCHS:
             raise UserError(f"--finetune-epochs {self.finetune_epochs} must lie between 0 and {MAX_EPOCHS:,}")
 
-    def num_epochs(self, work: Work) -> int:
+    def num_epochs(self, work: Work, budget: float = BUDGET) -> int:
+        """Those given, or that share of the recipe's."""
         if self.finetune_epochs is not None:
             return self.finetune_epochs
-        return max(1, round(BUDGET * work.recipe.epochs))
+        return max(1, round(budget * work.recipe.epochs))
 
 
 def check_ratio(ratio: float) -> None:

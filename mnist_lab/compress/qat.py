@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from mnist_lab.compress.fake_quant import RoundedActivations, fold, round_in_training, roundings
-from mnist_lab.compress.finetune import Finetuning, as_it_is, finetune, num_steps, objective_of
+from mnist_lab.compress.finetune import BUDGET, Finetuning, as_it_is, finetune, num_steps, objective_of
 from mnist_lab.compress.gptq import CALIBRATION_SIZE
 from mnist_lab.compress.layer_by_layer import layer_objective
 from mnist_lab.compress.levels import ActivationBits, Rounding, RouterBits, name_of, on_levels
@@ -22,6 +22,7 @@ from mnist_lab.training import Batch, EpochMetrics, Objective, StepLoss
 
 Learn = Literal["task", "layers"]
 RATE = 0.4  # of the recipe's learning rate
+BUDGET_OF_FEW_LEVELS = 0.5  # of the recipe's epochs
 
 
 @dataclass(frozen=True)
@@ -44,12 +45,21 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class Learning(Finetuning):
+    """For how long a model learns with rounded weights, and from whom."""
+
+    finetune_epochs: int | None = field(default=None, metadata={"tag": "ft"})
+    """Passes over the training images; when not given, a fifth of the recipe's, or half where weights have three levels
+    or two."""
+
+
+@dataclass(frozen=True)
 class TrainQuantized:
     """A model with weights of few bits that learned with them."""
 
     cost: ClassVar[float] = 1.0
     quantization: Quantization = field(default_factory=Quantization)
-    training: Finetuning = field(default_factory=Finetuning)
+    training: Learning = field(default_factory=Learning)
 
     @property
     def label(self) -> str:
@@ -76,16 +86,18 @@ class TrainQuantized:
 
     def _train(self, work: Work, model: Model, before: Model) -> list[EpochMetrics]:
         config = self.quantization
+        budget = BUDGET_OF_FEW_LEVELS if config.rounding.bits in {"ternary", 1} else BUDGET
+        training = replace(self.training, finetune_epochs=self.training.num_epochs(work, budget))
         if config.learn == "layers":
             few = with_images(work, CALIBRATION_SIZE)
-            epochs = math.ceil(num_steps(work, self.training.num_epochs(work)) / num_steps(few, 1))
+            epochs = math.ceil(num_steps(work, training.num_epochs(work)) / num_steps(few, 1))
             rate = RATE * work.recipe.learning_rate
             return few.fit(model, layer_objective(copy.deepcopy(before)), epochs=epochs, learning_rate=rate)
         bits = config.activation_bits
         wrap = as_it_is if bits is None else partial(rounding_activations, bits=bits)
         if config.start == "scratch":
-            return work.fit(model, wrap(objective_of(work, before, self.training)))
-        return finetune(work, model, before, self.training, wrap=wrap, rate=RATE)
+            return work.fit(model, wrap(objective_of(work, before, training)))
+        return finetune(work, model, before, training, wrap=wrap, rate=RATE)
 
 
 def rounding_activations(objective: Objective, bits: int) -> Objective:

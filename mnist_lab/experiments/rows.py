@@ -13,7 +13,7 @@ from mnist_lab.compress.prune_experts import ExpertPruning, PruneExperts
 from mnist_lab.compress.prune_neurons import NeuronPruning, PruneNeurons
 from mnist_lab.compress.prune_router import PruneRouter
 from mnist_lab.compress.prune_weights import PruneWeights, WeightPruning
-from mnist_lab.compress.qat import Quantization, TrainQuantized
+from mnist_lab.compress.qat import Learning, Quantization, TrainQuantized
 from mnist_lab.compress.share_base import ShareBase, Sharing
 from mnist_lab.compress.train import TrainFFN, TrainLike, TrainMoE
 from mnist_lab.compress.weight_only import AsTrained, Method, WeightOnly
@@ -190,7 +190,7 @@ def _few_bits() -> Iterator[Row]:
 
 def learned(source: Row, quantization: Quantization) -> Row:
     """As it is deployed, what learned in few bits from the trained model, which is its teacher too."""
-    training = Finetuning(teacher="self" if quantization.learn == "task" else "none")
+    training = Learning(teacher="self" if quantization.learn == "task" else "none")
     return deployed(trained_quantized(source, TrainQuantized(quantization, training)))
 
 
