@@ -139,7 +139,7 @@ def round_weights(model: onnx.ModelProto, rounding: Rounding, calibration: Array
         if node.op_type == "Relu":
             node.op_type = "Max"
             node.input.append(ZERO)
-    constants[ZERO] = numpy_helper.from_array(np.zeros(1, np.float32), ZERO)
+            constants[ZERO] = numpy_helper.from_array(np.zeros(1, np.float32), ZERO)
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
     graph.initializer.extend(constants.values())
