@@ -8,21 +8,28 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import onnx
 import onnxruntime
 import torch
 from onnx import helper, numpy_helper
+from onnx.utils import Extractor
 from onnxruntime import quantization
 from torch import Tensor
 
 from benchmarks.mask_loop import mask_loop_forward
-from mnist_lab.deploy.onnx import build_onnx
+from mnist_lab.compress.int8 import needs_reduced_range, quantize
+from mnist_lab.compress.weight_only import Bits, Int8, pack, quantize_weight
+from mnist_lab.deploy.artifacts import read_onnx
+from mnist_lab.deploy.onnx import build_onnx, write_onnx
 from mnist_lab.measure import Array
 from mnist_lab.models.ffn import FFN
 from mnist_lab.models.moe import EveryExpert, SparseMoE
-from mnist_lab.runtimes import ROUTER, Precision, RuntimeName, bind, open_session
+from mnist_lab.runtimes import FLOAT_PRODUCTS, ROUTER, Precision, RuntimeName, bind, open_session
 from mnist_lab.runtimes.onnxruntime import PROVIDERS, bind_batch, session_options
 
+QMOE_GROUP = 128  # inputs that share a scale
 Call = Callable[[], object]
 Binder = Callable[[Array], Call]  # a forward pass of these pixels, prepared
 
@@ -50,11 +57,9 @@ def suite_contestant(
 
 def reference_contestants(ffn: FFN, moe: SparseMoE, folder: Path) -> list[Contestant]:
     """All that can run here. Their files go to `folder`."""
-    vendor = folder / "vendor-moe.onnx"
-    onnx.save(replace_experts(moe), vendor)
     contestants = [
         Contestant("MoE", "FP32", "mask loop", _open_torch(partial(mask_loop_forward, moe))),
-        Contestant("MoE", "FP32", "ORT MoE operator", partial(open_onnxruntime, vendor)),
+        *_vendor_operators(moe, folder),
     ]
     for name, model in (("FFN", ffn), ("MoE", EveryExpert(moe))):
         if quantized := _quantize_eagerly(model):
@@ -65,6 +70,20 @@ def reference_contestants(ffn: FFN, moe: SparseMoE, folder: Path) -> list[Contes
             continue
         export_plainly(model, plain, torch.zeros(2, 1, *moe.config.data.image_size))
         contestants += _default_engines(name, plain)
+    return contestants
+
+
+def _vendor_operators(moe: SparseMoE, folder: Path) -> list[Contestant]:
+    """ONNX Runtime's own operators for a mixture, in FP32 and with weights of few bits."""
+    graphs: dict[tuple[Precision, str], onnx.ModelProto] = {("FP32", "ORT MoE operator"): use_moe_operator(moe)}
+    qmoe_bits: tuple[Bits, ...] = (8, 4)
+    for bits in qmoe_bits:
+        graphs["INT8", f"ORT QMoE operator, {bits} bits"] = use_qmoe_operator(moe, bits, folder)
+    contestants = []
+    for number, ((precision, name), graph) in enumerate(graphs.items()):
+        path = folder / f"vendor-moe-{number}.onnx"
+        onnx.save(graph, path)
+        contestants.append(Contestant("MoE", precision, name, partial(open_onnxruntime, path)))
     return contestants
 
 
@@ -137,11 +156,8 @@ def _open_default_openvino(path: Path, threads: int) -> Binder:
     return bind_pixels
 
 
-def replace_experts(model: SparseMoE) -> onnx.ModelProto:
+def use_moe_operator(model: SparseMoE) -> onnx.ModelProto:
     """Our artifact with everything between router and head replaced by ONNX Runtime's own MoE operator."""
-    proto = build_onnx(model)
-    nodes = list(proto.graph.node)
-    names = [node.name for node in nodes]
     experts = model.experts
     weights = {
         "moe.weight_in": experts.weight_in.transpose(1, 2),  # (E, H, D)
@@ -149,21 +165,61 @@ def replace_experts(model: SparseMoE) -> onnx.ModelProto:
         "moe.weight_out": experts.weight_out.transpose(1, 2),  # (E, O, H)
         "moe.bias_out": experts.bias_out,  # (E, O)
     }
-    for name, weight in weights.items():
-        proto.graph.initializer.append(numpy_helper.from_array(weight.detach().contiguous().numpy(), name))
-    operator = helper.make_node(
-        "MoE",
-        ["hidden", ROUTER, *weights],
+    arrays = {name: weight.detach().contiguous().numpy() for name, weight in weights.items()}
+    return _replace_experts(build_onnx(model), model, "MoE", arrays)
+
+
+def use_qmoe_operator(model: SparseMoE, bits: Bits, folder: Path) -> onnx.ModelProto:
+    """The same of our dynamic INT8 artifact, with the operator for weights of few bits; it rounds its inputs to 8."""
+    fp32, int8 = folder / "before-qmoe.onnx", folder / "before-qmoe-int8.onnx"
+    write_onnx(model, fp32, {})
+    quantize(
+        fp32,
+        int8,
+        mode="dynamic",
+        keep_float=FLOAT_PRODUCTS,
+        reduced_range=needs_reduced_range(),
+        metadata={},
+    )
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for part in ("in", "out"):
+        weights_EIO, biases_EO = (getattr(model.experts, f"{kind}_{part}").detach() for kind in ("weight", "bias"))
+        rounded = [quantize_weight(weight.numpy(), bits, QMOE_GROUP) for weight in weights_EIO]
+        arrays[f"moe.weight_{part}"] = np.stack([_pack_unsigned(integers.T, bits) for integers, _ in rounded])
+        arrays[f"moe.scale_{part}"] = np.stack([scales.T for _, scales in rounded])  # (E, O, G)
+        arrays[f"moe.bias_{part}"] = biases_EO.numpy()
+    how = {"expert_weight_bits": bits, "block_size": QMOE_GROUP, "accuracy_level": 4}
+    return _replace_experts(read_onnx(int8), model, "QMoE", arrays, **how)
+
+
+def _pack_unsigned(integers_OI: Int8, bits: Bits) -> npt.NDArray[np.uint8]:
+    """Bytes (O, bytes of I), the first in the lowest bits, where zero stands as half of the range."""
+    shifted = (integers_OI.astype(np.int16) + 2 ** (bits - 1)).astype(np.int8)
+    return np.frombuffer(pack(shifted, bits), np.uint8).reshape(len(integers_OI), -1)
+
+
+def _replace_experts(
+    artifact: onnx.ModelProto, model: SparseMoE, operator: str, arrays: dict[str, npt.NDArray[Any]], **how: Any
+) -> onnx.ModelProto:
+    """An artifact with a vendor's operator, of these constants, between router and head."""
+    nodes = artifact.graph.node
+    place = next(place for place, node in enumerate(nodes) if node.name == ROUTER)
+    for node in nodes:
+        node.output[:] = ["unused" if name == "mixed" else name for name in node.output]
+    experts = helper.make_node(
+        operator,
+        [nodes[place].input[0], ROUTER, *arrays],
         ["mixed"],
         domain="com.microsoft",
         k=model.config.routing.top_k,
         activation_type="relu",
         normalize_routing_weights=1,
+        **how,
     )
-    del proto.graph.node[:]
-    proto.graph.node.extend([*nodes[: names.index(ROUTER) + 1], operator, *nodes[names.index("mixed.relu") :]])
-    proto.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    return proto
+    nodes.insert(place + 1, experts)
+    artifact.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items())
+    artifact.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return Extractor(artifact).extract_model(["pixels"], ["logits"])
 
 
 def _quantize_eagerly(model: torch.nn.Module) -> torch.nn.Module | None:

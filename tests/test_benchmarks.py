@@ -41,6 +41,7 @@ def test_contestants_compute_the_same_models(models: tuple[FFN, SparseMoE], tmp_
     found = reference_contestants(*models, tmp_path)
     names = {(contestant.model, contestant.runtime) for contestant in found}
     assert {("MoE", "mask loop"), ("MoE", "ORT MoE operator"), ("FFN", "ORT default"), ("MoE", "ORT default")} <= names
+    assert {("MoE", f"ORT QMoE operator, {bits} bits") for bits in (8, 4)} <= names
     assert {("FFN", "OpenVINO default"), ("MoE", "OpenVINO default")} <= names
     for contestant in found:
         expected = torch_predictor(models[0] if contestant.model == "FFN" else models[1])(PIXELS)
@@ -48,11 +49,27 @@ def test_contestants_compute_the_same_models(models: tuple[FFN, SparseMoE], tmp_
         logits = np.asarray(outcome if isinstance(outcome, torch.Tensor | np.ndarray) else outcome[0])
         noise_db = 10 * np.log10(np.square(expected).sum() / np.square(expected - logits).sum())
         least = {"FP32": 80, "BF16": 30, "INT8": 15}[contestant.precision]
+        if contestant.runtime.endswith("4 bits"):
+            least = 10
         assert noise_db > least, (contestant.model, contestant.runtime, noise_db)
         if contestant.precision != "FP32":
             assert noise_db < 80  # or it would have run in FP32
     default = next(c for c in found if c.runtime == "OpenVINO default")
     assert default.precision == ("BF16" if has_bfloat16() else "FP32")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("bits", "least"), [(8, 25), (4, 12)])
+def test_vendors_operator_of_few_bits_computes_the_same_experts(
+    models: tuple[FFN, SparseMoE], bits: Any, least: float, tmp_path: Path
+) -> None:
+    onnx.save(contestants.use_qmoe_operator(models[1], bits, tmp_path), tmp_path / "qmoe.onnx")
+    # Both have the same routes, which rounding the stem may have changed.
+    expected, found = (
+        np.asarray(contestants.open_onnxruntime(tmp_path / name, 1)(PIXELS)())
+        for name in ("before-qmoe-int8.onnx", "qmoe.onnx")
+    )
+    assert least < 10 * np.log10(np.square(expected).sum() / np.square(expected - found).sum()) < 60
 
 
 @pytest.mark.slow

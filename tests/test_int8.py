@@ -38,6 +38,7 @@ NUM_LAYERS = {"ffn": 3, "moe-sparse": 10, "moe-dense": 4, "moe-top1": 10}
 METHODS: tuple[CalibrationMethod, ...] = get_args(CalibrationMethod)
 FORMS: dict[str, Form] = {"fp32": Float32(), "bf16": BFloat16(), "dynamic": DynamicInt8()}
 FORMS |= {method: StaticInt8(Calibration(60, method)) for method in METHODS}
+OUTPUTS = [*(f"expert{expert}.out" for expert in range(6)), "sorted_outputs"]
 MODELS = {"ffn": None, "sparse": RoutingConfig(3, 1), "dense": RoutingConfig(2, 2)}  # of 60 images few visit an expert
 
 
@@ -144,8 +145,9 @@ def test_engines_weights_are_the_textbooks(fp32: Path, toy_dataset: Dataset, mod
     weights = [name for name in originals if name.endswith(".weight")]
     assert len(weights) == NUM_LAYERS[fp32.stem]
     for name in weights:
-        # The engine stores weights (inputs, outputs), one scale per output.
-        expected, scale = q.absmax_quantize(originals[name], q_max=64 if q.needs_reduced_range() else 127, axis=1)
+        # The engine stores weights (inputs, outputs), of 7 bits with one scale per output.
+        bits: Any = {"q_max": 64, "axis": 1} if q.needs_reduced_range() else {}
+        expected, scale = q.absmax_quantize(originals[name], **bits)
         actual = constants[f"{name}_quantized"]
         assert actual.dtype == np.int8
         np.testing.assert_allclose(constants[f"{name}_scale"].ravel(), scale.ravel(), rtol=1e-5)
@@ -306,8 +308,10 @@ class TestRareExperts:
         as_before = constants(self.convert(fp32, "before", without))
         changed = {name for name in mended if not np.array_equal(mended[name], as_before[name])}
         assert f"expert{expert}.out_scale" in changed
-        mixed = {"sorted_outputs_scale", "sorted_outputs_zero_point", "mixed", "logits"}  # and the bias that adds to it
-        assert {name.partition(".")[0] for name in changed} <= mixed | {f"expert{number}" for number in rare}
+        # All experts' outputs share a range, and what is mixed of them, and the bias that adds to it, follow.
+        outputs = {f"{name}_{part}" for name in OUTPUTS for part in ("scale", "zero_point")}
+        mixed = {"mixed", "logits"} | {f"expert{number}" for number in rare}
+        assert {name.partition(".")[0] for name in changed - outputs} <= mixed
 
     def test_where_all_experts_see_enough_nothing_changes(self, fp32: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         pixels = make_dataset(num_train=2000).train.pixels.numpy()
@@ -353,6 +357,28 @@ def test_every_session_is_told_its_threads(
     monkeypatch.setattr(onnxruntime, "InferenceSession", open_session)
     write_static(MODELS["sparse"], toy_dataset, tmp_path / "x.onnx", Calibration(60, method))
     assert threads == [1] * 4  # rows of each expert, ranges, those of rare experts, the optimized graph
+
+
+def test_rows_move_as_bytes_of_one_scale(toy_dataset: Dataset, tmp_path: Path) -> None:
+    fp32 = tmp_path / "moe.onnx"
+    write_onnx(build_model(PRESETS["compact"].moe(spec(0.18, 0.18))), fp32, {})
+    static, dynamic = (q.optimized_graph(convert(fp32, toy_dataset, mode)) for mode in ("static", "dynamic"))
+
+    values = {
+        constant.name: numpy_helper.to_array(constant).item() for constant in static.initializer if not constant.dims
+    }
+    (join,) = (node for node in static.node if node.name == "sorted_outputs")
+    assert join.op_type == "QLinearConcat"  # which copies where all scales and zero points are equal
+    assert len({values[name] for name in (join.input[0], *join.input[3::3])}) == 1
+    assert len({values[name] for name in (join.input[1], *join.input[4::3])}) == 1
+
+    made_by = {name: node for node in dynamic.node for name in node.output}
+    (sort,) = (node for node in dynamic.node if node.name == "sorted_rows")
+    assert made_by[sort.input[0]].op_type == "DynamicQuantizeLinear"
+    (split,) = (node for node in dynamic.node if node.op_type == "Split")
+    first = [node.op_type for node in dynamic.node if set(node.input) & set(split.output)]
+    assert first == ["MatMulIntegerToFloat"] * 4
+    assert [node.op_type for node in dynamic.node].count("DynamicQuantizeMatMul") == 6
 
 
 def write_all(folder: Path) -> None:

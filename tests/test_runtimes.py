@@ -82,7 +82,8 @@ def pt2e_form(dataset: Dataset, mode: Mode, reduced_range: bool) -> dict[str, An
 
 
 def signal_to_noise_db(reference: Array, logits: Array) -> float:
-    return float(10 * np.log10(np.square(reference).sum() / np.square(reference - logits).sum()))
+    with np.errstate(divide="ignore"):  # two engines may agree to the last bit
+        return float(10 * np.log10(np.square(reference).sum() / np.square(reference - logits).sum()))
 
 
 @pytest.mark.parametrize("kind", ["ffn", "moe"])

@@ -228,7 +228,8 @@ def put_in(model: onnx.ModelProto, plan: Plan, rounded: Mapping[str, Rounded]) -
         nodes += _product(node) if node.name in stored else [node]
     gone = set(stored.values())
     constants = [constant for constant in graph.initializer if constant.name not in gone]
-    constants.append(numpy_helper.from_array(np.zeros(1, np.float32), ZERO))
+    if any(ZERO in node.input for node in nodes):
+        constants.append(numpy_helper.from_array(np.zeros(1, np.float32), ZERO))
     del graph.node[:], graph.initializer[:]
     graph.node.extend(nodes)
     graph.initializer.extend(constants)

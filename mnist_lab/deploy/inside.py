@@ -87,7 +87,7 @@ def time_by_job(artifact: Path, pixels: Array) -> dict[str, float]:
 
 def job_of(node: str, operator: str) -> str:
     """What a node of the optimized graph is for, by the name that `deploy/onnx.py` gave it."""
-    if operator in {"QuantizeLinear", "DequantizeLinear"}:
+    if operator in {"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"}:
         return "quantize"
     name = node.removeprefix("fused ").replace("_MatMul", "").replace("_quant", "")
     for job, names in (("router", ROUTING), ("sort", SORTING), ("move rows", MOVING), ("gate", GATING)):
