@@ -41,7 +41,7 @@ class PTQOptions(Options):
                 f"{self.chosen_mode} mode calibrates nothing: drop --calibration-size and --calibration-method"
             )
         if self.chosen_mode != "weight-only" and (self.rounding, self.method) != (Rounding(), Method()):
-            raise UserError(f"{self.chosen_mode} mode stores 8 bits: drop what is for --mode weight-only")
+            raise UserError(f"{self.chosen_mode} mode stores 8 bits: drop --bits and whatever is for weight-only")
         if self.rounding.bits in {"ternary", 1}:
             raise UserError(f"--bits {self.rounding.bits} is too little without training: qat_mnist.py does that")
         if self.method.router_bits is not None and self.model != "moe":
