@@ -58,7 +58,7 @@ class PTQOptions(Options):
             raise UserError("--size-budget and --mean-bits are two ways to say the same: drop one of them")
         own = (self.rounding, self.method, self.mixed)
         if self.chosen_mode != "weight-only" and own != (Rounding(), Method(), None):
-            raise UserError(f"{self.chosen_mode} mode stores 8 bits: drop what is for --mode weight-only")
+            raise UserError(f"{self.chosen_mode} mode stores 8 bits: drop --bits and whatever is for weight-only")
         if self.rounding.bits in {"ternary", 1}:
             raise UserError(f"--bits {self.rounding.bits} is too little without training: qat_mnist.py does that")
         if self.method.router_bits is not None and self.model != "moe":

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -19,8 +19,10 @@ from onnxruntime import quantization
 from torch import Tensor
 
 from benchmarks.mask_loop import mask_loop_forward
+from mnist_lab.compress.few_bits import pack_int4
 from mnist_lab.compress.int8 import needs_reduced_range, quantize
-from mnist_lab.compress.weight_only import Bits, Int8, pack, quantize_weight
+from mnist_lab.compress.levels import Int8, Rounding
+from mnist_lab.compress.weight_only import round_weight
 from mnist_lab.deploy.artifacts import read_onnx
 from mnist_lab.deploy.onnx import build_onnx, write_onnx
 from mnist_lab.measure import Array
@@ -76,7 +78,7 @@ def reference_contestants(ffn: FFN, moe: SparseMoE, folder: Path) -> list[Contes
 def _vendor_operators(moe: SparseMoE, folder: Path) -> list[Contestant]:
     """ONNX Runtime's own operators for a mixture, in FP32 and with weights of few bits."""
     graphs: dict[tuple[Precision, str], onnx.ModelProto] = {("FP32", "ORT MoE operator"): use_moe_operator(moe)}
-    qmoe_bits: tuple[Bits, ...] = (8, 4)
+    qmoe_bits: tuple[Literal[8, 4], ...] = (8, 4)
     for bits in qmoe_bits:
         graphs["INT8", f"ORT QMoE operator, {bits} bits"] = use_qmoe_operator(moe, bits, folder)
     contestants = []
@@ -169,7 +171,7 @@ def use_moe_operator(model: SparseMoE) -> onnx.ModelProto:
     return _replace_experts(build_onnx(model), model, "MoE", arrays)
 
 
-def use_qmoe_operator(model: SparseMoE, bits: Bits, folder: Path) -> onnx.ModelProto:
+def use_qmoe_operator(model: SparseMoE, bits: Literal[8, 4], folder: Path) -> onnx.ModelProto:
     """The same of our dynamic INT8 artifact, with the operator for weights of few bits; it rounds its inputs to 8."""
     fp32, int8 = folder / "before-qmoe.onnx", folder / "before-qmoe-int8.onnx"
     write_onnx(model, fp32, {})
@@ -184,18 +186,19 @@ def use_qmoe_operator(model: SparseMoE, bits: Bits, folder: Path) -> onnx.ModelP
     arrays: dict[str, npt.NDArray[Any]] = {}
     for part in ("in", "out"):
         weights_EIO, biases_EO = (getattr(model.experts, f"{kind}_{part}").detach() for kind in ("weight", "bias"))
-        rounded = [quantize_weight(weight.numpy(), bits, QMOE_GROUP) for weight in weights_EIO]
-        arrays[f"moe.weight_{part}"] = np.stack([_pack_unsigned(integers.T, bits) for integers, _ in rounded])
-        arrays[f"moe.scale_{part}"] = np.stack([scales.T for _, scales in rounded])  # (E, O, G)
+        rounded = [round_weight(weight.numpy(), Rounding(bits, QMOE_GROUP), None) for weight in weights_EIO]
+        arrays[f"moe.weight_{part}"] = np.stack([_pack_unsigned(own.integers.T, bits) for own in rounded])
+        arrays[f"moe.scale_{part}"] = np.stack([own.scales.T for own in rounded])  # (E, O, G)
         arrays[f"moe.bias_{part}"] = biases_EO.numpy()
     how = {"expert_weight_bits": bits, "block_size": QMOE_GROUP, "accuracy_level": 4}
     return _replace_experts(read_onnx(int8), model, "QMoE", arrays, **how)
 
 
-def _pack_unsigned(integers_OI: Int8, bits: Bits) -> npt.NDArray[np.uint8]:
+def _pack_unsigned(integers_OI: Int8, bits: Literal[8, 4]) -> npt.NDArray[np.uint8]:
     """Bytes (O, bytes of I), the first in the lowest bits, where zero stands as half of the range."""
     shifted = (integers_OI.astype(np.int16) + 2 ** (bits - 1)).astype(np.int8)
-    return np.frombuffer(pack(shifted, bits), np.uint8).reshape(len(integers_OI), -1)
+    packed = shifted.tobytes() if bits == 8 else pack_int4(shifted)
+    return np.frombuffer(packed, np.uint8).reshape(len(integers_OI), -1)
 
 
 def _replace_experts(

@@ -11,8 +11,15 @@ from builders import make_record
 from test_prune_experts import make_moe
 from tiny import HALVED, SMALL, make_dataset, make_lab
 
+from mnist_lab.compress.finetune import Finetuning
+from mnist_lab.compress.levels import Rounding
+from mnist_lab.compress.prune_experts import ExpertPruning, PruneExperts
+from mnist_lab.compress.train import TrainMoE
+from mnist_lab.compress.weight_only import Method, WeightOnly
 from mnist_lab.experiments import against_original as a
 from mnist_lab.experiments.make import make
+from mnist_lab.experiments.row import Row
+from mnist_lab.experiments.rows import pruned_experts, weight_only
 from mnist_lab.experiments.run import Run
 from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.models.surgery import with_experts
@@ -116,3 +123,34 @@ def test_memory_is_of_all_parameters_and_of_a_pass(tmp_path: Path) -> None:
     assert record.against_original["activations_mib"] == pytest.approx(expected)
     assert record.against_original["activations_mib_before"] == pytest.approx(expected)
     assert set(build_table([record])["params_mib"]) == {record.against_original["params_mib"]}
+
+
+def test_rerouted_images_are_those_whose_set_of_experts_is_another() -> None:
+    before = np.array([[0, 1], [0, 1], [1, 2], [0, 2]])
+    after = np.array([[0, 1], [0, 2], [0, 2], [0, 2]])
+    found = a.compare_artifacts(before, after, np.array([True, True, False, False]), num_experts=4)
+    assert found["rerouted"] == 0.5
+    assert (found["rerouted_other_class"], found["rerouted_same_class"]) == (0.25, 0.25)
+    loads = {"load_cv_before": [3, 3, 2, 0], "load_cv": [4, 1, 3, 0]}  # an expert to which nothing comes counts
+    assert {key: found[key] for key in loads} == {
+        key: pytest.approx(np.std(load) / np.mean(load)) for key, load in loads.items()
+    }
+    same = a.compare_artifacts(before, before, np.array([True, False, False, False]), num_experts=3)
+    assert (same["rerouted"], same["rerouted_other_class"], same["rerouted_same_class"]) == (0, 0, 0)
+
+
+@pytest.mark.slow
+def test_routes_are_compared_between_as_many_experts(tmp_path: Path) -> None:
+    lab = make_lab(tmp_path)
+    mixture = Row("Mixture", TrainMoE(RoutingConfig(num_experts=3)))
+    rounded = make(Run(lab, weight_only(mixture, WeightOnly(Rounding(2), Method("nearest"))), 0))
+    found = rounded.against_original
+    assert found is not None
+    assert found["rerouted"] == pytest.approx(found["rerouted_other_class"] + found["rerouted_same_class"])
+    assert found["rerouted"] == rounded.routes_changed
+    assert set(build_table([rounded])["rerouted"]) == {found["rerouted"]}
+    fewer = PruneExperts(ExpertPruning(2), finetuning=Finetuning(finetune_epochs=0))  # an image still visits 2
+    left = make(Run(lab, pruned_experts(fewer, mixture), 0))
+    assert left.against_original is not None
+    assert "rerouted" not in left.against_original
+    assert left.routes_changed is None

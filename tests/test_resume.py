@@ -11,13 +11,16 @@ from tiny import HALVED, SMALL, TAUGHT, exchange_weights, make_lab
 from mnist_lab import training
 from mnist_lab.compress.distill import Distil
 from mnist_lab.compress.finetune import Finetuning
+from mnist_lab.compress.levels import Rounding
 from mnist_lab.compress.prune_weights import PruneWeights
+from mnist_lab.compress.qat import Learning, Quantization, TrainQuantized
 from mnist_lab.compress.train import TrainMoE
 from mnist_lab.data import Augmentation, Split
 from mnist_lab.errors import RunFailed, TrainingDiverged
 from mnist_lab.experiments.lab import Lab
 from mnist_lab.experiments.make import ensure_weights
 from mnist_lab.experiments.row import Row
+from mnist_lab.experiments.rows import trained_quantized
 from mnist_lab.experiments.run import Run
 from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.training import EpochMetrics, Recipe
@@ -26,12 +29,16 @@ pytestmark = pytest.mark.slow
 
 MOE = Row("MoE", TrainMoE(RoutingConfig(num_experts=3, balance="cv", capacity_factor=1.0)))
 EPOCHS = 4
-RAMP = PruneWeights(finetuning=Finetuning(finetune_epochs=EPOCHS))
+FEW = Finetuning(finetune_epochs=EPOCHS)
+LEARNING = Learning(finetune_epochs=EPOCHS)
+RAMP = PruneWeights(finetuning=FEW)
 ROWS = {
     "FFN": SMALL,
     "MoE": MOE,
     "student": Row("Student", Distil(shape=(8,)), teacher=SMALL),
     "pruned": Row("Pruned", RAMP, source=SMALL),
+    "rounded": trained_quantized(SMALL, TrainQuantized(Quantization(Rounding(2, 16)), LEARNING)),
+    "rounded by layers": trained_quantized(SMALL, TrainQuantized(Quantization(learn="layers"), LEARNING)),
 }
 
 

@@ -2,8 +2,11 @@ import pytest
 from tiny import HALVED, SMALL, FourBits
 
 from mnist_lab.compress.distill import Distil, DistillationConfig
-from mnist_lab.compress.int8 import Calibration, StaticInt8
+from mnist_lab.compress.int8 import Calibration, DynamicInt8, StaticInt8
+from mnist_lab.compress.levels import Rounding
 from mnist_lab.compress.mixed_bits import MixedBits
+from mnist_lab.compress.qat import Learning, Quantization, TrainQuantized
+from mnist_lab.compress.weight_only import AsTrained, Method, WeightOnly
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import (
     BFLOAT16,
@@ -16,13 +19,17 @@ from mnist_lab.experiments.rows import (
     STUDENT_WITHOUT_TEACHER,
     TABLE,
     bfloat16,
+    deployed,
     dynamic_int8,
     families,
     mixed_bits,
     sparse_moe,
     static_int8,
     student,
+    trained_quantized,
+    weight_only,
 )
+from mnist_lab.experiments.technique import Form
 from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.studies.claims.rows import claim_rows, grid_rows
 
@@ -52,6 +59,10 @@ def test_table_has_its_models_parents_first_and_no_name_twice() -> None:
 
 
 EXTREME = RoutingConfig(8, 1, "switch", 0.1, 1.25)
+EVERY_FIELD = TrainQuantized(Quantization(Rounding(2, 64), 4, 8), Learning(3, "self"))
+EVERY_TAG = "b2-g64-router4-a8-ft3-self"
+FROM_SCRATCH = Quantization(Rounding(1), start="scratch")
+BY_LAYERS = Quantization(Rounding("ternary"), learn="layers")
 
 
 @pytest.mark.parametrize(
@@ -79,6 +90,28 @@ EXTREME = RoutingConfig(8, 1, "switch", 0.1, 1.25)
         ),
         (mixed_bits(MOE, MixedBits(mean_bits=3)), "Sparse_MoE_mixed_bits-mean3", "moe + mixed-bit ptq", MOE.name),
         (dynamic_int8(sparse_moe(EXTREME)), "Sparse_MoE_INT8-E8-K1-switch-w0.1-c1.25", "moe + dynamic ptq", None),
+        (weight_only(FFN), "FFN_baseline_weight_only", "weight-only ptq", "FFN_baseline"),
+        (
+            weight_only(MOE, WeightOnly(Rounding(2, 64), Method("nearest", "affine", 4, 8))),
+            "Sparse_MoE_weight_only-b2-g64-nearest-affine-router4-a8",
+            "moe + weight-only ptq",
+            "Sparse_MoE",
+        ),
+        (trained_quantized(FFN, TrainQuantized()), "FFN_baseline_QAT_FP32", "qat", "FFN_baseline"),
+        (trained_quantized(MOE, EVERY_FIELD), f"Sparse_MoE_QAT_FP32-{EVERY_TAG}", "moe + qat", "Sparse_MoE"),
+        (deployed(trained_quantized(MOE, EVERY_FIELD)), f"Sparse_MoE_QAT-{EVERY_TAG}", "moe + qat", None),
+        (
+            deployed(trained_quantized(STUDENT, TrainQuantized(FROM_SCRATCH))),
+            "KD_FFN_Student_QAT-b1-scratch",
+            "kd + qat",
+            "KD_FFN_Student_QAT_FP32-b1-scratch",
+        ),
+        (
+            deployed(trained_quantized(MOE, TrainQuantized(BY_LAYERS))),
+            "Sparse_MoE_layer_wise-bternary",
+            "moe + layer-wise ptq",
+            "Sparse_MoE_layer_wise_FP32-bternary",
+        ),
         (Row("Further", form=FourBits(), source=HALVED), "Further", "zeroed + 4 bits", "Halved"),
     ],
 )
@@ -86,6 +119,18 @@ def test_names_tell_what_departs_from_the_default(row: Row, name: str, technique
     assert (row.name, row.technique) == (name, technique)
     if parent is not None:
         assert [of.name for of in row.parents.values()] == [parent]
+
+
+def test_what_learned_in_few_bits_is_deployed_in_those() -> None:
+    def form_of(source: Row, quantization: Quantization) -> Form:
+        return deployed(trained_quantized(source, TrainQuantized(quantization))).form
+
+    assert form_of(MOE, Quantization(Rounding(2, 64), 4, 8)) == AsTrained(Rounding(2, 64), 4, 8)
+    assert form_of(FFN, Quantization(Rounding(8))) == AsTrained(Rounding(8))
+    assert form_of(FFN, Quantization(Rounding(8), activation_bits=8)) == StaticInt8()
+    assert form_of(MOE, Quantization(Rounding(8), activation_bits=8)) == DynamicInt8()
+    for kept in (Quantization(Rounding(8, 32), activation_bits=8), Quantization(Rounding(8), 2, 8)):
+        assert isinstance(form_of(MOE, kept), AsTrained)  # INT8 knows no groups, and no rounded router
 
 
 def test_variants_stand_where_their_family_does() -> None:

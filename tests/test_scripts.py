@@ -38,12 +38,15 @@ OPTIONS = {
     "baseline_mnist": "Options",
     "moe_mnist": "MoEOptions",
     "ptq_mnist": "PTQOptions",
+    "qat_mnist": "QATOptions",
     "kd_mnist": "KDOptions",
     "run_all_experiments": "RunOptions",
     "visualize_results": "PlotOptions",
     "claims_mnist": "ClaimOptions",
     "dark_knowledge_mnist": "DarkKnowledgeOptions",
 }
+# Fields that are options of their own.
+GROUPS = {"routing", "softening", "calibration", "rounding", "method", "quantization", "training"}
 OF_SUBCOMMANDS = {"prune_mnist": "PruneOptions"}
 FOLDER = "digits-compact-quick"
 QUICK = ["--dataset", "digits", "--recipe", "quick", "--epochs", "1"]
@@ -358,7 +361,7 @@ class TestSingleScripts:
         assert outcome.code == 0
         fields = dataclasses.fields(getattr(importlib.import_module(script), OPTIONS[script]))
         for field in fields:
-            if field.name not in {"routing", "softening", "calibration", "rounding"}:  # groups of options
+            if field.name not in GROUPS:
                 assert f"-{field.name.replace('_', '-')}" in outcome.out
         assert outcome.out.count("(default:") + outcome.out.count("(optional)") >= len(fields) - 1
         assert "{None" not in outcome.out
@@ -427,7 +430,7 @@ class TestBadInput:
             ("baseline_mnist --runtime torchao", "onnxruntime"),
             ("ptq_mnist --bits 2", "drop --bits"),
             ("ptq_mnist --mode weight-only --group-size 48", "--group-size 48"),
-            ("ptq_mnist --mode weight-only --bits 3", "--bits"),
+            ("ptq_mnist --mode weight-only --bits 5", "--bits"),
             ("ptq_mnist --mode weight-only --calibration-size 5", "calibrates nothing"),
             ("ptq_mnist --mode weight-only --size-budget 0", "--size-budget 0"),
             ("ptq_mnist --mode weight-only --size-budget nan", "--size-budget nan"),

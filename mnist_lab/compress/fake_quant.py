@@ -21,8 +21,8 @@ from mnist_lab.compress.levels import LEVELS, Levels, Rounding, RouterBits
 from mnist_lab.models import Model
 from mnist_lab.models.moe import SparseMoE
 
-# Of what the models multiply with, which argument the rows are.
-PLACE_OF_ROWS = {F.linear: 0, F.grouped_mm: 0, torch.addmm: 1, Tensor.matmul: 0, Tensor.__matmul__: 0}
+# Of what the models multiply with, which argument the rows are; F.grouped_mm itself is not asked about.
+PLACE_OF_ROWS = {F.linear: 0, torch._grouped_mm: 0, torch.addmm: 1, Tensor.matmul: 0}
 
 
 class Weight(NamedTuple):
@@ -46,16 +46,14 @@ class Weight(NamedTuple):
 
 def roundings(model: Model, rounding: Rounding, router_bits: RouterBits) -> list[tuple[Weight, Rounding]]:
     """How the weight of each product is rounded, as `weight_only.uniform_plan` has it for a graph."""
-    if not isinstance(model, SparseMoE):
-        *inner, last = (Weight(layer, "weight", 1) for layer in model.layers)
-    else:
+    if isinstance(model, SparseMoE):
         stacked = [Weight(model.experts, name, 1) for name in ("weight_in", "weight_out")]
-        *head, last = (Weight(layer, "weight", 1) for layer in model.head)
-        inner = [Weight(model.stem, "weight", 1), *stacked, *head]
-    first, *inner = inner
-    found = [(first, rounding.of_first_layer)]
-    found += [(weight, rounding) for weight in inner]
-    found.append((last, rounding.of_last_layer))
+        weights = [Weight(model.stem, "weight", 1), *stacked, *(Weight(layer, "weight", 1) for layer in model.head)]
+    else:
+        weights = [Weight(layer, "weight", 1) for layer in model.layers]
+    found = [(weight, rounding) for weight in weights]
+    found[0] = weights[0], rounding.of_first_layer
+    found[-1] = weights[-1], rounding.of_last_layer
     if isinstance(model, SparseMoE) and router_bits is not None:
         found.append((Weight(model.router, "gate", 0), Rounding(router_bits)))
     return found
@@ -103,11 +101,9 @@ class RoundedWeight(nn.Module):
         super().__init__()
         self.levels, self.input_axis = LEVELS[rounding.bits], input_axis
         self.group_size = rounding.size_of_groups(weight.shape[input_axis])
-        groups = self._to_groups(weight.detach())
-        inputs_first = groups.movedim(input_axis + 1, 0)
-        rows = inputs_first.flatten(1).double()
-        step, _ = search_scale(rows, rows.new_ones(len(rows)), self.levels)
-        self.register_buffer("start", step.float().reshape(inputs_first[0].shape).unsqueeze(input_axis + 1))
+        groups = weight.detach().split(self.group_size, dim=input_axis)
+        steps = [_best_steps(group.movedim(input_axis, 0), self.levels) for group in groups]
+        self.register_buffer("start", torch.stack(steps, dim=input_axis).unsqueeze(input_axis + 1))
         self.log_change = nn.Parameter(torch.zeros_like(self.start))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -126,6 +122,13 @@ class RoundedWeight(nn.Module):
         return weight.unflatten(axis, (-1, self.group_size))
 
 
+def _best_steps(inputs_first: Tensor, levels: Levels) -> Tensor:
+    """Of least squared error, for weights (inputs of a group, …) without its first axis."""
+    rows = inputs_first.flatten(1).double()
+    step, _ = search_scale(rows, rows.new_ones(len(rows)), levels)
+    return step.float().reshape(inputs_first.shape[1:])
+
+
 class RoundRows(torch.autograd.Function):
     """Rows in so many bits, from their smallest value to their largest, with zero a level."""
 
@@ -142,7 +145,10 @@ class RoundRows(torch.autograd.Function):
 
 
 class RoundedActivations(TorchFunctionMode):
-    """Within, every product but the first of a pass rounds its rows: pixels are whole numbers already."""
+    """Within, every product but the first of a pass rounds its rows: pixels are whole numbers already.
+
+    Products that nothing learns from, as those of a teacher, stay as they are.
+    """
 
     def __init__(self, bits: int) -> None:
         super().__init__()
@@ -152,7 +158,7 @@ class RoundedActivations(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         place = PLACE_OF_ROWS.get(func)
-        if place is not None:
+        if place is not None and torch.is_grad_enabled():
             self.num_products += 1
             if self.num_products > 1:
                 args = (*args[:place], RoundRows.apply(args[place], self.bits), *args[place + 1 :])

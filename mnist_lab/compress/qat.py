@@ -2,18 +2,21 @@
 
 import copy
 import math
+from collections import Counter
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar, Literal
 
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
 
 from mnist_lab.compress.fake_quant import RoundedActivations, fold, round_in_training, roundings
-from mnist_lab.compress.finetune import BUDGET, Finetuning, as_it_is, finetune, num_steps, objective_of
+from mnist_lab.compress.finetune import BUDGET, Finetuning, finetune, num_steps, objective_of
 from mnist_lab.compress.gptq import CALIBRATION_SIZE
 from mnist_lab.compress.layer_by_layer import layer_objective
-from mnist_lab.compress.levels import ActivationBits, Rounding, RouterBits, name_of, on_levels
+from mnist_lab.compress.levels import ActivationBits, Bits, Rounding, RouterBits, name_of, on_levels
 from mnist_lab.data import Split
 from mnist_lab.errors import RunFailed, UserError
 from mnist_lab.experiments.technique import Made, Work
@@ -79,32 +82,34 @@ class TrainQuantized:
             round_in_training(weight, rounding)
         curves = self._train(work, model, before)
         fold(model)
-        num_weights = count_on_levels(model, config)
+        on_levels_of = count_on_levels(model, config)
         how = "the task" if config.learn == "task" else "their layers' outputs before"
-        text = f"{num_weights:,} weights of {name_of(config.rounding.bits)} learned {how} over {len(curves)} epochs"
-        return Made(model, curves, {"text": text, "weights": num_weights, "epochs": len(curves)})
+        counted = ", ".join(f"{num:,} of {name_of(bits)}" for bits, num in on_levels_of.items())
+        proof = {"weights": {str(bits): num for bits, num in on_levels_of.items()}, "epochs": len(curves)}
+        return Made(model, curves, {"text": f"weights: {counted}; learned {how} over {len(curves)} epochs", **proof})
 
     def _train(self, work: Work, model: Model, before: Model) -> list[EpochMetrics]:
         config = self.quantization
         budget = BUDGET_OF_FEW_LEVELS if config.rounding.bits in {"ternary", 1} else BUDGET
         training = replace(self.training, finetune_epochs=self.training.num_epochs(work, budget))
+        wrap = partial(rounding, activation_bits=config.activation_bits)
         if config.learn == "layers":
             few = with_images(work, CALIBRATION_SIZE)
             epochs = math.ceil(num_steps(work, training.num_epochs(work)) / num_steps(few, 1))
             rate = RATE * work.recipe.learning_rate
-            return few.fit(model, layer_objective(copy.deepcopy(before)), epochs=epochs, learning_rate=rate)
-        bits = config.activation_bits
-        wrap = as_it_is if bits is None else partial(rounding_activations, bits=bits)
+            objective = wrap(layer_objective(copy.deepcopy(before).to(work.device)))
+            return few.fit(model, objective, epochs=epochs, learning_rate=rate) if epochs else []
         if config.start == "scratch":
             return work.fit(model, wrap(objective_of(work, before, training)))
         return finetune(work, model, before, training, wrap=wrap, rate=RATE)
 
 
-def rounding_activations(objective: Objective, bits: int) -> Objective:
-    """The same objective, with activations of so many bits."""
+def rounding(objective: Objective, activation_bits: ActivationBits) -> Objective:
+    """The same objective, with weights rounded once a step, wherever they are used, and activations of so many bits."""
 
     def rounded(model: nn.Module, batch: Batch) -> StepLoss:
-        with RoundedActivations(bits):
+        activations = nullcontext() if activation_bits is None else RoundedActivations(activation_bits)
+        with parametrize.cached(), activations:
             return objective(model, batch)
 
     return rounded
@@ -117,16 +122,16 @@ def with_images(work: Work, num_images: int) -> Work:
     return replace(work, dataset=replace(work.dataset, train=Split(pixels, no_labels)))
 
 
-def count_on_levels(model: Model, config: Quantization) -> int:
-    """Weights of a model that was trained so, all of which lie on their levels.
+def count_on_levels(model: Model, config: Quantization) -> Counter[Bits]:
+    """How many weights of a model that was trained so have how many bits; all of them lie on their levels.
 
     Raises:
         RunFailed: some do not.
     """
-    count = 0
+    count: Counter[Bits] = Counter()
     for weight, rounding in roundings(model, config.rounding, config.router_bits):
         for matrix in weight.matrices():
-            count += matrix.numel()
+            count[rounding.bits] += matrix.numel()
             if on_levels(matrix.numpy(), rounding) is None:
                 raise RunFailed(f"the trained weights do not lie on levels of {name_of(rounding.bits)}")
     return count

@@ -251,10 +251,12 @@ def prove_rounded(model: Model, file: Path) -> Proof:
     """What of an artifact is rounded, and of an MoE the bytes of an image's rows to and from its experts.
 
     Raises:
-        WrongPrecision: as `prove_weights`.
+        WrongPrecision: as `prove_weights`; or ONNX Runtime leaves out some rounding of activations.
     """
     proof = prove_weights(file)
-    rounded = count_rounded(optimized_graph(file))
+    rounded, expected = (count_rounded(graph) for graph in (optimized_graph(file), read_onnx(file).graph))
+    if rounded != expected:
+        raise WrongPrecision(f"of {expected.total()} activations ONNX Runtime rounds {rounded.total()}")
     if rounded:
         counted = ", ".join(f"{num} in {bits} bits" for bits, num in rounded.items())
         proof |= {"activations": {str(bits): num for bits, num in rounded.items()}}

@@ -42,8 +42,9 @@ def compare_with_original(
         "kl_to_original": mean_divergence(reference, logits),
         "worst_class_points": worst_class_points(reference, logits, labels),
     }
-    if (routes := routes_of_artifacts(run, model)) is not None:
-        figures |= compare_artifacts(*routes, logits.argmax(axis=1) != reference.argmax(axis=1))
+    if isinstance(model, SparseMoE) and (routes := routes_of_artifacts(run, model)) is not None:
+        is_other = logits.argmax(axis=1) != reference.argmax(axis=1)
+        figures |= compare_artifacts(*routes, is_other, num_experts=model.config.routing.num_experts)
     if stored is None:
         return figures
     before = run.lab.once("model", original.output, original.load)
@@ -58,7 +59,7 @@ def compare_with_original(
     return figures
 
 
-def compare_artifacts(before: Experts, after: Experts, is_other: npt.NDArray[np.bool_]) -> Figures:
+def compare_artifacts(before: Experts, after: Experts, is_other: npt.NDArray[np.bool_], *, num_experts: int) -> Figures:
     """How two artifacts of a mixture route the same images.
 
     Args:
@@ -67,7 +68,6 @@ def compare_artifacts(before: Experts, after: Experts, is_other: npt.NDArray[np.
         is_other: (N,), images whose class changed.
     """
     is_rerouted = (before != after).any(axis=1)
-    num_experts = 1 + max(int(before.max()), int(after.max()))
     loads = (torch.from_numpy(np.bincount(experts.ravel(), minlength=num_experts)) for experts in (before, after))
     load_cv_before, load_cv = map(variation, loads)
     return {

@@ -57,17 +57,25 @@ def acc_without_expert(model: SparseMoE, split: Split) -> list[list[float]] | No
 def routes_of_artifacts(run: Run, model: Model) -> tuple[Experts, Experts] | None:
     """The sets of experts (N, K) that a run's original and its own artifact choose for the test images.
 
-    None where that says nothing: of an original, of a model without experts or with another choice of them, and of a
-    form that ONNX Runtime, which is looked into, does not run.
+    None where that says nothing: of an original, of a model without experts, with another number of them or of those
+    that an image visits, and of a form that ONNX Runtime, which is looked into, does not run.
     """
     original = run.original
     if original == run or not isinstance(model, SparseMoE) or "onnxruntime" not in run.row.form.runtimes:
+        return None
+    first = model if run.weights == original else run.lab.once("model", original.output, original.load)
+    if not isinstance(first, SparseMoE) or _num_chosen(first) != _num_chosen(model):
         return None
     before, after = (
         run.lab.once("test routes", file, partial(choose_experts, file, run.lab.test.numpy()[0]))
         for file in (original.artifact, run.artifact)
     )
-    return (before, after) if before.shape == after.shape else None
+    return before, after
+
+
+def _num_chosen(model: SparseMoE) -> tuple[int, int]:
+    """Experts that an image visits, and of how many."""
+    return model.config.routing.top_k, model.config.routing.num_experts
 
 
 def routes_changed(run: Run, model: Model) -> float | None:
