@@ -243,9 +243,9 @@ def executed(way: Way) -> tuple[str, str]:
 
 
 def decibels(found: Array, expected: Array) -> float:
-    """Signal to noise."""
+    """Signal to noise; infinite where there is no noise."""
     noise = float(np.square(found - expected).sum())
-    return 10 * math.log10(float(np.square(expected).sum()) / max(noise, 1e-30))
+    return 10 * math.log10(float(np.square(expected).sum()) / noise) if noise else math.inf
 
 
 def add_ratios(table: pd.DataFrame) -> pd.DataFrame:
