@@ -123,7 +123,11 @@ def _default_engines(name: str, plain: Path) -> list[Contestant]:
 
 def open_onnxruntime(path: Path, threads: int) -> Binder:
     """As the suite runs its own files, a file of another's."""
-    session = onnxruntime.InferenceSession(path, session_options(threads), providers=PROVIDERS)
+    return bind_session(onnxruntime.InferenceSession(path, session_options(threads), providers=PROVIDERS))
+
+
+def bind_session(session: onnxruntime.InferenceSession) -> Binder:
+    """With input and output in place, as the suite runs its own."""
 
     def bind_pixels(pixels: Array) -> Call:
         batch = bind_batch(session, pixels)

@@ -10,21 +10,25 @@ import onnx
 import pandas as pd
 import pytest
 import torch
-from tiny import spec
+from tiny import make_dataset, spec
 
-from benchmarks import breakdown, contestants, latency, limits, scaling, sparse, training
+from benchmarks import breakdown, contestants, few_bits, latency, limits, scaling, sparse, training
 from benchmarks.common import BenchmarkOptions
-from benchmarks.contestants import reference_contestants
+from benchmarks.contestants import bind_session, reference_contestants
+from benchmarks.few_bit_graphs import as_dynamic_int8, as_file, as_float, as_nbits, as_static_int8, round_all
 from benchmarks.limits import shortest_ms
 from mnist_lab.compress.bfloat16 import has_bfloat16
+from mnist_lab.compress.levels import Bits, GroupSize, Rounding
+from mnist_lab.compress.weight_only import Method, WeightOnly
 from mnist_lab.deploy import inside
-from mnist_lab.deploy.onnx import write_onnx
+from mnist_lab.deploy.onnx import layout_metadata, write_onnx
+from mnist_lab.experiments.technique import Work
 from mnist_lab.measure import Latency, measure_latency
-from mnist_lab.models import PRESETS, count_parameters
-from mnist_lab.models.ffn import FFN
-from mnist_lab.models.moe import EveryExpert, SparseMoE
+from mnist_lab.models import PRESETS, Model, ModelConfig, build_model, count_parameters
+from mnist_lab.models.ffn import FFN, FFNConfig
+from mnist_lab.models.moe import EveryExpert, RoutingConfig, SparseMoE, SparseMoEConfig
 from mnist_lab.runtimes import RUNTIMES
-from mnist_lab.training import torch_predictor
+from mnist_lab.training import find_recipe, torch_predictor
 
 PIXELS = np.random.default_rng(0).random((70, 1, 28, 28), np.float32)
 
@@ -104,6 +108,91 @@ def test_sparse_benchmark_sets_every_form_beside_its_dense_rival(
     assert ratio[0.9, 8, "torch", "dense"] == 1
     assert ratio[0.9, 8, "scipy", "CSR"] == pytest.approx(ms[0.9, 8, "scipy", "CSR"] / ms[0.9, 8, "torch", "dense"])
     assert (tmp_path / "benchmarks/sparse.md").read_text().startswith("# ")
+
+
+TINY: dict[str, ModelConfig] = {  # whose widths no group divides
+    "ffn": FFNConfig((40, 24), scaling.NOISE),
+    "moe": SparseMoEConfig(40, 24, 24, (), RoutingConfig(3), scaling.NOISE),
+}
+
+
+def make_tiny(name: str) -> Model:
+    torch.manual_seed(0)
+    return build_model(TINY[name]).eval()
+
+
+@pytest.mark.parametrize("group", ["channel", 32, 64])
+@pytest.mark.parametrize("bits", [8, 4, 2])
+def test_engines_own_nodes_hold_the_same_weights(bits: Bits, group: GroupSize) -> None:
+    weights = round_all(make_tiny("ffn"), Rounding(bits, group))
+    expected = few_bits.logits_of(as_float(weights))
+    for level, least, most in ((0, 100, np.inf), (1, 100, np.inf), (4, 25, 70)):  # rows in FP32, or in INT8
+        way = few_bits.Way("", as_nbits(weights, level).SerializeToString(), expected)
+        found = few_bits.check(way)
+        assert least < found.decibels <= most
+        assert f"MatMulNBits {bits}/" in found.products
+        assert found.level == str(level)
+        bind_session(way.open())(PIXELS[:1])()  # a batch of one has kernels of its own
+
+
+@pytest.mark.parametrize("bits", [8, 4, 3, 2])
+@pytest.mark.parametrize("name", TINY)
+def test_few_bits_run_as_integer_products(name: str, bits: Bits, tmp_path: Path) -> None:
+    weights = round_all(make_tiny(name), Rounding(bits))
+    expected = few_bits.logits_of(as_float(weights))
+    num_products = len(weights.plan)
+    for model, operator in (
+        (as_dynamic_int8(weights), "DynamicQuantizeMatMul"),
+        (as_static_int8(weights, scaling.draw_noise(100), tmp_path), "QGemm"),
+    ):
+        onnx.checker.check_model(model, full_check=True)
+        found = few_bits.check(few_bits.Way("", model.SerializeToString(), expected))
+        assert found.products == f"{num_products} {operator}"
+        assert 10 < found.decibels < 70  # some of an MoE's images change their experts
+        assert {node.domain for node in model.graph.node} == {""}
+        assert all(constant.data_type != onnx.TensorProto.INT8 or bits == 8 for constant in big(model))
+
+
+def big(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    return [constant for constant in model.graph.initializer if np.prod(constant.dims) > 1000]
+
+
+def test_file_is_the_suites_own(tmp_path: Path) -> None:
+    model, rounding = make_tiny("moe"), Rounding(3, 32)
+    work = Work(make_dataset(), PRESETS["compact"], find_recipe("quick", "compact"), 0, "cpu", "x")
+    as_file(round_all(model, rounding), tmp_path / "ours.onnx")
+    WeightOnly(rounding, Method("nearest")).write(model, tmp_path / "suite.onnx", work, layout_metadata(model))
+    assert (tmp_path / "ours.onnx").read_bytes() == (tmp_path / "suite.onnx").read_bytes()
+
+
+@pytest.mark.slow
+def test_few_bits_benchmark_times_what_agrees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All ways of the tiny models, one of them against weights that are not its own."""
+    usual_ways = few_bits.usual_ways
+
+    def with_wrong(model: Model, folder: Path) -> Any:
+        (fp32, *_) = ways = list(usual_ways(model, folder))
+        return [*ways, few_bits.Way("wrong", fp32.content, -fp32.expected, 4)]
+
+    monkeypatch.setattr(few_bits, "BATCHES", (1, 8))
+    monkeypatch.setattr(few_bits, "LEAST_DECIBELS", 10)
+    monkeypatch.setattr(few_bits, "NUM_LOADS", 1)
+    monkeypatch.setattr(few_bits, "ROUNDINGS", (Rounding(4), Rounding(2, 32)))
+    monkeypatch.setattr(few_bits, "make_models", lambda: {name: make_tiny(name) for name in TINY})
+    monkeypatch.setattr(few_bits, "measure_latency", partial(measure_latency, block_s=1e-3))
+    monkeypatch.setattr(few_bits, "usual_ways", with_wrong)
+    few_bits.main(few_bits.FewBitsOptions(results=tmp_path, rounds=1))
+    table = pd.read_csv(tmp_path / "benchmarks/few_bits.csv")
+    is_wrong = table["way"] == "wrong"
+    assert is_wrong.sum() == 2 * 2
+    assert table["median_ms"].isna().equals(is_wrong)
+    moe = table[(table["model"] == "moe") & (table["batch"] == 8)]
+    int8_ms = moe[moe["way"].isin(few_bits.INT8)]["median_ms"].min()
+    own = moe[(moe["way"] == few_bits.FILE) & (moe["bits"] == 4)]
+    assert own["of_int8"].item() == pytest.approx(own["median_ms"].item() / int8_ms)
+    text = (tmp_path / "benchmarks/few_bits.md").read_text()
+    assert text.startswith("# ")
+    assert text.count(": wrong") == 2
 
 
 def test_limit_is_the_best_of_the_products(monkeypatch: pytest.MonkeyPatch) -> None:
