@@ -9,8 +9,9 @@ import torch
 from tiny import HALVED, SMALL, TAUGHT, exchange_weights, make_lab
 
 from mnist_lab import training
+from mnist_lab.compress.adapters import Adapters, AdaptLowRank
 from mnist_lab.compress.distill import Distil
-from mnist_lab.compress.finetune import Finetuning
+from mnist_lab.compress.finetune import Duration, Finetuning
 from mnist_lab.compress.prune_weights import PruneWeights
 from mnist_lab.compress.train import TrainMoE
 from mnist_lab.data import Augmentation, Split
@@ -32,6 +33,7 @@ ROWS = {
     "MoE": MOE,
     "student": Row("Student", Distil(shape=(8,)), teacher=SMALL),
     "pruned": Row("Pruned", RAMP, source=SMALL),
+    "adapted": Row("Adapted", AdaptLowRank(Adapters(2), Duration(EPOCHS)), source=MOE),
 }
 
 

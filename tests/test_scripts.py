@@ -44,6 +44,7 @@ OPTIONS = {
     "visualize_results": "PlotOptions",
     "claims_mnist": "ClaimOptions",
     "dark_knowledge_mnist": "DarkKnowledgeOptions",
+    "adapt_mnist": "AdaptOptions",
 }
 OF_SUBCOMMANDS = {"prune_mnist": "PruneOptions"}
 FOLDER = "digits-compact-quick"
@@ -348,7 +349,14 @@ class TestSingleScripts:
         assert outcome.code == 0
         fields = dataclasses.fields(getattr(importlib.import_module(script), OPTIONS[script]))
         for field in fields:
-            if field.name not in {"routing", "softening", "calibration", "rounding"}:  # groups of options
+            if field.name not in {
+                "routing",
+                "softening",
+                "calibration",
+                "rounding",
+                "adapters",
+                "duration",
+            }:  # groups of options
                 assert f"-{field.name.replace('_', '-')}" in outcome.out
         assert outcome.out.count("(default:") + outcome.out.count("(optional)") >= len(fields) - 1
         assert "{None" not in outcome.out
