@@ -134,7 +134,7 @@ def test_folded_model_says_the_same_as_the_network(kind: str, init: str) -> None
     assert [(n, p.shape, p.is_contiguous()) for n, p in folded.named_parameters()] == [
         (n, p.shape, True) for n, p in model.named_parameters()
     ]
-    torch.testing.assert_close(folded(PIXELS), network(PIXELS))
+    torch.testing.assert_close(folded(PIXELS), network(PIXELS), atol=1e-3, rtol=1e-3)
     assert not torch.allclose(folded(PIXELS), model(PIXELS), atol=0.1)
 
 
@@ -173,7 +173,7 @@ def test_only_adapters_and_what_is_small_is_trained(kind: str, monkeypatch: pyte
     assert len(frozen) == 2 + 2 * (2 if kind == "ffn" else 4)
     assert {name for name in before if torch.equal(before[name], after[name])} == frozen
     assert {name for name, _ in networks[0].named_parameters()} == before.keys() - frozen
-    torch.testing.assert_close(made.model(PIXELS), networks[1](PIXELS))
+    torch.testing.assert_close(made.model(PIXELS), networks[1](PIXELS), atol=1e-3, rtol=1e-3)
     assert made.proof["trained"] == sum(parameter.numel() for parameter in networks[0].parameters())
 
 
@@ -223,9 +223,12 @@ def test_proof_says_what_was_trained_and_what_it_takes() -> None:
     assert proof["trained"] == pytest.approx(proof["trained_share"] * everything["trained"])
 
 
-def test_same_seed_gives_the_same_bits() -> None:
-    step = AdaptLowRank(Adapters(2), Duration(1))
-    one, two = (step.make(work_on(make_source("moe"))).model.state_dict() for _ in range(2))
+def test_same_seed_gives_the_same_bits_whatever_was_drawn_before() -> None:
+    source, made = make_source("moe"), []
+    for draws in (1, 2):
+        torch.manual_seed(draws)
+        made.append(AdaptLowRank(Adapters(2), Duration(1)).make(work_on(source)).model.state_dict())
+    one, two = made
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
