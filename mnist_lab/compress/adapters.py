@@ -5,7 +5,7 @@ trained. NF4 stores of a weight the nearest of 16 levels, as normal values need 
 block of 64. Adapters start at nothing, or where they undo most of the rounding (LoftQ, arXiv:2310.08659).
 
 What is small, or must be others for other classes, is trained as it is: biases, the router, and the last layer, which
-starts afresh.
+starts at zero.
 
 Shapes: E experts (1 of a linear layer), I inputs, O outputs, R rank, G blocks of 64 weights, N rows sorted by expert.
 """
@@ -199,7 +199,8 @@ def linear_names(model: nn.Module) -> list[str]:
 
 
 def take_over(work: Work) -> Model:
-    """The source's weights for other data: normalised as that is, with a last layer that has learnt nothing.
+    """The source's weights for other data: normalised as that is, with a last layer of zeros. One drawn anew would be
+    what the source, of the same seed, began with, and its features lean on that.
 
     Raises:
         UserError: the data has another number of classes, or images of another size.
@@ -213,9 +214,10 @@ def take_over(work: Work) -> Model:
             f"{work.dataset.name} has {spec.num_classes} and {spec.image_size}. Take data alike."
         )
     model = work.build(replace(source.config, data=spec))
-    new = ("normalize.", f"{linear_names(model)[-1]}.")
-    kept = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith(new)}
-    model.load_state_dict(kept, strict=False)
+    own = {name: tensor for name, tensor in source.state_dict().items() if not name.startswith("normalize.")}
+    model.load_state_dict(own, strict=False)
+    for parameter in model.get_submodule(linear_names(model)[-1]).parameters():
+        nn.init.zeros_(parameter)
     return model
 
 
