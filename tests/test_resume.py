@@ -9,8 +9,9 @@ import torch
 from tiny import HALVED, SMALL, TAUGHT, exchange_weights, make_lab
 
 from mnist_lab import training
+from mnist_lab.compress.adapters import Adapters, AdaptLowRank
 from mnist_lab.compress.distill import Distil
-from mnist_lab.compress.finetune import Finetuning
+from mnist_lab.compress.finetune import Duration, Finetuning
 from mnist_lab.compress.levels import Rounding
 from mnist_lab.compress.prune_weights import PruneWeights
 from mnist_lab.compress.qat import Learning, Quantization, TrainQuantized
@@ -39,6 +40,7 @@ ROWS = {
     "pruned": Row("Pruned", RAMP, source=SMALL),
     "rounded": trained_quantized(SMALL, TrainQuantized(Quantization(Rounding(2, 16)), LEARNING)),
     "rounded by layers": trained_quantized(SMALL, TrainQuantized(Quantization(learn="layers"), LEARNING)),
+    "adapted": Row("Adapted", AdaptLowRank(Adapters(2), Duration(EPOCHS)), source=MOE),
 }
 
 

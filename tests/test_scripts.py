@@ -44,9 +44,20 @@ OPTIONS = {
     "visualize_results": "PlotOptions",
     "claims_mnist": "ClaimOptions",
     "dark_knowledge_mnist": "DarkKnowledgeOptions",
+    "adapt_mnist": "AdaptOptions",
 }
 # Fields that are options of their own.
-GROUPS = {"routing", "softening", "calibration", "rounding", "method", "quantization", "training"}
+GROUPS = {
+    "adapters",
+    "duration",
+    "routing",
+    "softening",
+    "calibration",
+    "rounding",
+    "method",
+    "quantization",
+    "training",
+}
 OF_SUBCOMMANDS = {"prune_mnist": "PruneOptions"}
 FOLDER = "digits-compact-quick"
 QUICK = ["--dataset", "digits", "--recipe", "quick", "--epochs", "1"]

@@ -109,9 +109,11 @@ def _check_parent(parent: Run) -> None:
     reason = parent.why_stale()
     if reason is not None:
         script = SCRIPTS.get(parent.row.family, "run_all_experiments.py --mode load")
+        data = parent.row.dataset
+        script, options = (f"{script} --dataset {data}", "") if data is not None else (script, " --dataset,")
         raise UserError(
             f"{parent.model} is needed first, and {parent.output} is {reason}. Make it with: python {script}, and the "
-            "same options --preset, --recipe, --dataset, --seed, --epochs, --batch-size and --checkpoints."
+            f"same options --preset, --recipe,{options} --seed, --epochs, --batch-size and --checkpoints."
         )
 
 

@@ -22,13 +22,11 @@ Wrap = Callable[[Objective], Objective]
 
 
 @dataclass(frozen=True)
-class Finetuning:
-    """How long a model is trained afterwards, and on what."""
+class Duration:
+    """How long a model is trained afterwards."""
 
     finetune_epochs: int | None = field(default=None, metadata={"tag": "ft"})
     """Passes over the training images afterwards; when not given, a fifth of the recipe's, 0 for none."""
-    teacher: Literal["none", "self"] = field(default="none", metadata={"tag": ""})
-    """Whom the model learns from besides the labels: nobody, or itself as it was before."""
 
     def __post_init__(self) -> None:
         if self.finetune_epochs is not None and not 0 <= self.finetune_epochs <= MAX_EPOCHS:
@@ -39,6 +37,14 @@ class Finetuning:
         if self.finetune_epochs is not None:
             return self.finetune_epochs
         return max(1, round(budget * work.recipe.epochs))
+
+
+@dataclass(frozen=True)
+class Finetuning(Duration):
+    """How long a model is trained afterwards, and on what."""
+
+    teacher: Literal["none", "self"] = field(default="none", metadata={"tag": ""})
+    """Whom the model learns from besides the labels: nobody, or itself as it was before."""
 
 
 def check_ratio(ratio: float) -> None:

@@ -1,7 +1,9 @@
 """The rows of the table, in its order."""
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
+from mnist_lab.compress.adapters import AdaptLowRank, FinetuneAll
 from mnist_lab.compress.bfloat16 import BFloat16
 from mnist_lab.compress.distill import Distil, DistillationConfig
 from mnist_lab.compress.finetune import Finetuning
@@ -21,6 +23,7 @@ from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.technique import Form
 from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.report.records import BASELINE, CONTROL, RIVAL
+from mnist_lab.sources import DatasetName
 
 FFN = Row(BASELINE, TrainFFN())
 STUDENT_WITHOUT_TEACHER = Row(CONTROL, TrainFFN("student"))
@@ -117,6 +120,12 @@ def shared_base(step: ShareBase, source: Row = MOE) -> Row:
 def pruned_experts(step: PruneExperts, source: Row = MOE) -> Row:
     """The mixture with fewer experts."""
     return Row(f"{source.family}_fewer_experts", step, source=source)
+
+
+def adapted(source: Row, dataset: DatasetName, step: AdaptLowRank | FinetuneAll = AdaptLowRank()) -> Row:
+    """A row trained on `dataset`, become one of the lab's own by adapters or by training all of it."""
+    family = f"{source.family}_{'adapted' if isinstance(step, AdaptLowRank) else 'finetuned'}"
+    return Row(family, step, source=replace(source, dataset=dataset), variant=dataset)
 
 
 MODELS = (

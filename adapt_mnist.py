@@ -1,0 +1,60 @@
+"""Make a model of one data set one of another, by adapters of low rank beside its weights in 4 bits, and measure it.
+
+python adapt_mnist.py                                # MNIST's MoE for Fashion-MNIST
+python adapt_mnist.py --full                         # the yardstick: all of its parameters are trained
+python adapt_mnist.py --rank 8 --init loftq          # adapters that start by undoing the rounding
+python adapt_mnist.py --model ffn --dataset kmnist
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from mnist_lab.command.console import make_and_print, open_lab
+from mnist_lab.command.entry import run_script
+from mnist_lab.command.options import Options
+from mnist_lab.compress.adapters import Adapters, AdaptLowRank, FinetuneAll
+from mnist_lab.compress.finetune import Duration
+from mnist_lab.errors import UserError
+from mnist_lab.experiments.row import Row
+from mnist_lab.experiments.rows import FFN, MOE, STUDENT, adapted
+from mnist_lab.experiments.run import Run
+from mnist_lab.sources import DatasetName
+
+SOURCES = {"ffn": FFN, "moe": MOE, "student": STUDENT}
+
+
+@dataclass(frozen=True)
+class AdaptOptions(Options):
+    dataset: DatasetName = "fashion-mnist"
+    """Data set that the model is for in the end."""
+    source_dataset: DatasetName = "mnist"
+    """Data set that it was trained on."""
+    model: Literal["ffn", "moe", "student"] = "moe"
+    """Trained model to start from; student is KD_FFN_Student."""
+    full: bool = False
+    """Train all parameters in FP32, to compare with."""
+    adapters: Adapters = field(default_factory=Adapters)
+    duration: Duration = field(default_factory=Duration)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dataset == self.source_dataset:
+            raise UserError(f"--dataset {self.dataset} is what the model was trained on: name another one")
+        if self.full and self.adapters != Adapters():
+            raise UserError("--full trains all parameters: drop --rank and --init")
+
+    @property
+    def row(self) -> Row:
+        step = FinetuneAll(self.duration) if self.full else AdaptLowRank(self.adapters, self.duration)
+        return adapted(SOURCES[self.model], self.source_dataset, step)
+
+
+def main(options: AdaptOptions) -> None:
+    with open_lab(options) as lab:
+        record = make_and_print(Run(lab, options.row, options.seed))
+        assert record.proof is not None
+        print(record.proof["text"])
+
+
+if __name__ == "__main__":
+    run_script(main, AdaptOptions, __doc__)
