@@ -22,6 +22,8 @@ from mnist_lab.models import Model
 from mnist_lab.models.moe import SparseMoE
 
 # Of what the models multiply with, which argument the rows are; F.grouped_mm itself is not asked about.
+SYMMETRIC_8 = Levels(-127, 255)
+TINY = torch.finfo(torch.float32).tiny
 PLACE_OF_ROWS = {F.linear: 0, torch._grouped_mm: 0, torch.addmm: 1, Tensor.matmul: 0}
 
 
@@ -59,9 +61,13 @@ def roundings(model: Model, rounding: Rounding, router_bits: RouterBits) -> list
     return found
 
 
-def round_in_training(weight: Weight, rounding: Rounding) -> None:
-    """Let a model round one of its weights wherever it uses it; in place."""
-    rounded = RoundedWeight(weight.value, rounding, weight.input_axis)
+def round_in_training(weight: Weight, rounding: Rounding, *, as_int8: bool) -> None:
+    """Let a model round one of its weights wherever it uses it; in place.
+
+    Args:
+        as_int8: as INT8 will, with the scale of a matrix's largest weight.
+    """
+    rounded = AbsmaxWeight() if as_int8 else RoundedWeight(weight.value, rounding, weight.input_axis)
     parametrize.register_parametrization(weight.module, weight.name, rounded)
 
 
@@ -122,6 +128,15 @@ class RoundedWeight(nn.Module):
         return weight.unflatten(axis, (-1, self.group_size))
 
 
+class AbsmaxWeight(nn.Module):
+    """A weight as INT8 has it: q = round(127·w / max|w|) of each matrix."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        step = weight.detach().abs().amax(dim=(-2, -1), keepdim=True) / SYMMETRIC_8.highest
+        rounded: Tensor = RoundToLevels.apply(weight, step.clamp(min=TINY), SYMMETRIC_8)
+        return rounded
+
+
 def _best_steps(inputs_first: Tensor, levels: Levels) -> Tensor:
     """Of least squared error, for weights (inputs of a group, …) without its first axis."""
     rows = inputs_first.flatten(1).double()
@@ -135,7 +150,7 @@ class RoundRows(torch.autograd.Function):
     @staticmethod
     def forward(_: Any, rows: Tensor, bits: int) -> Tensor:
         low, high = rows.min().clamp(max=0), rows.max().clamp(min=0)
-        step = ((high - low) / (2**bits - 1)).clamp(min=torch.finfo(rows.dtype).tiny)
+        step = ((high - low) / (2**bits - 1)).clamp(min=TINY)
         zero = (-low / step).round()
         return ((rows / step).round() + zero).clamp_(0, 2**bits - 1).sub_(zero).mul_(step)
 

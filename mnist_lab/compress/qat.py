@@ -42,6 +42,11 @@ class Quantization:
     learn: Learn = field(default="task", metadata={"tag": None})
     """The task, with the whole network; or layer by layer, without labels, what the trained model's layers give."""
 
+    @property
+    def is_int8(self) -> bool:
+        """Whether all is rounded as INT8 rounds it, and nothing else: it is exported so."""
+        return (self.rounding, self.router_bits, self.activation_bits) == (Rounding(8), None, 8)
+
     def __post_init__(self) -> None:
         if self.learn == "layers" and (self.start == "scratch" or self.activation_bits is not None):
             raise UserError("--learn layers starts from the trained model and rounds weights alone")
@@ -79,7 +84,7 @@ class TrainQuantized:
         assert before is not None
         model = copy.deepcopy(before) if config.start == "trained" else work.build(before.config)
         for weight, rounding in roundings(model, config.rounding, config.router_bits):
-            round_in_training(weight, rounding)
+            round_in_training(weight, rounding, as_int8=config.is_int8)
         curves = self._train(work, model, before)
         fold(model)
         on_levels_of = count_on_levels(model, config)

@@ -76,13 +76,11 @@ def trained_quantized(source: Row, step: TrainQuantized) -> Row:
 
 
 def deployed(trained: Row) -> Row:
-    """The same in the few bits that it learned with; in INT8 where that is all that INT8 rounds, weights by output and
-    activations.
-    """
+    """The same in the few bits that it learned with, or in INT8."""
     assert isinstance(trained.step, TrainQuantized)
     config, family = trained.step.quantization, trained.family.removesuffix("_FP32")
     form: Form = AsTrained(config.rounding, config.router_bits, config.activation_bits)
-    if (config.rounding, config.router_bits, config.activation_bits) == (Rounding(8), None, 8):
+    if config.is_int8:
         form = DynamicInt8() if family.startswith(MOE.family) else StaticInt8()
     return Row(family, source=trained, form=form)
 
