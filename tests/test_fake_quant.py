@@ -35,7 +35,7 @@ MODELS: dict[str, Callable[[], Model]] = {"ffn": make_ffn, "moe": make_moe}
 
 def round_all(model: Model, rounding: Rounding, router_bits: RouterBits = None) -> Model:
     for weight, own in f.roundings(model, rounding, router_bits):
-        f.round_in_training(weight, own)
+        f.round_in_training(weight, own, as_int8=False)
     return model
 
 
@@ -179,6 +179,8 @@ def test_matrices_are_inputs_first() -> None:
 
 
 def test_rows_lie_between_their_smallest_and_largest_value_with_zero_a_level() -> None:
+    uneven = torch.tensor([[-1.2, 0.0, 0.5, 1.9]])  # steps of 3.1/3, of which 1.16 lie below zero: one does
+    torch.testing.assert_close(RoundRows.apply(uneven, 2), torch.tensor([[-1.0, 0, 0, 2]]) * 3.1 / 3)
     rows = torch.tensor([[-1.0, 0.0, 0.3, 2.0]], requires_grad=True)
     rounded = RoundRows.apply(rows, 2)  # steps of 1
     assert rounded.tolist() == [[-1, 0, 0, 2]]
@@ -237,3 +239,14 @@ def test_activations_change_what_comes_out_and_gradients_pass() -> None:
     torch.testing.assert_close(rounded, expected)
     rounded.square().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in model.parameters())
+
+
+def test_int8_weights_are_learned_as_the_largest_of_a_matrix_scales_them() -> None:
+    model = make_moe()
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    for weight, own in f.roundings(model, Rounding(8), None):
+        f.round_in_training(weight, own, as_int8=True)
+    f.fold(model)
+    for name in ("stem.weight", "experts.weight_in", "experts.weight_out", "head.0.weight"):
+        step = before[name].abs().amax(dim=(-2, -1), keepdim=True) / 127
+        torch.testing.assert_close(model.get_parameter(name), (before[name] / step).round() * step)

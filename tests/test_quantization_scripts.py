@@ -77,12 +77,12 @@ def test_every_option_goes_all_the_way(
     assert record_of(trained_bench, name).precision == precision
 
 
-def test_ptq_rounds_router_and_activations_and_takes_zero_points(trained_bench: Bench) -> None:
-    options = "--model moe --bits 3 --zero-point --router-bits 8 --activation-bits 8 --method nearest".split()
+def test_ptq_rounds_router_and_activations_and_takes_a_scheme(trained_bench: Bench) -> None:
+    options = "--model moe --bits 3 --scheme affine --router-bits 8 --activation-bits 8 --method nearest".split()
     out = succeed(trained_bench, "ptq_mnist", *WEIGHT_ONLY, *options)
     assert "9 of 3 bits" in out
     assert "activations: 7 in 8 bits; to and from experts 1,024 bytes an image" in out
-    record = record_of(trained_bench, "Sparse_MoE_weight_only-b3-nearest-zeroTrue-router8-a8")
+    record = record_of(trained_bench, "Sparse_MoE_weight_only-b3-nearest-affine-router8-a8")
     assert record.against_original is not None
     assert 0 <= record.against_original["rerouted"] <= 1
 
@@ -113,7 +113,7 @@ def test_ptq_rounds_router_and_activations_and_takes_zero_points(trained_bench: 
         ("ptq_mnist --mode weight-only --activation-bits 16", "--activation-bits"),
         ("ptq_mnist --bits 4 --group-size 64", "weight-only"),
         ("ptq_mnist --method nearest", "weight-only"),
-        ("ptq_mnist --zero-point", "weight-only"),
+        ("ptq_mnist --scheme affine", "weight-only"),
         ("ptq_mnist --mode dynamic --activation-bits 8", "weight-only"),
         ("ptq_mnist --model moe --router-bits 4", "weight-only"),
     ],

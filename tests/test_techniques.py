@@ -17,6 +17,7 @@ from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import FFN, STUDENT, STUDENT_WITHOUT_TEACHER, families
 from mnist_lab.experiments.run import Run
 from mnist_lab.report.columns import COLUMNS
+from mnist_lab.report.few_bits_figures import FEW_BITS_FIGURES
 from mnist_lab.report.figures import FIGURES, OF_COMPRESSED
 from mnist_lab.report.records import load_records
 from mnist_lab.report.results import Results
@@ -63,7 +64,8 @@ def test_column_is_in_csv_and_markdown_and_measured_on_the_model(finished: Lab) 
 def test_rows_and_column_are_in_every_figure(finished: Lab) -> None:
     results = Results(load_records(finished.results), families(ROWS), finished.columns)
     drawn = {path.stem for path in (finished.results / "plots").iterdir()}
-    assert drawn == FIGURES.keys() - {"expert_criteria", "expert_similarity", "routing_vs_ratio"}  # of smaller mixtures
+    of_others = {"expert_criteria", "expert_similarity", "routing_vs_ratio", *FEW_BITS_FIGURES}
+    assert drawn == FIGURES.keys() - of_others  # of smaller mixtures, and of few bits
     figures = {name: FIGURES[name](results) for name in drawn}
     words: dict[str, str] = {}
     for name, figure in figures.items():

@@ -21,9 +21,9 @@ from mnist_lab.compress.levels import LEVELS, Levels, Rounding, RouterBits
 from mnist_lab.models import Model
 from mnist_lab.models.moe import SparseMoE
 
-# Of what the models multiply with, which argument the rows are; F.grouped_mm itself is not asked about.
 SYMMETRIC_8 = Levels(-127, 255)
 TINY = torch.finfo(torch.float32).tiny
+# Of what the models multiply with, which argument the rows are; F.grouped_mm itself is not asked about.
 PLACE_OF_ROWS = {F.linear: 0, torch._grouped_mm: 0, torch.addmm: 1, Tensor.matmul: 0}
 
 

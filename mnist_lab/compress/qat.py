@@ -36,7 +36,7 @@ class Quantization:
     router_bits: RouterBits = field(default=None, metadata={"tag": "router"})
     """Of the weights of an MoE's router; when not given, it stays in float."""
     activation_bits: ActivationBits = field(default=None, metadata={"tag": "a"})
-    """Of what goes from layer to layer, in training; when not given, it is not rounded."""
+    """Of what goes from layer to layer, in training and in the artifact; when not given, it is not rounded."""
     start: Literal["trained", "scratch"] = field(default="trained", metadata={"tag": ""})
     """Start from the trained model; or from fresh weights, and train for the whole recipe."""
     learn: Learn = field(default="task", metadata={"tag": None})
