@@ -3,6 +3,7 @@
 python claims_mnist.py --recipe quick       # minutes
 python claims_mnist.py                      # the standard recipe, within an hour: expect 6 of 14 supported
 python claims_mnist.py --suite compression  # claims 15 to 19, about pruning a mixture, in claims_compression.md
+python claims_mnist.py --suite few-bits     # claims 20 to 23, about fewer bits, in claims_few_bits.md
 """
 
 from dataclasses import dataclass, replace
@@ -13,13 +14,13 @@ from mnist_lab.command.entry import run_script
 from mnist_lab.command.options import Options, seeds_from
 from mnist_lab.errors import UserError
 from mnist_lab.studies.claims.draw import SuiteName
-from mnist_lab.studies.claims.run import Doors, run_claims, run_compression_claims
+from mnist_lab.studies.claims.run import Doors, run_claims, run_suite
 
 
 @dataclass(frozen=True)
 class ClaimOptions(Options):
     suite: SuiteName = "models"
-    """Which claims: the usual ones about the table's models, or those about pruning a mixture."""
+    """Which claims: the usual ones about the table's models, or those about pruning a mixture, or about fewer bits."""
     seeds: int = 5
     """Number of seeds, from --seed upward; the grid of temperature and alpha takes up to three, on quick."""
 
@@ -39,7 +40,7 @@ def main(options: ClaimOptions) -> None:
     if options.suite == "models":
         run_claims(table, grid, seeds=seeds)
     else:
-        run_compression_claims(table, seeds=seeds)
+        run_suite(options.suite, table, seeds=seeds)
 
 
 if __name__ == "__main__":

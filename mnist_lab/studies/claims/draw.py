@@ -10,9 +10,11 @@ from mnist_lab.report.records import CONTROL, Record
 from mnist_lab.studies.claims.compression import ZEROS
 from mnist_lab.studies.claims.compression_figures import PRUNING_CLAIM_FIGURES
 from mnist_lab.studies.claims.evidence import Evidence
+from mnist_lab.studies.claims.few_bits import ROUTER_LEARNED
+from mnist_lab.studies.claims.few_bits_figures import FEW_BITS_CLAIM_FIGURES
 from mnist_lab.studies.claims.figures import CLAIM_FIGURES
 
-SuiteName = Literal["models", "compression"]
+SuiteName = Literal["models", "compression", "few-bits"]
 
 
 class Suite(NamedTuple):
@@ -25,6 +27,7 @@ class Suite(NamedTuple):
 SUITES: dict[SuiteName, Suite] = {
     "models": Suite(CONTROL, CLAIM_FIGURES),
     "compression": Suite(ZEROS[0.5].after.name, PRUNING_CLAIM_FIGURES),
+    "few-bits": Suite(ROUTER_LEARNED.name, FEW_BITS_CLAIM_FIGURES),
 }
 
 

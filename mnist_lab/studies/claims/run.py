@@ -21,6 +21,7 @@ from mnist_lab.report.records import Record
 from mnist_lab.studies.claims.compression import compression_rows, settle_compression
 from mnist_lab.studies.claims.draw import SuiteName, draw_claims
 from mnist_lab.studies.claims.evidence import Evidence
+from mnist_lab.studies.claims.few_bits import few_bits_rows, settle_few_bits
 from mnist_lab.studies.claims.findings import Finding, format_claims, write_claims
 from mnist_lab.studies.claims.rows import CALIBRATIONS, GRID, calibrated, claim_rows, grid_rows, winners
 from mnist_lab.studies.claims.settle import (
@@ -72,17 +73,30 @@ def run_claims(table: Doors, grid: Doors, *, seeds: range) -> None:
         _draw("models", (grid_lab.results, grid_records), (lab.results, records))
 
 
-def run_compression_claims(table: Doors, *, seeds: range) -> None:
-    """Make every row that claims about pruning compare for every seed, and settle those claims."""
+class Suite(NamedTuple):
+    """Claims that need nothing but rows."""
+
+    title: str
+    rows: Callable[[], Sequence[Row]]
+    settle: Callable[[Evidence], list[Finding]]
+
+
+SUITES: dict[SuiteName, Suite] = {
+    "compression": Suite("Claims about pruning, tested", compression_rows, settle_compression),
+    "few-bits": Suite("Claims about fewer bits, tested", few_bits_rows, settle_few_bits),
+}
+
+
+def run_suite(name: SuiteName, table: Doors, *, seeds: range) -> None:
+    """Make every row that a suite's claims compare for every seed, and settle those claims."""
+    suite = SUITES[name]
     with table.open() as table_lab:
         lab = _plan(table_lab, seeds)
-        records = _make(lab, table, compression_rows(), seeds)
-        findings = settle_compression(Evidence(lab.results, records, seeds))
-        notes = [f"{_measured_on(records)}."]
-        _report(
-            table_lab, findings, seeds, title="Claims about pruning, tested", notes=notes, name="claims_compression"
-        )
-        _draw("compression", (lab.results, records))
+        records = _make(lab, table, suite.rows(), seeds)
+        findings = suite.settle(Evidence(lab.results, records, seeds))
+        file = f"claims_{name.replace('-', '_')}"
+        _report(table_lab, findings, seeds, title=suite.title, notes=[f"{_measured_on(records)}."], name=file)
+        _draw(name, (lab.results, records))
 
 
 def _plan(lab: Lab, seeds: range) -> Lab:

@@ -1,0 +1,203 @@
+"""The claims about fewer bits: the rows that they compare, and the comparisons that settle them."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from mnist_lab.compress.levels import Bits, Rounding
+from mnist_lab.compress.mixed_bits import MixedBits
+from mnist_lab.compress.qat import Quantization
+from mnist_lab.compress.weight_only import Method, WeightOnly
+from mnist_lab.experiments.row import Row
+from mnist_lab.experiments.rows import MOE, learned, mixed_bits, sparse_moe, weight_only
+from mnist_lab.models.moe import RoutingConfig
+from mnist_lab.report.records import Record
+from mnist_lab.studies.claims.evidence import Accuracies, Evidence
+from mnist_lab.studies.claims.findings import Claim, Finding, Values
+
+AFFINE = Method(scheme="affine")
+UNBALANCED = sparse_moe(RoutingConfig(balance="none"))  # whose experts are used unevenly
+MIXTURES = {"experts used unevenly (no balance loss)": UNBALANCED, "the usual mixture": MOE}
+
+
+class Mixed(NamedTuple):
+    """The same bytes, shared out by what each layer is worth, and evenly."""
+
+    by_sensitivity: Row
+    evenly: Row
+
+
+def rounded(bits: Bits, method: Method = Method(), source: Row = MOE) -> Row:
+    """Weights of so many bits, after training."""
+    return weight_only(source, WeightOnly(Rounding(bits), method))
+
+
+def mixed(mean_bits: float, method: Method = Method(), source: Row = MOE) -> Mixed:
+    by_sensitivity, evenly = (
+        mixed_bits(source, MixedBits(None, mean_bits, allocation, method)) for allocation in ("sensitivity", "even")
+    )
+    return Mixed(by_sensitivity, evenly)
+
+
+MIXED = {
+    f"{mean_bits:g} bits{note}": mixed(mean_bits, method)
+    for mean_bits in (2.5, 3)
+    for note, method in (("", Method()), (", zero points", AFFINE))
+}
+OF_MIXTURES = {name: mixed(2.5, source=source).by_sensitivity for name, source in MIXTURES.items()}
+IN_8 = rounded(8)
+ROUTER = {bits: rounded(8, Method(router_bits=bits)) for bits in (8, 4, 2)}
+ROUTER_LEARNED = learned(MOE, Quantization(Rounding(8), router_bits=2))
+LEARNED_IN_8 = learned(MOE, Quantization(Rounding(8)))
+ACTIVATIONS = {bits: rounded(8, Method(activation_bits=bits)) for bits in (8, 4)}
+TRIED: tuple[Bits, ...] = (3, 2, "ternary")
+BY_LAYERS = {bits: learned(MOE, Quantization(Rounding(bits), learn="layers")) for bits in TRIED}
+LEARNED: dict[Bits, Row] = {bits: learned(MOE, Quantization(Rounding(bits))) for bits in (4, 2, "ternary", 1)}
+
+
+def few_bits_rows() -> tuple[Row, ...]:
+    """Everything that the claims about fewer bits compare, parents first."""
+    of_mixed = [row for pair in MIXED.values() for row in pair]
+    rounded_alone = [rounded(bits, method) for bits in TRIED for method in (Method(), AFFINE)]
+    routers = [IN_8, *ROUTER.values(), LEARNED_IN_8, ROUTER_LEARNED]
+    rows = [MOE, UNBALANCED, *OF_MIXTURES.values(), *of_mixed, *routers, *ACTIVATIONS.values(), *rounded_alone]
+    return tuple(dict.fromkeys([*rows, *BY_LAYERS.values(), *LEARNED.values()]))
+
+
+def settle_few_bits(evidence: Evidence) -> list[Finding]:
+    """Claims 20 to 23."""
+    return [*_mixed(evidence), *_router(evidence), *_activations(evidence), *_layers(evidence)]
+
+
+def rise_per_visit(record: Record) -> tuple[Values, Values]:
+    """Load of each expert that is visited, the least first, and what two bits in its layers cost a visit, nats of KL."""
+    assert record.proof is not None
+    load, rise = (np.array(record.proof[name], dtype=float) for name in ("load", "rise_per_visit"))
+    order = [expert for expert in np.argsort(load) if load[expert] > 0]
+    return load[order], rise[order]
+
+
+def sensitivity_of_the_least_visited(record: Record) -> float:
+    """What a visit of the least visited expert costs beyond one of the most visited, as log of their ratio."""
+    _, rise = rise_per_visit(record)
+    return float(np.log(max(rise[0], 1e-9) / max(rise[-1], 1e-9)))
+
+
+def _accuracies(evidence: Evidence, row: Row, other: Row, label: str) -> Accuracies:
+    return evidence.accuracies(row.name, other.name, label)
+
+
+def _mixed(evidence: Evidence) -> list[Finding]:
+    claim = Claim(
+        20,
+        "Experts used less are more sensitive to rounding; mixing bits by expert beats one width for all at the same "
+        "bytes",
+    )
+
+    def sensitivity(mixture: str) -> tuple[str, Values]:
+        label = f"rise in KL per visit in 2 bits, log(least visited / most visited expert), {mixture}"
+        return label, evidence.per_seed(OF_MIXTURES[mixture].name, sensitivity_of_the_least_visited)
+
+    def divergence(name: str) -> tuple[str, Values]:
+        one, other = (evidence.against_original(row.name, "kl_to_original") for row in MIXED[name])
+        return f"KL to the original, by sensitivity − evenly, {name}", 1000 * (one - other)
+
+    uneven, even = MIXTURES
+    return [
+        claim.above(*sensitivity(uneven), bound=0, unit=""),
+        *(
+            claim.above(**_accuracies(evidence, *pair, f"by sensitivity − evenly, {name}"), bound=0)
+            for name, pair in MIXED.items()
+        ),
+        claim.report(*sensitivity(even), unit=""),
+        *(claim.report(*divergence(name), unit="millinats") for name in MIXED),
+        *(
+            claim.report(
+                f"file, by sensitivity / evenly, {name}",
+                evidence.file_share(pair.by_sensitivity.name, pair.evenly.name),
+                "ratio",
+            )
+            for name, pair in MIXED.items()
+        ),
+    ]
+
+
+def _router(evidence: Evidence) -> list[Finding]:
+    claim = Claim(21, "Rounding the router changes the chosen experts; training for it helps")
+
+    def rerouted(bits: int, name: str = "rerouted") -> Values:
+        more = evidence.against_original(ROUTER[bits].name, name) - evidence.against_original(IN_8.name, name)
+        return 100 * more
+
+    gains = evidence.acc_points(ROUTER_LEARNED.name, LEARNED_IN_8.name) - evidence.acc_points(ROUTER[2].name, IN_8.name)
+    return [
+        claim.above("images with other experts, router in 2 bits − in float", rerouted(2), bound=0, unit="points"),
+        claim.above("points that 2 bits cost the router, trained for − not trained for", gains, bound=0, unit="points"),
+        *(
+            claim.report(f"images with other experts, router in {bits} bits − in float", rerouted(bits), "points")
+            for bits in (8, 4)
+        ),
+        *(
+            claim.report(
+                f"images with other experts and another answer, router in {bits} bits − in float",
+                rerouted(bits, "rerouted_other_class"),
+                "points",
+            )
+            for bits in (8, 4, 2)
+        ),
+        *(
+            claim.report(**_accuracies(evidence, row, IN_8, f"router in {bits} bits − in float"))
+            for bits, row in ROUTER.items()
+        ),
+        claim.report(
+            **_accuracies(evidence, ROUTER_LEARNED, LEARNED_IN_8, "router in 2 bits − in float, both trained")
+        ),
+    ]
+
+
+def _activations(evidence: Evidence) -> list[Finding]:
+    claim = Claim(22, "Rounding activations upsets the load")
+
+    def unevenness(bits: int) -> tuple[str, Values]:
+        before, after = (
+            evidence.against_original(ACTIVATIONS[bits].name, name) for name in ("load_cv_before", "load_cv")
+        )
+        return f"load's variation, activations in {bits} bits / in float", after / np.maximum(before, 1e-9)
+
+    def rerouted(bits: int) -> tuple[str, Values]:
+        return (
+            f"images with other experts, activations in {bits} bits",
+            100 * evidence.against_original(ACTIVATIONS[bits].name, "rerouted"),
+        )
+
+    return [
+        *(claim.above(*unevenness(bits), bound=1.1, unit="ratio") for bits in ACTIVATIONS),
+        *(claim.report(*rerouted(bits), unit="points") for bits in ACTIVATIONS),
+        *(
+            claim.report(**_accuracies(evidence, row, IN_8, f"activations in {bits} bits − in float"))
+            for bits, row in ACTIVATIONS.items()
+        ),
+    ]
+
+
+def _layers(evidence: Evidence) -> list[Finding]:
+    claim = Claim(23, "Layer-wise distillation beats rounding alone at few bits")
+
+    def gain(bits: Bits, method: Method, note: str) -> Accuracies:
+        label = f"layer by layer − rounded{note}, {bits if bits == 'ternary' else f'{bits} bits'}"
+        return _accuracies(evidence, BY_LAYERS[bits], rounded(bits, method), label)
+
+    few: tuple[Bits, ...] = (2, "ternary")
+    return [
+        *(claim.above(**gain(bits, Method(), ""), bound=0) for bits in few),
+        claim.above(**gain(2, AFFINE, " with zero points"), bound=0),
+        claim.report(**gain(3, Method(), "")),
+        *(
+            claim.report(**_accuracies(evidence, row, MOE, f"layer by layer, {bits} − the original"))
+            for bits, row in BY_LAYERS.items()
+        ),
+        *(
+            claim.report(**_accuracies(evidence, row, MOE, f"trained with them (QAT), {bits} − the original"))
+            for bits, row in LEARNED.items()
+        ),
+    ]
