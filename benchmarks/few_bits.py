@@ -1,6 +1,6 @@
 """Which way runs weights of few bits fastest in ONNX Runtime, beside FP32 and INT8?
 
-python -m benchmarks.few_bits       # about four minutes
+python -m benchmarks.few_bits       # about three minutes
 
 The compact FFN and MoE on one thread, weights and pixels random. Before a way is timed, its products are looked up in
 the graph that the engine executes, and its logits are compared with those of the same weights in FP32: one that
@@ -106,7 +106,7 @@ def main(options: FewBitsOptions) -> None:
     ensure_writable(folder)
     models = make_models()
     frames = []
-    with torch.inference_mode(), show_progress("few bits", len(models)) as advance:
+    with show_progress("few bits", len(models)) as advance:
         for name, model in models.items():
             frames.append(time_all(find_ways(model), options.rounds).assign(model=name))
             advance()
