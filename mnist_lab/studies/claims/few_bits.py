@@ -70,7 +70,7 @@ def settle_few_bits(evidence: Evidence) -> list[Finding]:
 
 
 def rise_per_visit(record: Record) -> tuple[Values, Values]:
-    """Load of each expert that is visited, the least first, and what two bits in its layers cost a visit, nats of KL."""
+    """Load of each expert that is visited, the least first, and what two bits in its layers cost a visit, in nats."""
     assert record.proof is not None
     load, rise = (np.array(record.proof[name], dtype=float) for name in ("load", "rise_per_visit"))
     order = [expert for expert in np.argsort(load) if load[expert] > 0]
@@ -149,9 +149,7 @@ def _router(evidence: Evidence) -> list[Finding]:
             claim.report(**_accuracies(evidence, row, IN_8, f"router in {bits} bits − in float"))
             for bits, row in ROUTER.items()
         ),
-        claim.report(
-            **_accuracies(evidence, ROUTER_LEARNED, LEARNED_IN_8, "router in 2 bits − in float, both trained")
-        ),
+        claim.report(**_accuracies(evidence, ROUTER_LEARNED, LEARNED_IN_8, "router in 2 bits − in float, learned")),
     ]
 
 
