@@ -22,7 +22,7 @@ import onnxruntime
 from onnxruntime import quantization as ort_quantization
 from onnxruntime.quantization import calibrate
 
-from mnist_lab.deploy.artifacts import read_artifact, read_onnx, read_onnx_metadata, save_onnx
+from mnist_lab.deploy.artifacts import name_nodes, read_artifact, read_onnx, read_onnx_metadata, save_onnx
 from mnist_lab.deploy.inside import count_rows, isolate_experts
 from mnist_lab.deploy.onnx import build_onnx, write_onnx
 from mnist_lab.errors import UserError, WrongPrecision
@@ -285,7 +285,7 @@ def quantize(
         if mode == "static":
             _leave_logits_in_float(model.graph)
         else:
-            _round_before_sorting(model.graph)
+            round_before_sorting(model.graph)
         save_onnx(model, temporary, {**metadata, **notes})
 
     with _quiet(), tempfile.TemporaryDirectory() as folder:
@@ -374,14 +374,19 @@ def _leave_logits_in_float(graph: onnx.GraphProto) -> None:
         graph.initializer.remove(constant)
 
 
-def _round_before_sorting(graph: onnx.GraphProto) -> None:
-    """Round the rows that experts get once, not each expert's by themselves, so that they move as bytes."""
+def round_before_sorting(graph: onnx.GraphProto) -> None:
+    """Round the rows that experts get once, not each expert's by themselves, so that they move as bytes.
+
+    Where some expert takes them in float, nothing changes.
+    """
     sort = next((node for node in graph.node if node.name == "sorted_rows"), None)
     if sort is None:
         return
     rows = sort.input[0]
     rounded = [f"{rows}_{part}" for part in ("quantized", "scale", "zero_point")]  # as the converter calls them
-    experts = {name for node in graph.node if node.op_type == "Split" for name in node.output}
+    experts = {name for node in graph.node if node.input[:1] == sort.output[:1] for name in node.output}
+    if any(node.op_type != "DynamicQuantizeLinear" for node in graph.node if experts & set(node.input)):
+        return
     quantizers = [node for node in graph.node if node.op_type == "DynamicQuantizeLinear"]
     renamed: dict[str, str] = {}
     for node in quantizers:
@@ -426,7 +431,9 @@ def optimized_graph(artifact: Path) -> onnx.GraphProto:
         options = session_options(1)
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         onnxruntime.InferenceSession(read_artifact(artifact), options, providers=PROVIDERS)
-        return onnx.load(options.optimized_model_filepath).graph
+        graph = onnx.load(options.optimized_model_filepath).graph
+    name_nodes(graph)
+    return graph
 
 
 class _CalibrationReader(ort_quantization.CalibrationDataReader):  # type: ignore[misc]

@@ -22,7 +22,7 @@ import onnxruntime
 import torch
 from onnx import numpy_helper
 
-from mnist_lab.compress.few_bits import FewBits, add_weights, stored_bits
+from mnist_lab.compress.few_bits import FewBits, add_weights, shorten_names, stored_bits
 from mnist_lab.compress.gptq import CALIBRATION_SIZE
 from mnist_lab.compress.levels import Bits, Rounded, Rounding
 from mnist_lab.compress.weight_only import (
@@ -49,6 +49,7 @@ IN_4 = WIDTHS.index(Rounding(4))  # which share nothing, and of which many zeros
 MEAN_BITS = (2, 3, 4, 8)  # of these
 LONGEST = 1.23e-5  # of a rise, as text
 KIB = 1024
+PRODUCTS = {"MatMul", "MatMulInteger"}
 SPARE_BYTES = 16  # for each product: numbers in a file take a byte more or less, as they are larger or smaller
 SCALE = 1e6  # of the largest rise to the solver, which sees no differences below 1e-6
 Allocation = Literal["sensitivity", "even"]
@@ -210,6 +211,7 @@ def _bytes_of(weights: Mapping[Choice, Rounded]) -> int:
     add_weights(
         graph, [FewBits(f"{name}.weight", rounding.bits, weight) for (name, rounding), weight in weights.items()]
     )
+    shorten_names(graph)
     return graph.ByteSize()
 
 
@@ -276,8 +278,8 @@ def allocate_evenly(plans: Sequence[Plan], sizes: Sizes, num_bytes: int, *, seed
 def bits_by_product(graph: onnx.GraphProto) -> dict[str, Bits]:
     """In how many bits a graph stores the weights of its products, in their order."""
     stored = stored_bits(graph)
-    products = [node for node in graph.node if node.op_type == "MatMul" and node.input[1] in stored]
-    return {node.name.removesuffix(".product"): stored[node.input[1]] for node in products}
+    products = [node for node in graph.node if node.op_type in PRODUCTS and node.input[1] in stored]
+    return {node.output[0].removesuffix(".int32").removesuffix(".product"): stored[node.input[1]] for node in products}
 
 
 def describe_bits(bits: Mapping[str, Bits], load: Collection[float]) -> str:

@@ -7,7 +7,7 @@ ONNX: a weight goes through `DequantizeLinear` into its product. ONNX Runtime ma
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,11 +15,19 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import helper, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
 
-from mnist_lab.compress.few_bits import IR_VERSION, OPSET, FewBits, add_weights, stored_bits
+from mnist_lab.compress.few_bits import (
+    IR_VERSION,
+    OPSET,
+    FewBits,
+    add_weights,
+    make_node,
+    shorten_names,
+    stored_bits,
+)
 from mnist_lab.compress.gptq import CALIBRATION_SIZE, Gram, input_grams, round_with_feedback
-from mnist_lab.compress.int8 import absmax_quantize, optimized_graph
+from mnist_lab.compress.int8 import INTEGER_OPERATORS, absmax_quantize, optimized_graph, round_before_sorting
 from mnist_lab.compress.levels import (
     LEVELS,
     ActivationBits,
@@ -44,6 +52,7 @@ from mnist_lab.runtimes import FLOAT_PRODUCTS, ROUTER, Precision, RuntimeName
 from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options
 
 PRECISIONS: dict[Bits, Precision] = {8: "INT8", 4: "INT4", 3: "INT3", 2: "INT2", "ternary": "ternary", 1: "INT1"}
+KERNELS = {"INT8": "as INT8", "8": "as 8 bits times rows in float", "4": "as 4 bits times rows in float"}
 ZERO = "zero"
 LAST_LAYER = "logits"
 FLOAT_OPERATORS = {"Gemm", "MatMul", "FusedGemm", "FusedMatMul"}
@@ -216,35 +225,65 @@ def _join(parts: list[Rounded], group_size: int) -> Rounded:
 
 def put_in(model: onnx.ModelProto, plan: Plan, rounded: Mapping[str, Rounded]) -> None:
     """Replace products' weights by rounded ones, so that ONNX Runtime makes products of few bits of them; in place."""
-    stored = {node.name: node.input[1] for node in model.graph.node if node.name in plan}
-    weights = [FewBits(stored[name], plan[name].bits, rounded[name]) for name in stored]
     graph = model.graph
+    weights = {
+        node.name: FewBits(node.input[1], plan[node.name].bits, rounded[node.name])
+        for node in graph.node
+        if node.name in plan
+    }
+    dequantized = not all(weight.is_integer for weight in weights.values())
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
-        # ONNX Runtime 1.32 may join a Relu to a product in float, before it sees the few bits.
-        if node.op_type == "Relu":
+        # ONNX Runtime 1.32 may join a Relu to a product in float, before it sees that its weights are dequantized.
+        if node.op_type == "Relu" and dequantized:
             node.op_type = "Max"
             node.input.append(ZERO)
-        nodes += _product(node) if node.name in stored else [node]
-    gone = set(stored.values())
+        nodes += _product(node, weights[node.name]) if node.name in weights else [node]
+    gone = {weight.name for weight in weights.values()}
     constants = [constant for constant in graph.initializer if constant.name not in gone]
     if any(ZERO in node.input for node in nodes):
         constants.append(numpy_helper.from_array(np.zeros(1, np.float32), ZERO))
     del graph.node[:], graph.initializer[:]
-    graph.node.extend(nodes)
+    graph.node.extend(quantize_once(nodes))
     graph.initializer.extend(constants)
-    add_weights(graph, weights)
+    round_before_sorting(graph)
+    add_weights(graph, weights.values())
+    shorten_names(graph)
     model.opset_import[0].version, model.ir_version = OPSET, IR_VERSION
 
 
-def _product(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-    """A Gemm as a product and a sum: only products are made one with their dequantized weights."""
-    rows, weight, *bias = node.input
+def _product(node: onnx.NodeProto, weight: FewBits) -> Iterator[onnx.NodeProto]:
+    """A product of few bits, and a sum where it has a bias."""
+    rows, _, *bias = node.input
     (output,) = node.output
     product = f"{output}.product" if bias else output
-    yield helper.make_node("MatMul", [rows, weight], [product], name=product)
+    yield from (
+        _integer_product(rows, weight, product)
+        if weight.is_integer
+        else [make_node("MatMul", [rows, weight.name], product)]
+    )
     if bias:
-        yield helper.make_node("Add", [product, *bias], [output], name=output)
+        yield make_node("Add", [product, *bias], output)
+
+
+def _integer_product(rows: str, weight: FewBits, product: str) -> Iterator[onnx.NodeProto]:
+    """Of rows that are rounded to 8 bits as they come: (x/s − z)·q, times s and the weight's scales."""
+    integers, scale, zero = (f"{rows}_{part}" for part in ("quantized", "scale", "zero_point"))
+    yield make_node("DynamicQuantizeLinear", [rows], integers, scale, zero)
+    zeros = [] if weight.rounded.zeros is None else [f"{weight.name}.zero"]
+    yield make_node("MatMulInteger", [integers, f"{weight.name}.int8", zero, *zeros], f"{product}.int32")
+    yield make_node("Cast", [f"{product}.int32"], f"{product}.float", to=TensorProto.FLOAT)
+    yield make_node("Mul", [scale, f"{weight.name}.scale"], f"{product}.scale")
+    yield make_node("Mul", [f"{product}.float", f"{product}.scale"], product)
+
+
+def quantize_once(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """Those that quantize rows but once for all products that take them."""
+    seen: set[str] = set()
+    for node in nodes:
+        if node.op_type != "DynamicQuantizeLinear" or node.name not in seen:
+            yield node
+        seen.add(node.name)
 
 
 def prove_rounded(model: Model, file: Path) -> Proof:
@@ -277,25 +316,30 @@ def prove_weights(file: Path) -> Proof:
         WrongPrecision: it does not.
     """
     model = read_onnx(file)
-    stored = Counter(stored_bits(model.graph).values())
+    stored = stored_bits(model.graph)
+    integer = [node for node in model.graph.node if node.op_type == "MatMulInteger"]
+    dequantized = stored.keys() - {node.input[1] for node in integer}
+    expected = Counter("8" if stored[name] == 8 else "4" for name in dequantized)
+    expected["INT8"] = len(integer)
     nodes = optimized_graph(file).node
-    run = Counter(helper.get_node_attr_value(node, "bits") for node in nodes if node.op_type == "MatMulNBits")
-    expected = Counter(8 if bits == 8 else 4 for bits in stored.elements())
+    run = Counter(str(helper.get_node_attr_value(node, "bits")) for node in nodes if node.op_type == "MatMulNBits")
+    run["INT8"] = sum(node.op_type in INTEGER_OPERATORS for node in nodes)
     floats = sorted(node.name for node in nodes if node.op_type in FLOAT_OPERATORS)
     if run != expected or not set(floats) <= set(FLOAT_PRODUCTS):
         raise WrongPrecision(
-            f"of {stored.total()} layers in few bits ONNX Runtime runs {run.total()} so; in float are {floats}"
+            f"of {len(stored)} layers in few bits ONNX Runtime runs {run.total()} so; in float are {floats}"
         )
     decibels = agreement(file)
     if decibels < LEAST_DECIBELS:
         raise WrongPrecision(f"ONNX Runtime computes something else than the file says: {decibels:.0f} dB")
-    counted = ", ".join(f"{num} of {name_of(bits)}" for bits, num in stored.items())
-    kernels = ", ".join(f"{num} in {bits} bits" for bits, num in sorted(run.items(), reverse=True))
+    by_bits = Counter(stored.values())
+    counted = ", ".join(f"{num} of {name_of(bits)}" for bits, num in by_bits.items())
+    kernels = ", ".join(f"{num} {KERNELS[kernel]}" for kernel, num in run.items() if num)
     text = f"weights of products: {counted}; multiplied: {kernels}; in float: {', '.join(floats) or 'none'}"
     return {
         "text": text,
-        "stored": {str(bits): num for bits, num in stored.items()},
-        "products": {str(bits): num for bits, num in run.items()},
+        "stored": {str(bits): num for bits, num in by_bits.items()},
+        "products": {kernel: num for kernel, num in run.items() if num},
         "decibels": decibels,
     }
 
