@@ -31,6 +31,7 @@ from mnist_lab.command.options import check_count
 from mnist_lab.compress.int8 import FLOAT_OPERATORS, INTEGER_OPERATORS, needs_reduced_range, quantize
 from mnist_lab.compress.levels import Bits, GroupSize, Rounding
 from mnist_lab.compress.weight_only import LEAST_DECIBELS
+from mnist_lab.deploy.artifacts import name_nodes
 from mnist_lab.deploy.onnx import build_onnx, write_onnx
 from mnist_lab.folders import ensure_writable
 from mnist_lab.machine import cpu_model
@@ -231,8 +232,9 @@ def executed(way: Way) -> tuple[str, str]:
     levels: set[str] = set()
     with tempfile.TemporaryDirectory() as folder:
         way.open(Path(folder) / "optimized.onnx")
-        nodes = onnx.load(Path(folder) / "optimized.onnx").graph.node
-    for node in nodes:
+        graph = onnx.load(Path(folder) / "optimized.onnx").graph
+    name_nodes(graph)
+    for node in graph.node:
         if node.op_type == "MatMulNBits":
             attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
             counts["MatMulNBits {bits}/{block_size}".format(**attributes)] += 1

@@ -14,7 +14,7 @@ from tiny import make_dataset, spec
 from mnist_lab.compress.bfloat16 import BFloat16
 from mnist_lab.compress.float32 import Float32
 from mnist_lab.compress.int8 import Calibration, DynamicInt8, StaticInt8
-from mnist_lab.compress.levels import Rounding
+from mnist_lab.compress.levels import LEVELS, Rounding
 from mnist_lab.compress.prune_weights import Pruner, weight_matrices
 from mnist_lab.compress.weight_only import Method, WeightOnly
 from mnist_lab.experiments.technique import Form, Work
@@ -35,7 +35,7 @@ CONFIGS: dict[str, ModelConfig] = {
 }
 FORMS: dict[str, Form] = {"fp32": Float32(), "bf16": BFloat16(), "dynamic": DynamicInt8()}
 FORMS |= {method: StaticInt8(Calibration(60, method)) for method in ("minmax", "entropy", "percentile")}
-FORMS |= {f"{bits} bits": WeightOnly(Rounding(bits)) for bits in (8, 4, 3, 2)}
+FORMS |= {f"{bits} bits": WeightOnly(Rounding(bits)) for bits in LEVELS}
 FORMS["4 bits in groups"] = WeightOnly(Rounding(4, 16))
 FORMS["all in 4 bits"] = WeightOnly(Rounding(2), Method(scheme="affine", router_bits=4, activation_bits=4))
 CLIENT = """

@@ -5,10 +5,13 @@ import onnx
 import onnxruntime
 import pytest
 import torch
-from tiny import spec
+from tiny import ONE_EPOCH, make_dataset, spec
 
+from mnist_lab.compress.levels import Rounding
+from mnist_lab.compress.weight_only import Method, WeightOnly
 from mnist_lab.deploy import inside
 from mnist_lab.deploy.onnx import Layout, write_onnx
+from mnist_lab.experiments.technique import Work
 from mnist_lab.models import PRESETS
 from mnist_lab.models.moe import RoutingConfig, SparseMoE
 from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options
@@ -56,6 +59,16 @@ def test_rows_of_each_expert_are_counted(moe: SparseMoE, tmp_path: Path) -> None
     assert inside.count_rows(artifact, many) == expected.tolist()
     write_onnx(moe, artifact, {}, layout="dense")
     assert inside.count_rows(artifact, many) == []
+
+
+def test_file_of_few_bits_is_looked_into_as_any(moe: SparseMoE, tmp_path: Path) -> None:
+    file, work = tmp_path / "moe.onnx", Work(make_dataset(), PRESETS["compact"], ONE_EPOCH, 0, "cpu", "x")
+    WeightOnly(Rounding(1), Method("nearest")).write(moe, file, work, {})
+    chosen = inside.choose_experts(file, PIXELS)
+    assert chosen.shape == (70, 2)
+    assert inside.count_rows(file, PIXELS) == np.bincount(chosen.ravel(), minlength=4).tolist()
+    times = inside.time_by_job(file, PIXELS)
+    assert {job for job, time in times.items() if time} == set(inside.JOBS) - {"gate", "quantize"}
 
 
 def test_isolated_experts_see_every_image(moe: SparseMoE, tmp_path: Path) -> None:

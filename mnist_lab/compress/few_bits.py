@@ -1,13 +1,16 @@
 """Weights of few bits in a graph: a standard type where there is one of that many bits, else digits of whole numbers.
 
 ONNX has types of 8 and of 4 bits. Of fewer bits a weight is a digit, to the base of as many levels as it may have, in a
-word of 64 bits: 63 weights of 1 bit, 39 ternary ones, 31 of 2 bits, 21 of 3. Standard operators take the words apart
-when the file is loaded, for all weights of a kind at once, and from there on they are weights of 4 bits.
+word: 8 weights of 1 bit in a byte, 5 ternary ones, 4 of 2 bits; of 3 bits 21 in 64 bits, as a byte would hold but two.
+Standard operators take the words apart when the file is loaded, for all weights of a kind at once, and from there on
+they are weights of 4 bits.
 
 Shapes: I inputs, O outputs, G groups of inputs, W words, D digits in a word.
 """
 
+import string
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import count, product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +22,7 @@ from mnist_lab.compress.levels import LEVELS, Bits, Int8, Levels, Rounded
 
 OPSET, IR_VERSION = 21, 10  # the oldest that know weights of 4 bits, and scales of groups
 TYPES: dict[Bits, int] = {8: TensorProto.INT8, 4: TensorProto.INT4}
-WORD_BITS = 63  # of 64, as words have a sign
-Words = npt.NDArray[np.int64]
+Words = npt.NDArray[np.uint8 | np.int64]
 
 
 class FewBits(NamedTuple):
@@ -31,22 +33,31 @@ class FewBits(NamedTuple):
     rounded: Rounded
 
 
-def digits_per_word(base: int) -> int:
-    """The largest D with base^D < 2^63."""
-    return next(num - 1 for num in range(1, WORD_BITS + 2) if base**num > 2**WORD_BITS)
+def word_of(base: int) -> np.dtype[np.uint8 | np.int64]:
+    """Whichever takes fewer bits a digit: a byte, or 64 bits with a sign."""
+    words = np.dtype(np.uint8), np.dtype(np.int64)
+    return min(words, key=lambda word: word.itemsize / _digits_in(word, base))
+
+
+def _digits_in(word: np.dtype[Any], base: int) -> int:
+    """The largest D such that base^D - 1 is no more than a word can hold."""
+    most = int(np.iinfo(word).max)
+    return next(num for num in count() if base ** (num + 1) - 1 > most)
 
 
 def to_words(digits: npt.NDArray[np.integer[Any]], base: int) -> Words:
-    """(W, 1): the first digit of a word counts least; the last word is filled up with zeros."""
+    """(W,): the first W digits count least in each; the last ones are filled up with zeros."""
     powers = powers_of(base)
     filled = np.concatenate([digits.ravel().astype(np.int64), np.zeros(-digits.size % powers.size, np.int64)])
-    words: Words = (filled.reshape(-1, powers.size) * powers).sum(axis=1, keepdims=True)
+    words: Words = (filled.reshape(powers.size, -1) * powers).sum(axis=0).astype(word_of(base))
     return words
 
 
-def powers_of(base: int) -> Words:
-    """(1, D)."""
-    return np.array([[base**place for place in range(digits_per_word(base))]], np.int64)
+def powers_of(base: int) -> npt.NDArray[np.int32 | np.int64]:
+    """(D, 1), of the type that words are taken apart in: of bytes ONNX Runtime has no quotients."""
+    word = word_of(base)
+    powers = [[base**place] for place in range(_digits_in(word, base))]
+    return np.array(powers, np.int32 if word == np.uint8 else np.int64)
 
 
 def pack_int4(integers: Int8) -> bytes:
@@ -71,6 +82,30 @@ def add_weights(graph: onnx.GraphProto, weights: Iterable[FewBits]) -> None:
     del graph.node[:]
     graph.node.extend([*nodes, *others])
     graph.initializer.extend(constants.values())
+
+
+def shorten_names(graph: onnx.GraphProto) -> None:
+    """Number the constants and what is made of them alone, and leave out the names of nodes, which are those of their
+    outputs: at 1 bit a weight, names count. What the pixels become keeps its name.
+    """
+    numbered = dict.fromkeys(constant.name for constant in graph.initializer)
+    for node in graph.node:
+        if all(name in numbered for name in node.input):
+            numbered |= dict.fromkeys(node.output)
+    kept = {name for node in graph.node for name in node.output if name not in numbered}
+    short = dict(zip(numbered, (name for name in _numbers() if name not in kept), strict=False))
+    for constant in graph.initializer:
+        constant.name = short[constant.name]
+    for node in graph.node:
+        node.ClearField("name")
+        node.input[:] = [short.get(name, name) for name in node.input]
+        node.output[:] = [short.get(name, name) for name in node.output]
+
+
+def _numbers() -> Iterator[str]:
+    """Of two characters as long as there are any: a weight takes as many bytes wherever it stands."""
+    for length in count(2):
+        yield from map("".join, product(string.digits + string.ascii_letters, repeat=length))
 
 
 def stored_bits(graph: onnx.GraphProto) -> dict[str, Bits]:
@@ -123,11 +158,15 @@ def _unpack(bits: Bits, weights: list[FewBits], constants: dict[str, TensorProto
 
     words = to_words(np.concatenate([digits_of(weight, levels) for weight in weights]), levels.num)
     sizes = [weight.rounded.integers.size for weight in weights]
-    rest = len(words) * digits_per_word(levels.num) - sum(sizes)
+    powers = powers_of(levels.num)
+    rest = len(words) * powers.size - sum(sizes)
     parts = [f"{weight.name}.levels" for weight in weights]
-    word, power = constant(f"{prefix}.words", words), constant(f"{prefix}.powers", powers_of(levels.num))
-    base, flat = constant(f"{prefix}.base", np.array(levels.num)), constant("flat", np.array([-1]))
-    yield _node("Div", [word, power], f"{prefix}.shifted")  # (W, D)
+    word, power = constant(f"{prefix}.words", words), constant(f"{prefix}.powers", powers)
+    if words.dtype != powers.dtype:
+        yield _node("Cast", [word], f"{prefix}.wide", to=helper.np_dtype_to_tensor_dtype(powers.dtype))
+        word = f"{prefix}.wide"
+    base, flat = constant(f"{prefix}.base", np.array(levels.num, powers.dtype)), constant("flat", np.array([-1]))
+    yield _node("Div", [word, power], f"{prefix}.shifted")  # (D, W)
     yield _node("Mod", [f"{prefix}.shifted", base], f"{prefix}.digits")
     yield _node("Reshape", [f"{prefix}.digits", flat], f"{prefix}.flat")
     table = constant(f"{prefix}.table", np.arange(levels.num, dtype=np.int8) * levels.step + levels.lowest)

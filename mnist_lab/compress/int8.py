@@ -22,7 +22,7 @@ import onnxruntime
 from onnxruntime import quantization as ort_quantization
 from onnxruntime.quantization import calibrate
 
-from mnist_lab.deploy.artifacts import read_artifact, read_onnx, read_onnx_metadata, save_onnx
+from mnist_lab.deploy.artifacts import name_nodes, read_artifact, read_onnx, read_onnx_metadata, save_onnx
 from mnist_lab.deploy.inside import count_rows, isolate_experts
 from mnist_lab.deploy.onnx import build_onnx, write_onnx
 from mnist_lab.errors import UserError, WrongPrecision
@@ -426,7 +426,9 @@ def optimized_graph(artifact: Path) -> onnx.GraphProto:
         options = session_options(1)
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
         onnxruntime.InferenceSession(read_artifact(artifact), options, providers=PROVIDERS)
-        return onnx.load(options.optimized_model_filepath).graph
+        graph = onnx.load(options.optimized_model_filepath).graph
+    name_nodes(graph)
+    return graph
 
 
 class _CalibrationReader(ort_quantization.CalibrationDataReader):  # type: ignore[misc]

@@ -22,7 +22,7 @@ import onnxruntime
 import torch
 from onnx import numpy_helper
 
-from mnist_lab.compress.few_bits import FewBits, add_weights, stored_bits
+from mnist_lab.compress.few_bits import FewBits, add_weights, shorten_names, stored_bits
 from mnist_lab.compress.gptq import CALIBRATION_SIZE
 from mnist_lab.compress.levels import Bits, Rounded, Rounding
 from mnist_lab.compress.weight_only import (
@@ -210,6 +210,7 @@ def _bytes_of(weights: Mapping[Choice, Rounded]) -> int:
     add_weights(
         graph, [FewBits(f"{name}.weight", rounding.bits, weight) for (name, rounding), weight in weights.items()]
     )
+    shorten_names(graph)
     return graph.ByteSize()
 
 

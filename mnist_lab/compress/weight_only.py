@@ -17,7 +17,7 @@ import onnx
 import onnxruntime
 from onnx import helper, numpy_helper
 
-from mnist_lab.compress.few_bits import IR_VERSION, OPSET, FewBits, add_weights, stored_bits
+from mnist_lab.compress.few_bits import IR_VERSION, OPSET, FewBits, add_weights, shorten_names, stored_bits
 from mnist_lab.compress.gptq import CALIBRATION_SIZE, Gram, input_grams, round_with_feedback
 from mnist_lab.compress.int8 import absmax_quantize, optimized_graph
 from mnist_lab.compress.levels import (
@@ -234,6 +234,7 @@ def put_in(model: onnx.ModelProto, plan: Plan, rounded: Mapping[str, Rounded]) -
     graph.node.extend(nodes)
     graph.initializer.extend(constants)
     add_weights(graph, weights)
+    shorten_names(graph)
     model.opset_import[0].version, model.ir_version = OPSET, IR_VERSION
 
 

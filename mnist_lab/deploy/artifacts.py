@@ -51,14 +51,21 @@ def read_artifact(path: Path) -> bytes:
 
 
 def read_onnx(path: Path) -> onnx.ModelProto:
-    """The model in an artifact, all its constants dense.
+    """The model in an artifact, all its constants dense, all its nodes named.
 
     Raises:
         UserError: as `read_artifact`.
     """
     model = _read(path)[1]
     make_dense(model.graph)
+    name_nodes(model.graph)
     return model
+
+
+def name_nodes(graph: onnx.GraphProto) -> None:
+    """Name those nodes after their first output, as `deploy/onnx.py` does, whose names a file leaves out."""
+    for node in graph.node:
+        node.name = node.name or node.output[0]
 
 
 def read_onnx_metadata(path: Path) -> dict[str, Any]:

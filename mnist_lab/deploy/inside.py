@@ -13,7 +13,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 from onnx.utils import Extractor
 
-from mnist_lab.deploy.artifacts import read_artifact, read_onnx
+from mnist_lab.deploy.artifacts import read_onnx
 from mnist_lab.measure import EVALUATION_BATCH, Array
 from mnist_lab.runtimes import COMBINE, COMBINE_BIASES
 from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options
@@ -71,7 +71,7 @@ def time_by_job(artifact: Path, pixels: Array) -> dict[str, float]:
         options = session_options(1)
         options.enable_profiling = True
         options.profile_file_prefix = str(Path(folder) / "profile")
-        session = onnxruntime.InferenceSession(read_artifact(artifact), options, providers=PROVIDERS)
+        session = onnxruntime.InferenceSession(read_onnx(artifact).SerializeToString(), options, providers=PROVIDERS)
         for _ in range(NUM_CALLS):
             session.run(None, {"pixels": pixels})
         events = json.loads(Path(session.end_profiling()).read_bytes())

@@ -15,9 +15,9 @@ OPERATORS = {
     "GatherElements", "Gemm", "MatMul", "MatMulInteger", "Max", "Mod", "Mul", "QuantizeLinear", "Range", "Relu",
     "Reshape", "ScatterElements", "Shape", "Softmax", "Split", "Squeeze", "Sub", "TopK", "Unsqueeze",
 }  # fmt: skip
-# What may compute from constants alone: weights of few bits, in words of 64, are taken apart when the file is loaded.
+# What may compute from constants alone: weights of few bits, several in a word, are taken apart at loading.
 OF_CONSTANTS = {"Cast", "DequantizeLinear", "Div", "Gather", "Mod", "Reshape", "Split"}
-WEIGHTS_OF_A_WORD = 64  # at most
+WEIGHTS_OF_A_WORD = {TensorProto.INT64: 64, TensorProto.UINT8: 8}  # at most
 ITEM_BYTES: dict[int, int] = {
     TensorProto.FLOAT: 4, TensorProto.BFLOAT16: 2, TensorProto.INT64: 8, TensorProto.INT32: 4,
     TensorProto.INT8: 1, TensorProto.UINT8: 1,
@@ -108,8 +108,7 @@ def _check_sizes(graph: onnx.GraphProto, constants: Collection[str], opsets: Ite
     the values stored; an MoE's K experts of an image have no more rows than all its experts have weights.
     """
     most = sum(
-        math.prod(constant.dims) * (WEIGHTS_OF_A_WORD if constant.data_type == TensorProto.INT64 else 1)
-        for constant in graph.initializer
+        math.prod(constant.dims) * WEIGHTS_OF_A_WORD.get(constant.data_type, 1) for constant in graph.initializer
     )
     most_of_constants = most + sum(math.prod(sparse.dims) for sparse in graph.sparse_initializer)
     most += sum(math.prod(sparse.values.dims) + max(sparse.dims) for sparse in graph.sparse_initializer)
