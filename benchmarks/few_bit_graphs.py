@@ -6,24 +6,22 @@ Shapes: O outputs, N blocks of inputs of an output, S bytes of a block.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper, numpy_helper
 
-from mnist_lab.compress.few_bits import IR_VERSION, OPSET, FewBits, add_weights
-from mnist_lab.compress.int8 import needs_reduced_range, quantize
+from mnist_lab.compress.few_bits import FewBits
 from mnist_lab.compress.levels import LARGEST_GROUP, SMALLEST_GROUP, Rounded, Rounding
 from mnist_lab.compress.weight_only import Plan, products_of, put_in, round_weight, uniform_plan, weight_of
-from mnist_lab.deploy.artifacts import read_onnx, save_onnx
+from mnist_lab.deploy.artifacts import save_onnx
 from mnist_lab.deploy.onnx import build_onnx, layout_metadata
 from mnist_lab.measure import Array
 from mnist_lab.models import Model
-from mnist_lab.runtimes import FLOAT_PRODUCTS
 
 
 class Weights(NamedTuple):
@@ -107,77 +105,6 @@ def pack_blocks(rounded: Rounded, bits: int) -> tuple[npt.NDArray[np.uint8], Arr
     packed = (by_byte << np.arange(0, 8, bits)).sum(axis=-1).astype(np.uint8)
     scales = np.repeat(rounded.scales, math.ceil(rounded.group_size / block_size), axis=0)[:num_blocks]
     return packed, np.ascontiguousarray(scales.T)
-
-
-def as_dynamic_int8(weights: Weights) -> onnx.ModelProto:
-    """Unpacked to INT8 when the file is loaded, for integer products with rows that are quantized as they come."""
-    model = build_onnx(weights.model)
-    nodes: list[onnx.NodeProto] = []
-    for node in model.graph.node:
-        nodes += _integer_product(node) if node.name in weights.plan else [node]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
-    return _unpack_to_int8(model, weights)
-
-
-def _integer_product(node: onnx.NodeProto) -> Iterator[onnx.NodeProto]:
-    rows, weight, bias = node.input
-    name = node.name
-    yield helper.make_node("DynamicQuantizeLinear", [rows], [f"{name}.rows", f"{name}.scale", f"{name}.zero"])
-    yield helper.make_node("MatMulInteger", [f"{name}.rows", f"{weight}.int8", f"{name}.zero"], [f"{name}.int32"])
-    yield helper.make_node("Cast", [f"{name}.int32"], [f"{name}.cast"], to=TensorProto.FLOAT)
-    yield helper.make_node("Mul", [f"{name}.scale", f"{weight}.scale"], [f"{name}.scales"])
-    yield helper.make_node("Mul", [f"{name}.cast", f"{name}.scales"], [f"{name}.product"])
-    yield helper.make_node("Add", [f"{name}.product", bias], node.output, name=name)
-
-
-def as_static_int8(weights: Weights, calibration: Array, folder: Path) -> onnx.ModelProto:
-    """Unpacked to INT8 when the file is loaded, for the integer products of static mode."""
-    dense, static = folder / "few-float.onnx", folder / "few-static.onnx"
-    save_onnx(as_float(weights), dense, layout_metadata(weights.model))
-    quantize(
-        dense,
-        static,
-        mode="static",
-        calibration=calibration,
-        keep_float=FLOAT_PRODUCTS,
-        reduced_range=needs_reduced_range(),
-        metadata=layout_metadata(weights.model),
-    )
-    model = read_onnx(static)
-    constants = {constant.name: constant for constant in model.graph.initializer}
-    for name, node in products_of(build_onnx(weights.model)).items():
-        if name in weights.plan:
-            _take_scales(constants, node.input[1], node.input[2], weights.rounded[name].scales[0])
-    integers = {f"{weight.name}_quantized": f"{weight.name}.int8" for weight in weights.stored()}
-    for node in model.graph.node:
-        if node.input[0] in integers:
-            node.input[0] = integers[node.input[0]]
-    return _unpack_to_int8(model, weights)
-
-
-def _take_scales(constants: Mapping[str, TensorProto], weight: str, bias: str, scales_O: Array) -> None:
-    """Of the few-bit weights, in place of the converter's 8-bit ones: for the bias they are multiplied by the rows'."""
-    names = f"{weight}_scale", f"{bias}_quantized_scale", f"{bias}_quantized"
-    before_O, of_bias_O, bias_O = (numpy_helper.to_array(constants[name]) for name in names)
-    ratio_O = scales_O / before_O
-    replaced = scales_O, of_bias_O * ratio_O, np.rint(bias_O / ratio_O).astype(np.int32)
-    for name, value in zip(names, replaced, strict=True):
-        constants[name].CopyFrom(numpy_helper.from_array(value, name))
-
-
-def _unpack_to_int8(model: onnx.ModelProto, weights: Weights) -> onnx.ModelProto:
-    """The weights' integers as `NAME.int8`, made of the few bits that the suite's file has, and scales `NAME.scale`."""
-    stored = weights.stored()
-    add_weights(model.graph, stored)
-    names = {weight.name for weight in stored}
-    for node in model.graph.node:
-        if node.op_type == "DequantizeLinear" and node.output[0] in names:
-            (name,) = node.output
-            node.CopyFrom(helper.make_node("Cast", node.input[:1], [f"{name}.int8"], to=TensorProto.INT8))
-    drop_unused(model.graph)
-    model.opset_import[0].version, model.ir_version = OPSET, IR_VERSION
-    return model
 
 
 def drop_unused(graph: onnx.GraphProto) -> None:

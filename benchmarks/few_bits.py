@@ -24,7 +24,7 @@ from onnx import helper
 
 from benchmarks.common import format_table, show_progress, write_outputs
 from benchmarks.contestants import bind_session
-from benchmarks.few_bit_graphs import as_dynamic_int8, as_file, as_float, as_nbits, as_static_int8, round_all
+from benchmarks.few_bit_graphs import as_file, as_float, as_nbits, round_all
 from benchmarks.scaling import NOISE, draw_noise
 from mnist_lab.command.entry import Folder, run_script
 from mnist_lab.command.options import check_count
@@ -152,7 +152,7 @@ def usual_ways(model: Model, folder: Path) -> Iterator[Way]:
 
 
 def few_bit_ways(model: Model, rounding: Rounding, folder: Path) -> Iterator[Way]:
-    """The suite's file under every option, nodes of the engine's own, and products of the integers that it unpacks."""
+    """The suite's file under every option, and nodes of the engine's own."""
     weights = round_all(model, rounding)
     bits, group = rounding.bits, rounding.group_size
     expected = logits_of(as_float(weights))
@@ -161,10 +161,6 @@ def few_bit_ways(model: Model, rounding: Rounding, folder: Path) -> Iterator[Way
     content = file.read_bytes()
     for name, options in options_of(rounding).items():
         yield Way(name, content, expected, bits, group, options)
-    if group == "channel":
-        dynamic, static = as_dynamic_int8(weights), as_static_int8(weights, draw_noise(CALIBRATION_IMAGES), folder)
-        yield Way("unpacked to INT8, dynamic", dynamic.SerializeToString(), expected, bits, group)
-        yield Way("unpacked to INT8, static", static.SerializeToString(), expected, bits, group)
     if bits == 3:
         return  # the operator has none
     for level in ACCURACY_LEVELS:

@@ -37,7 +37,7 @@ FORMS: dict[str, Form] = {"fp32": Float32(), "bf16": BFloat16(), "dynamic": Dyna
 FORMS |= {method: StaticInt8(Calibration(60, method)) for method in ("minmax", "entropy", "percentile")}
 FORMS |= {f"{bits} bits": WeightOnly(Rounding(bits)) for bits in LEVELS}
 FORMS["4 bits in groups"] = WeightOnly(Rounding(4, 16))
-FORMS["all in 4 bits"] = WeightOnly(Rounding(2), Method(scheme="affine", router_bits=4, activation_bits=4))
+FORMS["activations of 4 bits"] = WeightOnly(Rounding(2), Method(scheme="affine", activation_bits=4))
 CLIENT = """
 import sys
 import numpy as np

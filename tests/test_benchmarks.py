@@ -15,7 +15,7 @@ from tiny import make_dataset, spec
 from benchmarks import breakdown, contestants, few_bits, latency, limits, scaling, sparse, training
 from benchmarks.common import BenchmarkOptions
 from benchmarks.contestants import bind_session, reference_contestants
-from benchmarks.few_bit_graphs import as_dynamic_int8, as_file, as_float, as_nbits, as_static_int8, round_all
+from benchmarks.few_bit_graphs import as_file, as_float, as_nbits, round_all
 from benchmarks.limits import shortest_ms
 from mnist_lab.compress.bfloat16 import has_bfloat16
 from mnist_lab.compress.levels import Bits, GroupSize, Rounding
@@ -133,28 +133,6 @@ def test_engines_own_nodes_hold_the_same_weights(bits: Bits, group: GroupSize) -
         assert f"MatMulNBits {bits}/" in found.products
         assert found.level == str(level)
         bind_session(way.open())(PIXELS[:1])()  # a batch of one has kernels of its own
-
-
-@pytest.mark.parametrize("bits", [8, 4, 3, 2])
-@pytest.mark.parametrize("name", TINY)
-def test_few_bits_run_as_integer_products(name: str, bits: Bits, tmp_path: Path) -> None:
-    weights = round_all(make_tiny(name), Rounding(bits))
-    expected = few_bits.logits_of(as_float(weights))
-    num_products = len(weights.plan)
-    for model, operator in (
-        (as_dynamic_int8(weights), "DynamicQuantizeMatMul"),
-        (as_static_int8(weights, scaling.draw_noise(100), tmp_path), "QGemm"),
-    ):
-        onnx.checker.check_model(model, full_check=True)
-        found = few_bits.check(few_bits.Way("", model.SerializeToString(), expected))
-        assert found.products == f"{num_products} {operator}"
-        assert 10 < found.decibels < 70  # some of an MoE's images change their experts
-        assert {node.domain for node in model.graph.node} == {""}
-        assert all(constant.data_type != onnx.TensorProto.INT8 or bits == 8 for constant in big(model))
-
-
-def big(model: onnx.ModelProto) -> list[onnx.TensorProto]:
-    return [constant for constant in model.graph.initializer if np.prod(constant.dims) > 1000]
 
 
 def test_file_is_the_suites_own(tmp_path: Path) -> None:

@@ -185,7 +185,8 @@ def test_proof_says_what_the_file_stores(tmp_path: Path) -> None:
     ]
     assert proof["bits"]["router"] == 4
     for name, bits in proof["bits"].items():
-        product = made_by[f"{name}.product" if f"{name}.product" in made_by else name]
+        outputs = (f"{name}{part}" for part in (".product.int32", ".int32", ".product", ""))
+        product = next(made_by[output] for output in outputs if output in made_by)
         integers = stored.get(made_by[product.input[1]].input[0])
         assert (integers is not None) == (bits in {8, 4})
         if integers is not None:

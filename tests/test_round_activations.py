@@ -152,7 +152,7 @@ def test_engine_rounds_them_and_the_proof_says_how_many(name: str, bits: Activat
     num_rounded = {"ffn": 2, "moe": 8}[name]
     assert proof["activations"] == {str(bits): num_rounded}
     assert f"activations: {num_rounded} in {bits} bits" in proof["text"]
-    assert proof["products"] == {"4": {"ffn": 3, "moe": 11}[name]}
+    assert proof["products"] == {"INT8": {"ffn": 3, "moe": 11}[name]}
     found = open_session("onnxruntime", file, precision="INT4", threads=1).predict(PIXELS)
     (expected,) = read_out(read_onnx(file), "logits")
     assert np.square(found - expected).sum() < 0.02 * np.square(expected).sum()
@@ -166,7 +166,8 @@ def test_proof_says_what_travels_to_and_from_experts(tmp_path: Path) -> None:
     proofs = {bits: write(model, tmp_path / "model.onnx", Method(activation_bits=bits)) for bits in BITS}
     for bits, num_bytes in zip(BITS, (192, 48, 24), strict=True):  # 2 experts, 16 values there and 8 back
         assert proofs[bits]["bytes_to_and_from_experts"] == {"32": 192, "8": 48, "4": 24}
-        assert f"to and from experts {num_bytes} bytes an image" in proofs[bits]["text"]
+        told = f"to and from experts {num_bytes} bytes an image, 192 in FP32"
+        assert (told in proofs[bits]["text"]) == (bits is not None)
     assert "activations" not in proofs[None]
     odd = replace(model.config, model_width=17, output_width=6, routing=RoutingConfig(top_k=1))
     assert bytes_to_and_from_experts(odd, 4) == 12

@@ -12,6 +12,7 @@ from test_expert_shapes import APART, SHARED
 from tiny import make_dataset, spec
 
 from mnist_lab.compress import weight_only as w
+from mnist_lab.compress.few_bits import stored_bits
 from mnist_lab.compress.levels import LEVELS, Bits, Rounded, Rounding
 from mnist_lab.compress.weight_only import Method, WeightOnly
 from mnist_lab.deploy.artifacts import artifact_bytes, read_onnx, save_onnx
@@ -82,10 +83,13 @@ def test_engine_multiplies_with_few_bits(name: str, bits: Bits, group_size: Any,
     model, file = make_model(name), tmp_path / "model.onnx"
     method = Method("nearest" if name in {"ffn", "moe"} else "gptq", scheme)  # large ones take seconds
     proof = write(model, file, Rounding(bits, group_size), method)
-    num_layers = sum(node.op_type == "DequantizeLinear" for node in read_onnx(file).graph.node)
+    num_layers = len(stored_bits(read_onnx(file).graph))
     in_few = num_layers - (bits in {3, 2})  # the last layer keeps 4
     assert proof["stored"] == {str(bits): in_few} | ({"4": 1} if in_few < num_layers else {})
-    assert proof["products"] == {"8" if bits == 8 else "4": num_layers}
+    if group_size == "channel":
+        assert proof["products"] == {"8" if bits == 8 else "INT8": num_layers}
+    assert set(proof["products"]) <= ({"8"} if bits == 8 else {"4", "INT8"})  # a layer of few inputs is a single group
+    assert sum(proof["products"].values()) == num_layers
     onnx.checker.check_model(onnx.load(file), full_check=True)
     session = open_session("onnxruntime", file, precision=WeightOnly(Rounding(bits)).precision, threads=1)
     for batch in (1, 65):
@@ -139,18 +143,30 @@ def test_engine_that_computes_something_else_is_found(tmp_path: Path, monkeypatc
 def test_agreement_is_of_the_engine_with_the_file(tmp_path: Path) -> None:
     file = tmp_path / "model.onnx"
     write(make_model("ffn"), file, Rounding(2), Method("nearest"))
-    assert 30 < w.agreement(file) < 100
+    assert w.agreement(file) > 100  # integer products are exact
+    write(make_model("ffn"), file, Rounding(2, 64), Method("nearest"))
+    assert 30 < w.agreement(file) < 100  # these round rows more than the file says
+
+
+@pytest.mark.parametrize("bits", [4, 2])
+def test_few_bits_by_output_are_multiplied_as_int8(bits: Bits, tmp_path: Path) -> None:
+    model, file = make_model("moe"), tmp_path / "model.onnx"
+    proof = write(model, file, Rounding(bits), Method("nearest"))
+    assert proof["products"] == {"INT8": 10}
+    assert "10 as INT8" in proof["text"]
+    quantizers = [node for node in read_onnx(file).graph.node if node.op_type == "DynamicQuantizeLinear"]
+    assert len(quantizers) == 3 + 4  # pixels, rows of all experts at once, what goes into the head; within each expert
 
 
 def test_product_that_stays_in_float_is_found(tmp_path: Path) -> None:
     file = tmp_path / "model.onnx"
-    write(make_model("moe"), file, Rounding(4), Method("nearest"))
+    write(make_model("moe"), file, Rounding(4, 64), Method("nearest"))
     model = read_onnx(file)
     for node in model.graph.node:
         if node.op_type == "Max":
             node.op_type = "Relu"
-            del node.input[1]
-    del model.graph.initializer[[c.name for c in model.graph.initializer].index(w.ZERO)]
+            zero = node.input.pop()
+    del model.graph.initializer[[c.name for c in model.graph.initializer].index(zero)]
     save_onnx(model, file, {"model": "x"})
     with pytest.raises(WrongPrecision, match="in float are"):
         w.prove_weights(file)

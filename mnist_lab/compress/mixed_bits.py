@@ -20,9 +20,9 @@ import numpy as np
 import onnx
 import onnxruntime
 import torch
-from onnx import numpy_helper
+from onnx import helper, numpy_helper
 
-from mnist_lab.compress.few_bits import FewBits, add_weights, shorten_names, stored_bits
+from mnist_lab.compress.few_bits import make_node, stored_bits
 from mnist_lab.compress.gptq import CALIBRATION_SIZE
 from mnist_lab.compress.levels import Bits, Rounded, Rounding
 from mnist_lab.compress.weight_only import (
@@ -50,7 +50,7 @@ MEAN_BITS = (2, 3, 4, 8)  # of these
 LONGEST = 1.23e-5  # of a rise, as text
 KIB = 1024
 PRODUCTS = {"MatMul", "MatMulInteger"}
-SPARE_BYTES = 16  # for each product: numbers in a file take a byte more or less, as they are larger or smaller
+SPARE_BYTES = 96  # for each product: rows that another product takes too may be rounded for this one apart
 SCALE = 1e6  # of the largest rise to the solver, which sees no differences below 1e-6
 Allocation = Literal["sensitivity", "even"]
 Choice = tuple[str, Rounding]  # of a product
@@ -207,12 +207,11 @@ def measure_sizes(rounded: Mapping[Choice, Rounded], plan: Plan, file_bytes: int
 
 
 def _bytes_of(weights: Mapping[Choice, Rounded]) -> int:
-    graph = onnx.GraphProto()
-    add_weights(
-        graph, [FewBits(f"{name}.weight", rounding.bits, weight) for (name, rounding), weight in weights.items()]
-    )
-    shorten_names(graph)
-    return graph.ByteSize()
+    """Of a graph of nothing but these products."""
+    products = [make_node("Gemm", [f"{name}.rows", f"{name}.weight", f"{name}.bias"], name) for name, _ in weights]
+    model = helper.make_model(helper.make_graph(products, "products", [], []))
+    put_in(model, dict(weights.keys()), {name: weight for (name, _), weight in weights.items()})
+    return model.graph.ByteSize()
 
 
 def measure_rises(model: onnx.ModelProto, rounded: Mapping[Choice, Rounded], pixels: Array) -> dict[Choice, float]:

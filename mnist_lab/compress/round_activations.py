@@ -85,7 +85,7 @@ def _read_out(model: onnx.ModelProto, names: list[str], pixels: Array) -> dict[s
     opened.CopyFrom(model)
     opened.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in names)
     session = onnxruntime.InferenceSession(opened.SerializeToString(), session_options(1), providers=PROVIDERS)
-    return dict(zip(names, session.run(names, {"pixels": pixels}), strict=True))
+    return dict(zip(names, session.run([*names, "logits"], {"pixels": pixels}), strict=False))
 
 
 def best_scale(values: Array, kind: Kind) -> npt.NDArray[np.float32]:

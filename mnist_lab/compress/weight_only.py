@@ -303,8 +303,10 @@ def prove_rounded(model: Model, file: Path) -> Proof:
     if isinstance(model, SparseMoE):
         by_bits = {str(bits): bytes_to_and_from_experts(model.config, bits) for bits in (32, 8, 4)}
         proof["bytes_to_and_from_experts"] = by_bits
-        travelling = min(rounded, default=32)
-        proof["text"] += f"; to and from experts {by_bits[str(travelling)]:,} bytes an image"
+        if rounded:
+            proof["text"] += (
+                f"; to and from experts {by_bits[str(min(rounded))]:,} bytes an image, {by_bits['32']:,} in FP32"
+            )
     return proof
 
 
