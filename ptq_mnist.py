@@ -5,9 +5,10 @@ python ptq_mnist.py --model moe                     # the MoE, dynamic: expect 9
 python ptq_mnist.py --model moe --mode static       # the contrast: expect 99.21 ± 0.07 %, 0.735 MiB
 python ptq_mnist.py --mode weight-only --bits 4     # weights of 4 bits, a scale for each output
 python ptq_mnist.py --mode weight-only --model moe --size-budget 235    # of 2, 3, 4 or 8 bits, as fits into 235 KiB
+python ptq_mnist.py --mode fused --model moe --bits 8   # for one image at a time: the experts as one operator
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from mnist_lab.command.console import make_and_print, open_lab, print_proof
@@ -16,12 +17,23 @@ from mnist_lab.command.options import Options
 from mnist_lab.compress.int8 import Calibration, Mode, StaticInt8
 from mnist_lab.compress.levels import Rounding
 from mnist_lab.compress.mixed_bits import Allocation, MixedBits
+from mnist_lab.compress.qmoe import FusedExperts
 from mnist_lab.compress.weight_only import Method, WeightOnly
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.row import Row
-from mnist_lab.experiments.rows import FFN, MOE, STUDENT, dynamic_int8, mixed_bits, static_int8, weight_only
+from mnist_lab.experiments.rows import (
+    FFN,
+    MOE,
+    STUDENT,
+    dynamic_int8,
+    fused_experts,
+    mixed_bits,
+    static_int8,
+    weight_only,
+)
 from mnist_lab.experiments.run import Run
 
+AnyMode = Mode | Literal["weight-only", "fused"]
 SOURCES = {"ffn": FFN, "moe": MOE, "student": STUDENT}
 
 
@@ -29,9 +41,10 @@ SOURCES = {"ffn": FFN, "moe": MOE, "student": STUDENT}
 class PTQOptions(Options):
     model: Literal["ffn", "moe", "student"] = "ffn"
     """Trained model to convert; student is KD_FFN_Student."""
-    mode: Mode | Literal["weight-only"] | None = None
+    mode: AnyMode | None = None
     """Where activation ranges come from: static (calibration) or dynamic (each batch); or weight-only, which stores
-    weights in --bits and no ranges; when not given, static for the dense models and dynamic for the MoE."""
+    weights in --bits and no ranges; or fused, an MoE's experts in --bits 8 or 4 as one operator of ONNX Runtime, the
+    fastest for one image at a time; when not given, static for the dense models and dynamic for the MoE."""
     calibration: Calibration = field(default_factory=Calibration)
     rounding: Rounding = field(default_factory=Rounding)
     size_budget: float | None = None
@@ -57,15 +70,25 @@ class PTQOptions(Options):
         elif None not in {self.size_budget, self.mean_bits}:
             raise UserError("--size-budget and --mean-bits are two ways to say the same: drop one of them")
         own = (self.rounding, self.method, self.mixed)
-        if self.chosen_mode != "weight-only" and own != (Rounding(), Method(), None):
+        if self.chosen_mode == "fused":
+            self._check_fused()
+        elif self.chosen_mode != "weight-only" and own != (Rounding(), Method(), None):
             raise UserError(f"{self.chosen_mode} mode stores 8 bits: drop --bits and whatever is for weight-only")
         if self.rounding.bits in {"ternary", 1}:
             raise UserError(f"--bits {self.rounding.bits} is too little without training: qat_mnist.py does that")
         if self.method.router_bits is not None and self.model != "moe":
             raise UserError(f"--router-bits {self.method.router_bits}: {self.model} has no router")
 
+    def _check_fused(self) -> None:
+        if self.model != "moe":
+            raise UserError(f"--mode fused makes one operator of all experts, and {self.model} has none")
+        if self.rounding.bits not in {8, 4}:
+            raise UserError(f"--bits {self.rounding.bits}: --mode fused takes 8 or 4")
+        if (replace(self.rounding, bits=Rounding().bits), self.method, self.mixed) != (Rounding(), Method(), None):
+            raise UserError("--mode fused has no options but --bits: drop whatever is for weight-only")
+
     @property
-    def chosen_mode(self) -> Mode | Literal["weight-only"]:
+    def chosen_mode(self) -> AnyMode:
         return self.mode or ("dynamic" if self.model == "moe" else "static")
 
     @property
@@ -78,6 +101,8 @@ class PTQOptions(Options):
     @property
     def row(self) -> Row:
         source = SOURCES[self.model]
+        if self.chosen_mode == "fused":
+            return fused_experts(source, FusedExperts(8 if self.rounding.bits == 8 else 4))
         if self.chosen_mode == "weight-only":
             form = self.mixed
             return mixed_bits(source, form) if form else weight_only(source, WeightOnly(self.rounding, self.method))

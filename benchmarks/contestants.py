@@ -6,32 +6,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import onnx
 import onnxruntime
 import torch
-from onnx import helper, numpy_helper
-from onnx.utils import Extractor
 from onnxruntime import quantization
 from torch import Tensor
 
 from benchmarks.mask_loop import mask_loop_forward
-from mnist_lab.compress.few_bits import pack_int4
-from mnist_lab.compress.int8 import needs_reduced_range, quantize
-from mnist_lab.compress.levels import Int8, Rounding
-from mnist_lab.compress.weight_only import round_weight
-from mnist_lab.deploy.artifacts import read_onnx
-from mnist_lab.deploy.onnx import build_onnx, write_onnx
+from mnist_lab.compress.int8 import needs_reduced_range
+from mnist_lab.compress.qmoe import OperatorBits, fuse_experts, replace_experts
+from mnist_lab.deploy.onnx import build_onnx
 from mnist_lab.measure import Array
 from mnist_lab.models.ffn import FFN
 from mnist_lab.models.moe import EveryExpert, SparseMoE
-from mnist_lab.runtimes import FLOAT_PRODUCTS, ROUTER, Precision, RuntimeName, bind, open_session
+from mnist_lab.runtimes import Precision, RuntimeName, bind, open_session
 from mnist_lab.runtimes.onnxruntime import PROVIDERS, bind_batch, session_options
 
-QMOE_GROUP = 128  # inputs that share a scale
 Call = Callable[[], object]
 Binder = Callable[[Array], Call]  # a forward pass of these pixels, prepared
 
@@ -78,9 +70,10 @@ def reference_contestants(ffn: FFN, moe: SparseMoE, folder: Path) -> list[Contes
 def _vendor_operators(moe: SparseMoE, folder: Path) -> list[Contestant]:
     """ONNX Runtime's own operators for a mixture, in FP32 and with weights of few bits."""
     graphs: dict[tuple[Precision, str], onnx.ModelProto] = {("FP32", "ORT MoE operator"): use_moe_operator(moe)}
-    qmoe_bits: tuple[Literal[8, 4], ...] = (8, 4)
-    for bits in qmoe_bits:
-        graphs["INT8", f"ORT QMoE operator, {bits} bits"] = use_qmoe_operator(moe, bits, folder)
+    both: tuple[OperatorBits, ...] = (8, 4)
+    for bits in both:
+        fused = fuse_experts(moe, bits, reduced_range=needs_reduced_range())
+        graphs["INT8", f"ORT QMoE operator, {bits} bits"] = fused
     contestants = []
     for number, ((precision, name), graph) in enumerate(graphs.items()):
         path = folder / f"vendor-moe-{number}.onnx"
@@ -172,61 +165,7 @@ def use_moe_operator(model: SparseMoE) -> onnx.ModelProto:
         "moe.bias_out": experts.bias_out,  # (E, O)
     }
     arrays = {name: weight.detach().contiguous().numpy() for name, weight in weights.items()}
-    return _replace_experts(build_onnx(model), model, "MoE", arrays)
-
-
-def use_qmoe_operator(model: SparseMoE, bits: Literal[8, 4], folder: Path) -> onnx.ModelProto:
-    """The same of our dynamic INT8 artifact, with the operator for weights of few bits; it rounds its inputs to 8."""
-    fp32, int8 = folder / "before-qmoe.onnx", folder / "before-qmoe-int8.onnx"
-    write_onnx(model, fp32, {})
-    quantize(
-        fp32,
-        int8,
-        mode="dynamic",
-        keep_float=FLOAT_PRODUCTS,
-        reduced_range=needs_reduced_range(),
-        metadata={},
-    )
-    arrays: dict[str, npt.NDArray[Any]] = {}
-    for part in ("in", "out"):
-        weights_EIO, biases_EO = (getattr(model.experts, f"{kind}_{part}").detach() for kind in ("weight", "bias"))
-        rounded = [round_weight(weight.numpy(), Rounding(bits, QMOE_GROUP), None) for weight in weights_EIO]
-        arrays[f"moe.weight_{part}"] = np.stack([_pack_unsigned(own.integers.T, bits) for own in rounded])
-        arrays[f"moe.scale_{part}"] = np.stack([own.scales.T for own in rounded])  # (E, O, G)
-        arrays[f"moe.bias_{part}"] = biases_EO.numpy()
-    how = {"expert_weight_bits": bits, "block_size": QMOE_GROUP, "accuracy_level": 4}
-    return _replace_experts(read_onnx(int8), model, "QMoE", arrays, **how)
-
-
-def _pack_unsigned(integers_OI: Int8, bits: Literal[8, 4]) -> npt.NDArray[np.uint8]:
-    """Bytes (O, bytes of I), the first in the lowest bits, where zero stands as half of the range."""
-    shifted = (integers_OI.astype(np.int16) + 2 ** (bits - 1)).astype(np.int8)
-    packed = shifted.tobytes() if bits == 8 else pack_int4(shifted)
-    return np.frombuffer(packed, np.uint8).reshape(len(integers_OI), -1)
-
-
-def _replace_experts(
-    artifact: onnx.ModelProto, model: SparseMoE, operator: str, arrays: dict[str, npt.NDArray[Any]], **how: Any
-) -> onnx.ModelProto:
-    """An artifact with a vendor's operator, of these constants, between router and head."""
-    nodes = artifact.graph.node
-    place = next(place for place, node in enumerate(nodes) if node.name == ROUTER)
-    for node in nodes:
-        node.output[:] = ["unused" if name == "mixed" else name for name in node.output]
-    experts = helper.make_node(
-        operator,
-        [nodes[place].input[0], ROUTER, *arrays],
-        ["mixed"],
-        domain="com.microsoft",
-        k=model.config.routing.top_k,
-        activation_type="relu",
-        normalize_routing_weights=1,
-        **how,
-    )
-    nodes.insert(place + 1, experts)
-    artifact.graph.initializer.extend(numpy_helper.from_array(array, name) for name, array in arrays.items())
-    artifact.opset_import.append(helper.make_opsetid("com.microsoft", 1))
-    return Extractor(artifact).extract_model(["pixels"], ["logits"])
+    return replace_experts(build_onnx(model), model, "MoE", arrays)
 
 
 def _quantize_eagerly(model: torch.nn.Module) -> torch.nn.Module | None:

@@ -63,20 +63,6 @@ def test_contestants_compute_the_same_models(models: tuple[FFN, SparseMoE], tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("bits", "least"), [(8, 25), (4, 12)])
-def test_vendors_operator_of_few_bits_computes_the_same_experts(
-    models: tuple[FFN, SparseMoE], bits: Any, least: float, tmp_path: Path
-) -> None:
-    onnx.save(contestants.use_qmoe_operator(models[1], bits, tmp_path), tmp_path / "qmoe.onnx")
-    # Both have the same routes, which rounding the stem may have changed.
-    expected, found = (
-        np.asarray(contestants.open_onnxruntime(tmp_path / name, 1)(PIXELS)())
-        for name in ("before-qmoe-int8.onnx", "qmoe.onnx")
-    )
-    assert least < 10 * np.log10(np.square(expected).sum() / np.square(expected - found).sum()) < 60
-
-
-@pytest.mark.slow
 def test_engines_compute_the_same_mostly_zero_model(tmp_path: Path) -> None:
     model = sparse.make_ffn(0.95)
     weights = [weight for weight in model.parameters() if weight.ndim == 2]

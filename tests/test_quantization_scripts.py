@@ -42,7 +42,7 @@ def record_of(bench: Bench, name: str) -> Record:  # noqa: F811
 def test_a_model_learns_in_4_bits_where_nothing_is_said(trained_bench: Bench) -> None:
     out = succeed(trained_bench, "qat_mnist")
     assert "weights: 234,752 of 4 bits; learned the task over 1 epochs" in out
-    assert "weights of products: 3 of 4 bits; multiplied: 3 in 4 bits; in float: none" in out
+    assert "weights of products: 3 of 4 bits; multiplied: 3 as INT8; in float: none" in out
     record = record_of(trained_bench, "FFN_baseline_QAT")
     assert (record.precision, record.technique, record.original) == ("INT4", "qat", "FFN_baseline-epochs1")
     whole, rounded = (
@@ -88,6 +88,22 @@ def test_ptq_rounds_router_and_activations_and_takes_a_scheme(trained_bench: Ben
 
 
 @pytest.mark.parametrize(
+    ("bits", "name", "precision"), [("8", "Sparse_MoE_fused-b8", "INT8"), ("4", "Sparse_MoE_fused", "INT4")]
+)
+def test_ptq_makes_one_operator_of_the_experts(trained_bench: Bench, bits: str, name: str, precision: str) -> None:
+    out = succeed(trained_bench, "ptq_mnist", *f"--model moe --mode fused --bits {bits}".split())
+    assert f"experts: one operator, weights of {bits} bits, rows of 8; integer products: 2" in out
+    record = record_of(trained_bench, name)
+    assert (record.precision, record.technique, [*record.measurements]) == (
+        precision,
+        "moe + fused ptq",
+        ["onnxruntime"],
+    )
+    assert record.against_original is not None
+    assert 0 <= record.against_original["rerouted"] < 0.5
+
+
+@pytest.mark.parametrize(
     ("arguments", "says"),
     [
         ("qat_mnist --bits 5", "--bits"),
@@ -116,6 +132,19 @@ def test_ptq_rounds_router_and_activations_and_takes_a_scheme(trained_bench: Ben
         ("ptq_mnist --scheme affine", "weight-only"),
         ("ptq_mnist --mode dynamic --activation-bits 8", "weight-only"),
         ("ptq_mnist --model moe --router-bits 4", "weight-only"),
+        ("ptq_mnist --mode fused", "ffn has none"),
+        ("ptq_mnist --mode fused --model student --bits 8", "student has none"),
+        ("ptq_mnist --mode fused --model moe --bits 2", "--bits 2: --mode fused takes 8 or 4"),
+        ("ptq_mnist --mode fused --model moe --bits ternary", "--bits ternary: --mode fused takes 8 or 4"),
+        ("ptq_mnist --mode fused --model moe --group-size 64", "no options but --bits"),
+        ("ptq_mnist --mode fused --model moe --first-layer-bits 8", "no options but --bits"),
+        ("ptq_mnist --mode fused --model moe --scheme affine", "no options but --bits"),
+        ("ptq_mnist --mode fused --model moe --method nearest", "no options but --bits"),
+        ("ptq_mnist --mode fused --model moe --router-bits 4", "no options but --bits"),
+        ("ptq_mnist --mode fused --model moe --activation-bits 8", "no options but --bits"),
+        ("ptq_mnist --mode fused --model moe --size-budget 300", "no options but --bits"),
+        ("ptq_mnist --mode fused --model moe --calibration-size 50", "fused mode calibrates nothing"),
+        ("ptq_mnist --mode fused --model moe --runtime pytorch", "onnxruntime"),
     ],
 )
 def test_bad_input_ends_with_exit_code_2(bench: Bench, arguments: str, says: str) -> None:  # noqa: F811

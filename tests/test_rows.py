@@ -6,6 +6,7 @@ from mnist_lab.compress.int8 import Calibration, DynamicInt8, StaticInt8
 from mnist_lab.compress.levels import Rounding
 from mnist_lab.compress.mixed_bits import MixedBits
 from mnist_lab.compress.qat import Learning, Quantization, TrainQuantized
+from mnist_lab.compress.qmoe import FusedExperts
 from mnist_lab.compress.weight_only import AsTrained, Method, WeightOnly
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import (
@@ -22,6 +23,7 @@ from mnist_lab.experiments.rows import (
     deployed,
     dynamic_int8,
     families,
+    fused_experts,
     mixed_bits,
     sparse_moe,
     static_int8,
@@ -90,6 +92,13 @@ BY_LAYERS = Quantization(Rounding("ternary"), learn="layers")
         ),
         (mixed_bits(MOE, MixedBits(mean_bits=3)), "Sparse_MoE_mixed_bits-mean3", "moe + mixed-bit ptq", MOE.name),
         (dynamic_int8(sparse_moe(EXTREME)), "Sparse_MoE_INT8-E8-K1-switch-w0.1-c1.25", "moe + dynamic ptq", None),
+        (fused_experts(MOE), "Sparse_MoE_fused", "moe + fused ptq", "Sparse_MoE"),
+        (
+            fused_experts(sparse_moe(EXTREME), FusedExperts(8)),
+            "Sparse_MoE_fused-b8-E8-K1-switch-w0.1-c1.25",
+            "moe + fused ptq",
+            None,
+        ),
         (weight_only(FFN), "FFN_baseline_weight_only", "weight-only ptq", "FFN_baseline"),
         (
             weight_only(MOE, WeightOnly(Rounding(2, 64), Method("nearest", "affine", 4, 8))),

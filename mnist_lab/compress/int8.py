@@ -409,15 +409,23 @@ def prove_integer(artifact: Path, fp32: onnx.ModelProto, *, keep_float: Collecti
         WrongPrecision: a product that should be INT8 is not, or one in `keep_float` or a softmax is.
     """
     products = {node.name for node in fp32.graph.node if node.op_type in {"Gemm", "MatMul"}}
-    expected_float = products & set(keep_float)
+    return prove_products(artifact, products - set(keep_float), keep_float=products & set(keep_float))
+
+
+def prove_products(artifact: Path, products: Collection[str], *, keep_float: Collection[str]) -> Products:
+    """That the engine runs these products in integers, those of `keep_float` in float, and no others.
+
+    Raises:
+        WrongPrecision: it does not, or runs a softmax in integers.
+    """
     nodes = optimized_graph(artifact).node
     integer = Counter(node.op_type for node in nodes if node.op_type in INTEGER_OPERATORS)
     floats = {node.name for node in nodes if node.op_type in FLOAT_OPERATORS}
     problems = []
-    if integer.total() != len(products - expected_float):
-        problems.append(f"{integer.total()} of {len(products - expected_float)} layers are integer products")
-    if floats != expected_float:
-        problems.append(f"in float are {sorted(floats)}, not {sorted(expected_float)}")
+    if integer.total() != len(products):
+        problems.append(f"{integer.total()} of {len(products)} layers are integer products")
+    if floats != set(keep_float):
+        problems.append(f"in float are {sorted(floats)}, not {sorted(keep_float)}")
     if any(node.op_type == "QLinearSoftmax" for node in nodes):
         problems.append("the softmax is no longer in float")
     if problems:

@@ -5,17 +5,18 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import onnx
 import onnxruntime
-from onnx import TensorProto, helper
+from onnx import helper, numpy_helper
 from onnx.utils import Extractor
 
 from mnist_lab.deploy.artifacts import read_onnx
 from mnist_lab.measure import EVALUATION_BATCH, Array
-from mnist_lab.runtimes import COMBINE, COMBINE_BIASES
+from mnist_lab.runtimes import COMBINE, COMBINE_BIASES, FUSED, ROUTER
 from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options
 
 NUM_CALLS = 200
@@ -30,7 +31,19 @@ JOBS = ["stem and head", "experts", "router", "sort", "move rows", "combine", "g
 
 def choose_experts(artifact: Path, images: Array) -> npt.NDArray[np.int64]:
     """The set of experts (N, K) that an artifact chooses for each image, in the order of their numbers."""
-    return np.sort(np.concatenate(_read_out(read_onnx(artifact), "top_experts", images)), axis=1)
+    model = read_onnx(artifact)
+    _choose_outside(model.graph)
+    return np.sort(np.concatenate(read_out(model, "top_experts", images)), axis=1)
+
+
+def _choose_outside(graph: onnx.GraphProto) -> None:
+    """Let a graph whose experts are one operator tell which of them that chooses inside itself; in place."""
+    fused = next((node for node in graph.node if node.op_type == FUSED), None)
+    if fused is None:
+        return
+    top_k = np.array([helper.get_node_attr_value(fused, "k")])
+    graph.initializer.append(numpy_helper.from_array(top_k, "top_k"))
+    graph.node.append(helper.make_node("TopK", [ROUTER, "top_k"], ["top_logits", "top_experts"], axis=-1))
 
 
 def count_rows(artifact: Path, images: Array) -> list[int]:
@@ -38,13 +51,13 @@ def count_rows(artifact: Path, images: Array) -> list[int]:
     model = read_onnx(artifact)
     if not any(node.name == "load" for node in model.graph.node):
         return []
-    rows: list[int] = np.sum(_read_out(model, "load", images), axis=0).tolist()
+    rows: list[int] = np.sum(read_out(model, "load", images), axis=0).tolist()
     return rows
 
 
-def _read_out(model: onnx.ModelProto, name: str, images: Array) -> list[npt.NDArray[np.int64]]:
-    """A tensor of whole numbers inside a model, per batch."""
-    model.graph.output.append(helper.make_tensor_value_info(name, TensorProto.INT64, None))
+def read_out(model: onnx.ModelProto, name: str, images: Array) -> list[npt.NDArray[Any]]:
+    """A tensor inside a model, per batch."""
+    model.graph.output.add(name=name)
     session = onnxruntime.InferenceSession(model.SerializeToString(), session_options(1), providers=PROVIDERS)
     return [
         session.run([name], {"pixels": images[start : start + EVALUATION_BATCH]})[0]

@@ -1,13 +1,14 @@
-"""Whether a graph is safe to run: of the suite's own operators, and of results whose sizes are known before."""
+"""Whether a graph is safe to run: of operators that the suite writes, and of results whose sizes are known before."""
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from mnist_lab.measure import EVALUATION_BATCH
+from mnist_lab.runtimes import FUSED, VENDOR
 
 # What the suite's graphs are made of, as `deploy/onnx.py` writes them and ONNX Runtime's converter changes them.
 OPERATORS = {
@@ -15,6 +16,11 @@ OPERATORS = {
     "GatherElements", "Gemm", "MatMul", "MatMulInteger", "Max", "Mod", "Mul", "QuantizeLinear", "Range", "Relu",
     "Reshape", "ScatterElements", "Shape", "Softmax", "Split", "Squeeze", "Sub", "TopK", "Unsqueeze",
 }  # fmt: skip
+# And the one of a vendor's, as `compress/qmoe.py` writes it: what it is told, and which inputs it gets.
+FUSED_SETTINGS = {
+    "k", "activation_type", "normalize_routing_weights", "expert_weight_bits", "block_size", "accuracy_level",
+}  # fmt: skip
+FUSED_INPUTS = ([*range(8)], [*range(8), 14])  # rows, logits, then constants; and last, weights of the experts
 # What may compute from constants alone: weights of few bits, several in a word, are taken apart at loading.
 OF_CONSTANTS = {"Cast", "DequantizeLinear", "Div", "Gather", "Mod", "Reshape", "Split"}
 WEIGHTS_OF_A_WORD = {TensorProto.INT64: 64, TensorProto.UINT8: 8}  # at most
@@ -52,7 +58,8 @@ def check_graph(model: onnx.ModelProto) -> None:
         ValueError: it could.
     """
     graph = model.graph
-    if model.functions or any(opset.domain for opset in model.opset_import):
+    further = [(opset.domain, opset.version) for opset in model.opset_import if opset.domain]
+    if model.functions or further not in ([], [(VENDOR, 1)]):
         raise ValueError("it has functions or operators of its own")
     if [value.name for value in graph.input] != ["pixels"] or [value.name for value in graph.output] != ["logits"]:
         raise ValueError("it does not take pixels and give logits")
@@ -66,7 +73,8 @@ def check_graph(model: onnx.ModelProto) -> None:
     if len(constants) < len(names):
         raise ValueError("two of its constants have the same name")
     for node in graph.node:
-        if node.op_type not in OPERATORS or node.domain:
+        is_fused = bool(further) and (node.domain, node.op_type) == (VENDOR, FUSED)
+        if not is_fused and (node.op_type not in OPERATORS or node.domain):
             raise ValueError(f"it has the operator {node.op_type}, which the suite does not write")
         if constants.issuperset(name for name in node.input if name):  # an optional input may be left out
             if node.op_type not in OF_CONSTANTS:
@@ -114,18 +122,47 @@ def _check_sizes(graph: onnx.GraphProto, constants: Collection[str], opsets: Ite
     most += sum(math.prod(sparse.values.dims) + max(sparse.dims) for sparse in graph.sparse_initializer)
     sketch = helper.make_model(_sketch(graph, constants), opset_imports=list(opsets))
     inferred = onnx.shape_inference.infer_shapes(sketch, strict_mode=True, data_prop=True).graph
-    sizes = {value.name: _size(value) for value in [*inferred.value_info, *inferred.output]}
+    shapes = {value.name: _shape(value) for value in [*inferred.value_info, *inferred.output]}
+    stored = {constant.name: [*constant.dims] for constant in graph.initializer}
+    stored |= {sparse.values.name: [*sparse.dims] for sparse in graph.sparse_initializer}
     for node in graph.node:
+        if node.op_type == FUSED:
+            _check_fused(node, shapes, stored)
         for name in filter(None, node.output):
-            size = sizes.get(name)
+            shape = shapes.get(name)
+            size = None if shape is None else math.prod(shape)
             if size is None or size > (most_of_constants if name in constants else most * EVALUATION_BATCH):
                 raise ValueError(f"{name} may be of any size")
 
 
-def _size(value: onnx.ValueInfoProto) -> int | None:
-    """How many values a tensor holds, where that is known."""
+def _shape(value: onnx.ValueInfoProto) -> list[int] | None:
+    """Of a tensor, where that is known."""
     dims = value.type.tensor_type.shape.dim
-    return math.prod(dim.dim_value for dim in dims) if all(dim.HasField("dim_value") for dim in dims) else None
+    return [dim.dim_value for dim in dims] if all(dim.HasField("dim_value") for dim in dims) else None
+
+
+def _check_fused(node: onnx.NodeProto, shapes: Mapping[str, list[int] | None], stored: Mapping[str, list[int]]) -> None:
+    """Raise ValueError unless the vendor's operator has all its weights from the file, and they fit what it gets.
+
+    Its result then has the shape of its rows, and what it takes meanwhile is in proportion to its weights.
+    """
+    how = {attribute.name: helper.get_attribute_value(attribute) for attribute in node.attribute}
+    if how.keys() != FUSED_SETTINGS or [place for place, name in enumerate(node.input) if name] not in FUSED_INPUTS:
+        raise ValueError(f"{node.name} is told what the suite does not write")
+    rows, logits, *weights_of_experts = (shapes.get(name) for name in (*node.input[:2], *node.input[14:]))
+    if rows is None or logits is None or len(rows) != 2 or len(logits) != 2 or rows[0] != logits[0]:
+        raise ValueError(f"{node.name} may be of any size")
+    width, num_experts = rows[1], logits[1]
+    inside, bits = stored.get(node.input[4], [0])[-1], how["expert_weight_bits"]
+    expected: list[list[float]] = []
+    for inputs, outputs in ((width, inside), (inside, width)):
+        expected += [[num_experts, outputs, inputs * part] for part in (bits / 8, 1 / how["block_size"])]
+        expected.append([num_experts, outputs])
+    if [stored.get(name) for name in node.input[2:8]] != expected:
+        raise ValueError(f"{node.name} has weights that are no constants of the file, or do not fit")
+    is_usual = bits in {8, 4} and 1 <= how["k"] <= num_experts and how["activation_type"] == b"relu"
+    if not is_usual or weights_of_experts not in ([], [logits]):
+        raise ValueError(f"{node.name} is told what the suite does not write")
 
 
 def _sketch(graph: onnx.GraphProto, constants: Collection[str]) -> onnx.GraphProto:
@@ -159,7 +196,7 @@ def _sketch(graph: onnx.GraphProto, constants: Collection[str]) -> onnx.GraphPro
                 raise ValueError(f"{node.name} does not join what was split")
         elif node.op_type == "Range":
             same_size = _counted(node, made_by, kept)
-        elif not is_dispatch and not (node.op_type == "TopK" and node.input[1] not in kept):
+        elif not is_dispatch and node.op_type != FUSED and not (node.op_type == "TopK" and node.input[1] not in kept):
             sketch.node.add().CopyFrom(node)
             continue
         for name in node.output:

@@ -16,6 +16,7 @@ from mnist_lab.compress.prune_neurons import NeuronPruning, PruneNeurons
 from mnist_lab.compress.prune_router import PruneRouter
 from mnist_lab.compress.prune_weights import PruneWeights, WeightPruning
 from mnist_lab.compress.qat import Learning, Quantization, TrainQuantized
+from mnist_lab.compress.qmoe import FusedExperts
 from mnist_lab.compress.share_base import ShareBase, Sharing
 from mnist_lab.compress.train import TrainFFN, TrainLike, TrainMoE
 from mnist_lab.compress.weight_only import AsTrained, Method, WeightOnly
@@ -62,6 +63,11 @@ def dynamic_int8(source: Row) -> Row:
 def weight_only(source: Row, form: WeightOnly = WeightOnly()) -> Row:
     """A trained row with weights of few bits."""
     return Row(f"{source.family}_weight_only", source=source, form=form)
+
+
+def fused_experts(source: Row, form: FusedExperts = FusedExperts()) -> Row:
+    """A mixture with its experts as one operator of few bits."""
+    return Row(f"{source.family}_fused", source=source, form=form)
 
 
 def mixed_bits(source: Row, form: MixedBits = MixedBits()) -> Row:
@@ -174,6 +180,7 @@ def _compression() -> Iterator[Row]:
 def _few_bits() -> Iterator[Row]:
     """What a trained model loses in fewer bits: rounded, layer by layer, or trained with them."""
     yield from (static_int8(FFN), dynamic_int8(MOE), static_int8(MOE))
+    yield from (fused_experts(MOE, FusedExperts(8)), fused_experts(MOE, FusedExperts(4)))
     affine = Method(scheme="affine")
     for source in (FFN, MOE):
         for rounding in (Rounding(8), Rounding(4), Rounding(3), Rounding(2)):

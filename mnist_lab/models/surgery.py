@@ -1,4 +1,4 @@
-"""The same model without some of its hidden units, or of its experts.
+"""The same model without some of its hidden units, or of its experts; or with more units, that do nothing.
 
 Units are those of the FFN's hidden layers; of an MoE its stem, the inside of its experts, their outputs and its head.
 
@@ -106,6 +106,34 @@ def _masked_chain(layers: nn.ModuleList, name: str, rows: Tensor, masks: Units) 
 def with_units(model: Model, kept: Places) -> Model:
     """The same model with these units only, in evaluation mode; experts that shared a base end without one."""
     return _smaller_ffn(model, kept) if isinstance(model, FFN) else _smaller_moe(model, kept)
+
+
+def with_more_units(model: SparseMoE, *, stem: int, experts: int, output: int) -> SparseMoE:
+    """The same mixture in layers of these widths, in evaluation mode: whatever a unit is short of is filled with zeros.
+
+    Experts that shared a base end without one, and those of different widths with one.
+    """
+    config, own = model.config, model.experts
+    more_stem, more_output = stem - config.model_width, output - config.output_width
+    more_inside = experts - config.expert_width
+    weights = {name: weight for name, weight in model.state_dict().items() if not name.startswith("experts.")}
+    weights |= {
+        "stem.weight": F.pad(_linear(model.stem).weight, (0, 0, 0, more_stem)),
+        "stem.bias": F.pad(_linear(model.stem).bias, (0, more_stem)),
+        "router.gate": F.pad(model.router.gate, (0, 0, 0, more_stem)),
+        "router.noise": F.pad(model.router.noise, (0, 0, 0, more_stem)),
+        "experts.weight_in": F.pad(own.weight_in, (0, more_inside, 0, more_stem)),
+        "experts.bias_in": F.pad(own.bias_in, (0, more_inside)),
+        "experts.weight_out": F.pad(own.weight_out, (0, more_output, 0, more_inside)),
+        "experts.bias_out": F.pad(own.bias_out, (0, more_output)),
+        "head.0.weight": F.pad(_linear(model.head[0]).weight, (0, more_output)),
+    }
+    wider = replace(
+        config, model_width=stem, expert_width=experts, expert_widths=None, output_width=output, shared_rank=None
+    )
+    loaded = _load(wider, weights)
+    assert isinstance(loaded, SparseMoE)
+    return loaded
 
 
 def _smaller_ffn(model: FFN, kept: Places) -> Model:

@@ -32,6 +32,7 @@ EXTENSIONS: dict[RuntimeName, str] = {
 # weighted sums of a row an expert.
 ROUTER, COMBINE, COMBINE_BIASES = "router", "combine", "combine_biases"
 FLOAT_PRODUCTS = (ROUTER, COMBINE, COMBINE_BIASES)
+VENDOR, FUSED = "com.microsoft", "QMoE"  # ONNX Runtime's own operator for all that lies between router and head
 
 COMPILING_TORCH = (2, 15)  # 2.11 can neither trace the MoE's grouped products nor lower torchao's models
 # What torch.compile asks of a compiler, in short. On macOS it looks for OpenMP itself, in several places.

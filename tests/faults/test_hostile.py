@@ -268,6 +268,122 @@ def as_wide_as_it_claims() -> onnx.ModelProto:
     return model
 
 
+def fused(change: Callable[[onnx.ModelProto], object] = lambda _: None) -> onnx.ModelProto:
+    """A sound graph but for the change: four experts 32 -> 64 -> 32 as one operator, two of them an image."""
+    constants = [values("v", 784, 32), values("g", 32, 4), values("u", 32, 10)]
+    weights = []
+    for inputs, outputs in ((32, 64), (64, 32)):
+        bytes_ = numpy_helper.from_array(np.zeros((4, outputs, inputs), np.uint8), f"q{inputs}")
+        weights += [bytes_, values(f"s{inputs}", 4, outputs, inputs // 32), values(f"b{inputs}", 4, outputs)]
+    operator = node(
+        "QMoE", ["x1", "x2", *(weight.name for weight in weights)], "x3", domain="com.microsoft", k=2,
+        activation_type="relu", normalize_routing_weights=1, expert_weight_bits=8, block_size=32, accuracy_level=4,
+    )  # fmt: skip
+    layers = [node("MatMul", ["x0", "v"], "x1"), node("MatMul", ["x1", "g"], "x2")]
+    model = bomb(flat(), *layers, operator, node("MatMul", ["x3", "u"]), constants=[*constants, *weights])
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    change(model)
+    return model
+
+
+def operator_of(model: onnx.ModelProto) -> onnx.NodeProto:
+    return next(node for node in model.graph.node if node.name == "x3")
+
+
+def told(**settings: Any) -> Callable[[onnx.ModelProto], object]:
+    """The operator with these settings."""
+
+    def change(model: onnx.ModelProto) -> None:
+        attributes = operator_of(model).attribute
+        others = [attribute for attribute in attributes if attribute.name not in settings]
+        del attributes[:]
+        attributes.extend([*others, *(helper.make_attribute(name, value) for name, value in settings.items())])
+
+    return change
+
+
+def given(place: int, name: str) -> Callable[[onnx.ModelProto], object]:
+    """The operator with another input."""
+
+    def change(model: onnx.ModelProto) -> None:
+        inputs = operator_of(model).input
+        inputs.extend([""] * (place + 1 - len(inputs)))
+        inputs[place] = name
+
+    return change
+
+
+def holding(constant: onnx.TensorProto) -> Callable[[onnx.ModelProto], object]:
+    """The graph with another constant in place of that of its name."""
+    return lambda model: next(own for own in model.graph.initializer if own.name == constant.name).CopyFrom(constant)
+
+
+def computed(model: onnx.ModelProto) -> None:
+    """Weights that are made of a constant, not a constant."""
+    model.graph.node.insert(0, node("Cast", ["q32"], "made", to=TensorProto.UINT8))
+    operator_of(model).input[2] = "made"
+
+
+def of_two_bits(model: onnx.ModelProto) -> None:
+    """What the vendor's operator takes too, stored as it has to be."""
+    told(expert_weight_bits=2)(model)
+    for inputs, outputs in ((32, 64), (64, 32)):
+        bytes_ = np.zeros((4, outputs, inputs // 4), np.uint8)
+        holding(numpy_helper.from_array(bytes_, f"q{inputs}"))(model)
+
+
+def named(operator: str) -> Callable[[onnx.ModelProto], object]:
+    return lambda model: setattr(operator_of(model), "op_type", operator)
+
+
+def imported(*domains: tuple[str, int]) -> Callable[[onnx.ModelProto], object]:
+    def change(model: onnx.ModelProto) -> None:
+        del model.opset_import[1:]
+        model.opset_import.extend(helper.make_opsetid(*own) for own in domains)
+
+    return change
+
+
+FUSED: dict[str, Callable[[onnx.ModelProto], object]] = {
+    "another of that vendor's": named("MoE"),
+    "another of that vendor's, by a standard name": named("Relu"),
+    "of another domain": lambda model: setattr(operator_of(model), "domain", "com.other"),
+    "of no domain": lambda model: setattr(operator_of(model), "domain", ""),
+    "domain not named": imported(),
+    "domain of another version": imported(("com.microsoft", 2)),
+    "a domain more": imported(("com.microsoft", 1), ("com.other", 1)),
+    "computed weights": computed,
+    "weights of the images": given(2, "x1"),
+    "scales of the images": given(3, "x1"),
+    "weights of no name": given(5, ""),
+    "wider weights": holding(numpy_helper.from_array(np.zeros((4, 64, 64), np.uint8), "q32")),
+    "fewer scales": holding(values("s64", 4, 32, 1)),
+    "fewer biases": holding(values("b64", 2, 32)),
+    "more experts than the router": holding(values("g", 32, 3)),
+    "rows of another width": holding(values("v", 784, 64)),
+    "more experts an image than there are": told(k=5),
+    "experts an image without end": told(k=10**15),
+    "no experts an image": told(k=0),
+    "other bits": told(expert_weight_bits=4),
+    "of two bits": of_two_bits,
+    "no bits": told(expert_weight_bits=0),
+    "other groups": told(block_size=16),
+    "no groups": told(block_size=0),
+    "other activation": told(activation_type="swiglu"),
+    "a setting more": told(swiglu_fusion=1),
+    "zero points": given(11, "b32"),
+    "weights of experts of another shape": given(14, "x1"),
+}
+
+
+def test_one_operator_of_a_vendor_is_read() -> None:
+    check_graph(fused())
+    check_graph(fused(given(14, "x2")))
+    for other in ("MoE", "MatMulNBits", "Relu"):
+        with pytest.raises(ValueError, match=f"the operator {other}, which the suite does not write"):
+            check_graph(fused(named(other)))
+
+
 def test_sparse_constant_is_read() -> None:
     check_graph(sparse())
 
@@ -321,6 +437,7 @@ GRAPHS: dict[str, Callable[[], onnx.ModelProto]] = {
     "other output": lambda: bomb(node("Relu", ["pixels"], "other")),
     "two constants of one name": twice,
     "result as wide as a sparse constant claims to be": as_wide_as_it_claims,
+    **{f"fused: {name}": partial(fused, change) for name, change in FUSED.items()},
     **{f"sparse: {name}": partial(sparse, change) for name, change in SPARSE.items()},
 }
 
