@@ -35,8 +35,8 @@ BITS: dict[Any, float] = {8: 8, 4: 4, 3: 3, 2: 2, "ternary": math.log2(3), 1: 1}
 IN_FLOAT = "float"
 ROUTER_BITS = [IN_FLOAT, 8, 4, 2]
 REROUTED = {
-    "rerouted": "images with other experts (%)",
-    "rerouted_other_class": "and with another answer (%)",
+    "rerouted": "other experts (% of images)",
+    "rerouted_other_class": "other experts and another answer (% of images)",
 }
 
 
@@ -143,6 +143,7 @@ def bits_by_expert(results: Results) -> Figure | None:
             axes.plot([100 * share for share in load], bits, **Look(COLORS[1 + seed % 7], "o").line, linestyle="")
         axes.set_title(title, fontsize=10)
         axes.set_ylim(1.5, 8.5)
+        axes.margins(x=0.1)
     label_outer(panels, columns, "load of the expert (% of all visits)", "bits, mean of its two layers")
     write_footnote(figure, f"{num_seeds(models)}, a colour each; a point for each expert")
     return figure

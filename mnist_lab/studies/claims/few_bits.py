@@ -71,17 +71,19 @@ def settle_few_bits(evidence: Evidence) -> list[Finding]:
 
 
 def rise_per_visit(record: Record) -> tuple[Values, Values]:
-    """Load of each living expert, the least visited first, and what two bits in its layers cost a visit, in nats."""
+    """Load of each living expert, the least visited first, and what two bits cost a visit, in nats: the sum over its
+    layers, each alone in two bits.
+    """
     assert record.proof is not None
     load, rise = (np.array(record.proof[name], dtype=float) for name in ("load", "rise_per_visit"))
     living = living_experts(load)
-    return load[living], rise[living]
+    return load[living], np.maximum(rise[living], LEAST_RISE)
 
 
 def sensitivity_of_the_least_visited(record: Record) -> float:
     """What a visit of the least visited living expert costs beyond one of the most visited, as log of their ratio."""
     _, rise = rise_per_visit(record)
-    return float(np.log(max(rise[0], LEAST_RISE) / max(rise[-1], LEAST_RISE)))
+    return float(np.log(rise[0] / rise[-1]))
 
 
 def bits_of_the_least_visited(record: Record) -> float:
