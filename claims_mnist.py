@@ -4,6 +4,7 @@ python claims_mnist.py --recipe quick       # minutes
 python claims_mnist.py                      # the standard recipe, within an hour: expect 6 of 14 supported
 python claims_mnist.py --suite compression  # claims 15 to 19, about pruning a mixture, in claims_compression.md
 python claims_mnist.py --suite few-bits     # claims 20 to 23, about fewer bits, in claims_few_bits.md
+python claims_mnist.py --suite transfer --dataset fashion-mnist  # claim 24, of MNIST's models, in claims_transfer.md
 """
 
 from dataclasses import dataclass, replace
@@ -14,13 +15,15 @@ from mnist_lab.command.entry import run_script
 from mnist_lab.command.options import Options, seeds_from
 from mnist_lab.errors import UserError
 from mnist_lab.studies.claims.draw import SuiteName
-from mnist_lab.studies.claims.run import Doors, run_claims, run_suite
+from mnist_lab.studies.claims.run import Doors, run_claims, run_suite, run_transfer
+from mnist_lab.studies.claims.transfer import source_for
 
 
 @dataclass(frozen=True)
 class ClaimOptions(Options):
     suite: SuiteName = "models"
-    """Which claims: the usual ones about the table's models, or those about pruning a mixture, or about fewer bits."""
+    """Which claims: the usual ones about the table's models, those about pruning a mixture, about fewer bits, or about
+    a model that becomes one of --dataset: MNIST's, or for MNIST Fashion-MNIST's."""
     seeds: int = 5
     """Number of seeds, from --seed upward; the grid of temperature and alpha takes up to three, on quick."""
 
@@ -33,14 +36,17 @@ class ClaimOptions(Options):
 
 def main(options: ClaimOptions) -> None:
     seeds = seeds_from(options.seed, options.seeds)
-    table, grid = (
-        Doors(partial(open_lab, chosen), partial(find_lab, chosen))
-        for chosen in (options, replace(options, recipe="quick"))
-    )
+    table = doors(options)
     if options.suite == "models":
-        run_claims(table, grid, seeds=seeds)
+        run_claims(table, doors(replace(options, recipe="quick")), seeds=seeds)
+    elif options.suite == "transfer":
+        run_transfer(table, doors(replace(options, dataset=source_for(options.dataset or "mnist"))), seeds=seeds)
     else:
         run_suite(options.suite, table, seeds=seeds)
+
+
+def doors(options: ClaimOptions) -> Doors:
+    return Doors(partial(open_lab, options), partial(find_lab, options))
 
 
 if __name__ == "__main__":

@@ -453,6 +453,7 @@ class TestBadInput:
             ("claims_mnist --runtime pytorch", "onnxruntime"),
             ("claims_mnist --suite nonsense", "nonsense"),
             ("claims_mnist --suite compression --runtime pytorch", "onnxruntime"),
+            ("claims_mnist --suite transfer --runtime pytorch", "onnxruntime"),
             ("run_all_experiments --seeds 0", "--seeds"),
             ("run_all_experiments --seeds 1000000000", "--seeds"),
             ("run_all_experiments --seed 4294967295 --seeds 2", "--seeds 2"),

@@ -52,6 +52,11 @@ class Lab:
         """The test split, read from disk once, when the first finished model is measured."""
         return self.dataset.load_test()
 
+    @property
+    def folder(self) -> Path:
+        """Of checkpoints, that which one run at a time writes: for claims the one around theirs."""
+        return self.checkpoints.parent if self.checkpoints.name == CLAIMS_FOLDER else self.checkpoints
+
     def on(self, name: DatasetName) -> "Lab":
         """The same preset and recipe on another data set, in its own folders.
 
@@ -60,14 +65,13 @@ class Lab:
         """
         if name == self.dataset.name:
             return self
-        assert self.checkpoints.name != CLAIMS_FOLDER, "claims stay on one data set"
         if name not in self._other_labs:
             folder = f"{name}-{self.preset_name}-{self.recipe_name}"
             self._other_labs[name] = replace(
                 self,
                 dataset=load_dataset(name, None if name == "digits" else self.data_dir),
-                checkpoints=self.checkpoints.with_name(folder),
-                results=self.results.with_name(folder),
+                checkpoints=_beside(self.checkpoints, folder),
+                results=_beside(self.results, folder),
                 _computed={},
             )
         return self._other_labs[name]
@@ -86,9 +90,18 @@ class Lab:
         That goes for the models too: claims train several seeds side by side, on fewer threads, which gives other bits.
         """
         return replace(
-            self, checkpoints=self.checkpoints / CLAIMS_FOLDER, results=self.results / CLAIMS_FOLDER, _computed={}
+            self,
+            checkpoints=self.checkpoints / CLAIMS_FOLDER,
+            results=self.results / CLAIMS_FOLDER,
+            _computed={},
+            _other_labs={},
         )
 
     def file(self, run_name: str, extension: str) -> Path:
         """A model's file of one kind, by `<model>-seed<k>`."""
         return self.checkpoints / f"{run_name}.{extension}"
+
+
+def _beside(folder: Path, name: str) -> Path:
+    """The folder of another lab; of its claims, where this one is of claims."""
+    return folder.parent.with_name(name) / CLAIMS_FOLDER if folder.name == CLAIMS_FOLDER else folder.with_name(name)

@@ -69,9 +69,9 @@ def ensure_weights(run: Run) -> None:
 def produce(run: Run) -> Produced:
     """Write a run's own file from parents that are up to date."""
     run.why_stale()  # refuses to overwrite what is not this run's
-    for parent in run.parents.values():
+    for parent in filter(Run.why_stale, run.parents.values()):
         own = parent.lab == run.lab
-        with nullcontext() if own else only_run_in(parent.lab.checkpoints, wait=True):  # another data set's folder
+        with nullcontext() if own else only_run_in(parent.lab.folder, wait=True):  # another data set's
             ensure_weights(parent)
     work, start = run.work(run.load_parents()), time.perf_counter()
     if run.row.step is None:

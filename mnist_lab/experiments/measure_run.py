@@ -71,7 +71,7 @@ def measure_run(
     record = Record(
         **_identity(run, found),
         predictions=save_predictions(run.lab.results, run.name, test_logits, test_labels),
-        original=run.original.model if run.original.lab == run.lab else run.original.output.parent.name,
+        original=run.original.model if run.original.lab == run.lab else run.original.lab.folder.name,
         architecture=as_json(asdict(model.config)),
         params_total=params_total,
         params_active=params_active,

@@ -160,7 +160,7 @@ def routing_vs_ratio(results: Results) -> Figure | None:
             share = _share_left_out(results, model)
             return Point(100 * share, 100 * model.row[column], interval_over_seeds(model, column))
 
-        handles |= draw_lines(axes, models, point_of, looks)
+        handles |= draw_lines(axes, models, point_of, lambda model: looks[model.family])
         axes.set_title(title, fontsize=10)
         axes.set(xlabel="left out (% of weights, of units, or of experts)", ylabel=label, xlim=(0, 103))
     place_legend(figure, [*handles.values()], [*handles])
@@ -182,6 +182,37 @@ def _draw_accuracy(
     members = _by_original(results)
     if not members:
         return None
+    looks = looks_by_family(results)
+
+    def draw_panel(axes: Axes, _: str, models: Sequence[Model]) -> dict[str, Line2D]:
+        lines = draw_lines(
+            axes,
+            models,
+            lambda model: Point(x_of(model), 100 * model.row["test_acc"], model.accuracy_error),
+            lambda model: looks[model.family],
+        )
+        make_logarithmic(axes, "x", "")
+        return lines
+
+    has_rivals = any(model.is_rival for models in members.values() for model in models)
+    dashed = ["dashed: the compressed models' architectures from scratch"] if has_rivals else []
+    return draw_accuracies(results, title, members, draw_panel, x_label=x_label, notes=[JOINED, *dashed, *notes])
+
+
+def draw_accuracies(
+    results: Results,
+    title: str,
+    members: Mapping[str, Sequence[Model]],
+    draw_panel: Callable[[Axes, str, Sequence[Model]], dict[str, Line2D]],
+    *,
+    x_label: str,
+    notes: Sequence[str],
+) -> Figure:
+    """A panel of accuracies for each original and the models that were made from it.
+
+    Args:
+        draw_panel: draws them, given the original's name; its lines by name, for the legend.
+    """
     titles = titles_of(results, members, 4.2)
     columns = min(2, len(members))
     rows = math.ceil(len(members) / columns)
@@ -192,21 +223,16 @@ def _draw_accuracy(
         columns=columns,
         size=(4.8 * columns + 3.4, (4.2 + extra_height(titles)) * rows + 0.9),
     )
-    looks = looks_by_family(results)
     handles: dict[str, Line2D] = {}
-    for axes, own_title, models in zip(panels, titles, members.values(), strict=True):
-        handles |= draw_lines(
-            axes, models, lambda model: Point(x_of(model), 100 * model.row["test_acc"], model.accuracy_error), looks
-        )
+    for axes, own_title, (name, models) in zip(panels, titles, members.items(), strict=True):
+        handles |= draw_panel(axes, name, models)
         axes.set_title(own_title, fontsize=10)
-        make_logarithmic(axes, "x", "")
     label_outer(panels, columns, x_label, ACCURACY_LABEL)
     if RIVALS in handles:
         handles[RIVALS] = handles.pop(RIVALS)  # last
     place_legend(figure, [*handles.values()], [*handles])
-    dashed = ["dashed: the compressed models' architectures from scratch"] if RIVALS in handles else []
     shown = [model for models in members.values() for model in models]
-    write_footnote(figure, conditions(results, shown, notes=[JOINED, *dashed, *notes]))
+    write_footnote(figure, conditions(results, shown, notes=notes))
     return figure
 
 
@@ -240,11 +266,14 @@ def titles_of(results: Results, originals: Mapping[str, Sequence[Model]], inches
 
 
 def looks_by_family(results: Results) -> dict[str, Look]:
-    """That of the plainest model of each."""
-    plainest_first = sorted(results.models, key=lambda model: (len(model.name), model.name))
+    return looks_by(results.models, lambda model: model.family)
+
+
+def looks_by(models: Sequence[Model], name_of: Callable[[Model], str]) -> dict[str, Look]:
+    """That of the plainest model of each name."""
     looks: dict[str, Look] = {}
-    for model in plainest_first:
-        looks.setdefault(model.family, model.look)
+    for model in sorted(models, key=lambda model: (len(model.name), model.name)):
+        looks.setdefault(name_of(model), model.look)
     return looks
 
 
@@ -252,7 +281,7 @@ def draw_lines(
     axes: Axes,
     models: Sequence[Model],
     point_of: Callable[[Model], Point],
-    looks: Mapping[str, Look],
+    look_of: Callable[[Model], Look],
     *,
     name_of: Callable[[Model], str] | None = None,
 ) -> dict[str, Line2D]:
@@ -269,7 +298,7 @@ def draw_lines(
         if not points:
             continue
         errors = [np.full((2, 1), np.nan) if point.error is None else point.error for point in points]
-        look = RIVAL_LOOK if name == RIVALS else looks[own[0].family]
+        look = RIVAL_LOOK if name == RIVALS else look_of(own[0])
         bars = axes.errorbar(
             [point.x for point in points],
             [point.y for point in points],

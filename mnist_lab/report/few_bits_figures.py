@@ -1,7 +1,7 @@
 """Figures of weights of few bits: accuracy by bits, routes by the router's, bits by expert. No torch here."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -9,14 +9,16 @@ import pandas as pd
 from mnist_lab.report.compression_figures import (
     JOINED,
     Point,
+    draw_accuracies,
     draw_lines,
     interval_over_seeds,
-    looks_by_family,
+    looks_by,
     titles_of,
 )
 from mnist_lab.report.drawing import (
     COLORS,
     MUTED,
+    Axes,
     Figure,
     Line2D,
     Look,
@@ -27,84 +29,101 @@ from mnist_lab.report.drawing import (
     wrap,
     write_footnote,
 )
-from mnist_lab.report.results import ACCURACY_LABEL, Model, Results, conditions, num_seeds
+from mnist_lab.report.results import Model, Results, num_seeds
 
 BITS: dict[Any, float] = {8: 8, 4: 4, 3: 3, 2: 2, "ternary": math.log2(3), 1: 1}  # of information a weight
-ROUTER_BITS = ["float", 8, 4, 2]
+IN_FLOAT = "float"
+ROUTER_BITS = [IN_FLOAT, 8, 4, 2]
+REROUTED = {
+    "rerouted": "other experts (% of images)",
+    "rerouted_other_class": "other experts and another answer (% of images)",
+}
 
 
 def accuracy_vs_bits(results: Results) -> Figure | None:
     """Test accuracy over the bits of a weight: a panel per original, a line per way to come to so few."""
-    members: dict[str, list[Model]] = {}
-    for model in results.models:
-        if _is_plain(model):
-            members.setdefault(model.runs[0].original, []).append(model)
+    members = _by_original(model for model in results.models if _is_plain(model))
     if not members:
         return None
-    panel_titles = titles_of(results, members, 4.2)
-    by_name = {model.name: model for model in results.models}
-    figure, panels = make_figure(
-        results.records,
-        "Accuracy against the bits of a weight",
-        columns=len(members),
-        size=(4.8 * len(members) + 3.4, 5.1 + extra_height(panel_titles)),
-    )
-    looks = looks_by_family(results)
-    handles: dict[str, Line2D] = {}
-    for axes, title, (name, models) in zip(panels, panel_titles, members.items(), strict=True):
-        if name in by_name:
-            axes.axhline(100 * by_name[name].row["test_acc"], color=MUTED, linestyle="--", linewidth=1)
-        handles |= draw_lines(
+    shown = [model for models in members.values() for model in models]
+    looks, by_name = looks_by(shown, _way), {model.name: model for model in results.models}
+
+    def draw_panel(axes: Axes, original: str, models: Sequence[Model]) -> dict[str, Line2D]:
+        if original in by_name:
+            axes.axhline(100 * by_name[original].row["test_acc"], color=MUTED, linestyle="--", linewidth=1)
+        lines = draw_lines(
             axes,
             models,
             lambda model: Point(BITS[_rounding(model)["bits"]], 100 * model.row["test_acc"], model.accuracy_error),
-            looks,
+            lambda model: looks[_way(model)],
             name_of=_way,
         )
-        axes.set_title(title, fontsize=10)
         axes.set_xscale("log", base=2)
-        axes.set_xticks([*BITS.values()], ["8", "4", "3", "2", "1.6", "1"], minor=False)
+        axes.set_xlim(0.93, 8.6)
+        axes.set_xticks([*BITS.values()], [f"{bits:.2g}" for bits in BITS.values()])
         axes.minorticks_off()
-    label_outer(panels, len(members), "bits of a weight (1.6: three levels)", ACCURACY_LABEL)
-    place_legend(figure, [*handles.values()], [*handles])
-    shown = [model for models in members.values() for model in models]
-    notes = [JOINED, "dashed: the original in FP32", "the last layer keeps 4 bits"]
-    write_footnote(figure, conditions(results, shown, notes=notes))
-    return figure
+        return lines
+
+    return draw_accuracies(
+        results,
+        "Accuracy against the bits of a weight",
+        members,
+        draw_panel,
+        x_label="bits of a weight (1.6: three levels)",
+        notes=[JOINED, "dashed: the original in FP32", "the last layer keeps at least 4 bits"],
+    )
 
 
 def routes_vs_router_bits(results: Results) -> Figure | None:
-    """Images whose experts change over the bits of the router's weights, and those whose answer changes as well."""
-    models = [model for model in results.models if not pd.isna(model.row["rerouted"]) and _is_of_router(model)]
-    if not any(_router_bits(model) != "float" for model in models):
-        return None
-    columns = {"rerouted": "other experts", "rerouted_other_class": "other experts and another answer"}
-    figure, panels = make_figure(
-        results.records, "Routes against the bits of the router's weights", columns=len(columns), size=(12.5, 5)
+    """Images whose experts change over the bits of the router's weights, and those whose answer changes as well: a row
+    of panels per original.
+    """
+    found = _by_original(
+        model for model in results.models if not pd.isna(model.row["rerouted"]) and _is_of_router(model)
     )
-    looks = looks_by_family(results)
+    members = {
+        name: models for name, models in found.items() if any(_router_bits(model) != IN_FLOAT for model in models)
+    }
+    if not members:
+        return None
+    titles = titles_of(results, members, 4.2)
+    columns = len(REROUTED)
+    figure, panels = make_figure(
+        results.records,
+        "Routes against the bits of the router's weights",
+        rows=len(members),
+        columns=columns,
+        size=(12.5, (4 + extra_height(titles)) * len(members) + 0.9),
+    )
+    shown = [model for models in members.values() for model in models]
+    looks = looks_by(shown, _way)
     handles: dict[str, Line2D] = {}
-    for axes, (column, label) in zip(panels, columns.items(), strict=True):
+    for place, axes in enumerate(panels):
+        models = [*members.values()][place // columns]
+        column, label = [*REROUTED.items()][place % columns]
 
         def point_of(model: Model, column: str = column) -> Point:
-            place = ROUTER_BITS.index(_router_bits(model))
-            return Point(place, 100 * model.row[column], interval_over_seeds(model, column))
+            x = ROUTER_BITS.index(_router_bits(model))
+            return Point(x, 100 * model.row[column], interval_over_seeds(model, column))
 
-        handles |= draw_lines(axes, models, point_of, looks, name_of=_way)
+        handles |= draw_lines(axes, models, point_of, lambda model: looks[_way(model)], name_of=_way)
+        axes.set_title(titles[place // columns], fontsize=10)
         axes.set_xticks(range(len(ROUTER_BITS)), [str(bits) for bits in ROUTER_BITS])
-        axes.set(xlabel="bits of the router's weights", ylabel=f"images with {label} (%)")
+        axes.set(xlabel="bits of the router's weights", ylabel=label, xlim=(-0.2, len(ROUTER_BITS) - 0.8))
         axes.set_ylim(bottom=0)
     place_legend(figure, [*handles.values()], [*handles])
-    bars = "; error bars: 95 % interval over seeds" if max(len(model.runs) for model in models) > 1 else ""
+    bars = "; error bars: 95 % interval over seeds" if max(len(model.runs) for model in shown) > 1 else ""
     write_footnote(
-        figure, f"{num_seeds(models)}{bars}; test images, against the original's artifact; all other weights: 8 bits"
+        figure, f"{num_seeds(shown)}{bars}; test images, against the original's artifact; all other weights: 8 bits"
     )
     return figure
 
 
 def bits_by_expert(results: Results) -> Figure | None:
     """The mean bits of each expert's weights beside its load, where bits are mixed: a panel per model."""
-    models = [model for model in results.models if "load" in (model.runs[0].proof or {}) and _is_by_sensitivity(model)]
+    models = [
+        model for model in results.models if (model.runs[0].proof or {}).get("load") and _is_by_sensitivity(model)
+    ]
     if not models:
         return None
     panel_titles = [wrap(model.short_name, 4, 10) for model in models]
@@ -124,6 +143,7 @@ def bits_by_expert(results: Results) -> Figure | None:
             axes.plot([100 * share for share in load], bits, **Look(COLORS[1 + seed % 7], "o").line, linestyle="")
         axes.set_title(title, fontsize=10)
         axes.set_ylim(1.5, 8.5)
+        axes.margins(x=0.1)
     label_outer(panels, columns, "load of the expert (% of all visits)", "bits, mean of its two layers")
     write_footnote(figure, f"{num_seeds(models)}, a colour each; a point for each expert")
     return figure
@@ -143,6 +163,13 @@ def expert_bits(bits: dict[str, Any]) -> list[float]:
     return [sum(own) / len(own) for _, own in sorted(by_expert.items())]
 
 
+def _by_original(models: Iterable[Model]) -> dict[str, list[Model]]:
+    members: dict[str, list[Model]] = {}
+    for model in models:
+        members.setdefault(model.runs[0].original, []).append(model)
+    return members
+
+
 def _form(model: Model) -> dict[str, Any]:
     return model.runs[0].config.get("form") or {}
 
@@ -155,7 +182,7 @@ def _rounding(model: Model) -> dict[str, Any]:
 def _setting(model: Model, name: str) -> Any:
     """Of a form that has it itself or in its method."""
     form = _form(model)
-    return form.get(name, form.get("method", {}).get(name))
+    return (form | form.get("method", {})).get(name)
 
 
 def _is_plain(model: Model) -> bool:
@@ -166,7 +193,7 @@ def _is_plain(model: Model) -> bool:
 
 
 def _router_bits(model: Model) -> Any:
-    return _setting(model, "router_bits") or "float"
+    return _setting(model, "router_bits") or IN_FLOAT
 
 
 def _is_of_router(model: Model) -> bool:
@@ -179,4 +206,5 @@ def _is_by_sensitivity(model: Model) -> bool:
 
 
 def _way(model: Model) -> str:
-    return model.family + (", zero points" if _setting(model, "scheme") == "affine" else "")
+    notes = {"affine": ", zero points", "nearest": ", to the nearest"}
+    return model.family + "".join(notes.get(_setting(model, name), "") for name in ("scheme", "method"))

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 from scipy import stats
 
 from mnist_lab.measure import DEAD_SHARE
@@ -213,9 +214,14 @@ def loss_by_expert(record: Record) -> ByExpert:
     assert record.proof is not None
     found = record.proof["by_expert"]
     load, rise = (np.array(found[name], dtype=float) for name in ("load", "loss_rise"))
-    order = np.argsort(load)
-    living = order[load[order] >= DEAD_SHARE / len(load)]
+    living = living_experts(load)
     return ByExpert(load[living], rise[living])
+
+
+def living_experts(load: Values) -> npt.NDArray[np.int64]:
+    """Those that get at least a tenth of an even share of all visits, the least visited first."""
+    order = np.argsort(load)
+    return order[load[order] >= DEAD_SHARE / len(load)]
 
 
 def load_of_the_least_visited(record: Record) -> float:

@@ -4,32 +4,34 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mnist_lab.compress.levels import Bits, Rounding
+from mnist_lab.compress.levels import Bits, Rounding, name_of
 from mnist_lab.compress.mixed_bits import MixedBits
 from mnist_lab.compress.qat import Quantization
 from mnist_lab.compress.weight_only import Method, WeightOnly
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import MOE, learned, mixed_bits, sparse_moe, weight_only
 from mnist_lab.models.moe import RoutingConfig
+from mnist_lab.report.few_bits_figures import expert_bits
 from mnist_lab.report.records import Record
-from mnist_lab.studies.claims.evidence import Accuracies, Evidence
+from mnist_lab.studies.claims.evidence import Accuracies, Evidence, living_experts
 from mnist_lab.studies.claims.findings import Claim, Finding, Values
 
-AFFINE = Method(scheme="affine")
+SCHEMES = {"": Method(), " with zero points": Method(scheme="affine")}
+LEAST_RISE = 1e-7  # nats a visit, that float32 tells from none
 UNBALANCED = sparse_moe(RoutingConfig(balance="none"))  # whose experts are used unevenly
 MIXTURES = {"experts used unevenly (no balance loss)": UNBALANCED, "the usual mixture": MOE}
 
 
 class Mixed(NamedTuple):
-    """The same bytes, shared out by what each layer is worth, and evenly."""
+    """The same bytes, shared out by what each layer is worth, and evenly: all in 3 bits, or in 2 or 3 by lot."""
 
     by_sensitivity: Row
     evenly: Row
 
 
-def rounded(bits: Bits, method: Method = Method(), source: Row = MOE) -> Row:
+def rounded(bits: Bits, method: Method = Method()) -> Row:
     """Weights of so many bits, after training."""
-    return weight_only(source, WeightOnly(Rounding(bits), method))
+    return weight_only(MOE, WeightOnly(Rounding(bits), method))
 
 
 def mixed(mean_bits: float, method: Method = Method(), source: Row = MOE) -> Mixed:
@@ -40,27 +42,26 @@ def mixed(mean_bits: float, method: Method = Method(), source: Row = MOE) -> Mix
 
 
 MIXED = {
-    f"{mean_bits:g} bits{note}": mixed(mean_bits, method)
-    for mean_bits in (2.5, 3)
-    for note, method in (("", Method()), (", zero points", AFFINE))
+    f"{mean_bits:g} bits{note}": mixed(mean_bits, method) for mean_bits in (2.5, 3) for note, method in SCHEMES.items()
 }
-OF_MIXTURES = {name: mixed(2.5, source=source).by_sensitivity for name, source in MIXTURES.items()}
+OF_MIXTURES = {name: mixed(2.5, source=source) for name, source in MIXTURES.items()}
 IN_8 = rounded(8)
 ROUTER = {bits: rounded(8, Method(router_bits=bits)) for bits in (8, 4, 2)}
 ROUTER_LEARNED = learned(MOE, Quantization(Rounding(8), router_bits=2))
 LEARNED_IN_8 = learned(MOE, Quantization(Rounding(8)))
 ACTIVATIONS = {bits: rounded(8, Method(activation_bits=bits)) for bits in (8, 4)}
-TRIED: tuple[Bits, ...] = (3, 2, "ternary")
+FEW: tuple[Bits, ...] = (2, "ternary")
+TRIED: tuple[Bits, ...] = (3, *FEW)
 BY_LAYERS = {bits: learned(MOE, Quantization(Rounding(bits), learn="layers")) for bits in TRIED}
 LEARNED: dict[Bits, Row] = {bits: learned(MOE, Quantization(Rounding(bits))) for bits in (4, 2, "ternary", 1)}
 
 
 def few_bits_rows() -> tuple[Row, ...]:
     """Everything that the claims about fewer bits compare, parents first."""
-    of_mixed = [row for pair in MIXED.values() for row in pair]
-    rounded_alone = [rounded(bits, method) for bits in TRIED for method in (Method(), AFFINE)]
+    of_mixed = [row for pair in (*OF_MIXTURES.values(), *MIXED.values()) for row in pair]
+    rounded_alone = [rounded(bits, method) for bits in TRIED for method in SCHEMES.values()]
     routers = [IN_8, *ROUTER.values(), LEARNED_IN_8, ROUTER_LEARNED]
-    rows = [MOE, UNBALANCED, *OF_MIXTURES.values(), *of_mixed, *routers, *ACTIVATIONS.values(), *rounded_alone]
+    rows = [MOE, UNBALANCED, *of_mixed, *routers, *ACTIVATIONS.values(), *rounded_alone]
     return tuple(dict.fromkeys([*rows, *BY_LAYERS.values(), *LEARNED.values()]))
 
 
@@ -70,17 +71,26 @@ def settle_few_bits(evidence: Evidence) -> list[Finding]:
 
 
 def rise_per_visit(record: Record) -> tuple[Values, Values]:
-    """Load of each expert that is visited, the least first, and what two bits in its layers cost a visit, in nats."""
+    """Load of each living expert, the least visited first, and what two bits cost a visit, in nats: the sum over its
+    layers, each alone in two bits.
+    """
     assert record.proof is not None
     load, rise = (np.array(record.proof[name], dtype=float) for name in ("load", "rise_per_visit"))
-    order = [expert for expert in np.argsort(load) if load[expert] > 0]
-    return load[order], rise[order]
+    living = living_experts(load)
+    return load[living], np.maximum(rise[living], LEAST_RISE)
 
 
 def sensitivity_of_the_least_visited(record: Record) -> float:
-    """What a visit of the least visited expert costs beyond one of the most visited, as log of their ratio."""
+    """What a visit of the least visited living expert costs beyond one of the most visited, as log of their ratio."""
     _, rise = rise_per_visit(record)
-    return float(np.log(max(rise[0], 1e-9) / max(rise[-1], 1e-9)))
+    return float(np.log(rise[0] / rise[-1]))
+
+
+def bits_of_the_least_visited(record: Record) -> float:
+    """Mean bits of the least visited living expert's weights beyond the most visited's."""
+    assert record.proof is not None
+    bits, living = expert_bits(record.proof["bits"]), living_experts(np.array(record.proof["load"]))
+    return bits[living[0]] - bits[living[-1]]
 
 
 def _accuracies(evidence: Evidence, row: Row, other: Row, label: str) -> Accuracies:
@@ -96,7 +106,11 @@ def _mixed(evidence: Evidence) -> list[Finding]:
 
     def sensitivity(mixture: str) -> tuple[str, Values]:
         label = f"rise in KL per visit in 2 bits, log(least visited / most visited expert), {mixture}"
-        return label, evidence.per_seed(OF_MIXTURES[mixture].name, sensitivity_of_the_least_visited)
+        return label, evidence.per_seed(OF_MIXTURES[mixture].by_sensitivity.name, sensitivity_of_the_least_visited)
+
+    def bits(mixture: str) -> tuple[str, Values]:
+        label = f"mean bits of the least visited expert − of the most, 2.5 bits, {mixture}"
+        return label, evidence.per_seed(OF_MIXTURES[mixture].by_sensitivity.name, bits_of_the_least_visited)
 
     def divergence(name: str) -> tuple[str, Values]:
         one, other = (evidence.against_original(row.name, "kl_to_original") for row in MIXED[name])
@@ -110,6 +124,8 @@ def _mixed(evidence: Evidence) -> list[Finding]:
             for name, pair in MIXED.items()
         ),
         claim.report(*sensitivity(even), unit=""),
+        *(claim.report(*bits(mixture), unit="bits") for mixture in MIXTURES),
+        claim.report(**_accuracies(evidence, *OF_MIXTURES[uneven], f"by sensitivity − evenly, 2.5 bits, {uneven}")),
         *(claim.report(*divergence(name), unit="millinats") for name in MIXED),
         *(
             claim.report(
@@ -131,8 +147,10 @@ def _router(evidence: Evidence) -> list[Finding]:
 
     gains = evidence.acc_points(ROUTER_LEARNED.name, LEARNED_IN_8.name) - evidence.acc_points(ROUTER[2].name, IN_8.name)
     return [
-        claim.above("images with other experts, router in 2 bits − in float", rerouted(2), bound=0, unit="points"),
-        claim.above("points that 2 bits cost the router, trained for − not trained for", gains, bound=0, unit="points"),
+        claim.above("images with other experts, router in 2 bits − in float", rerouted(2), bound=5, unit="points"),
+        claim.above(
+            "test accuracy, router in 2 bits − in float, trained for − not trained for", gains, bound=0, unit="points"
+        ),
         *(
             claim.report(f"images with other experts, router in {bits} bits − in float", rerouted(bits), "points")
             for bits in (8, 4)
@@ -157,19 +175,16 @@ def _activations(evidence: Evidence) -> list[Finding]:
     claim = Claim(22, "Rounding activations upsets the load")
 
     def unevenness(bits: int) -> tuple[str, Values]:
-        before, after = (
-            evidence.against_original(ACTIVATIONS[bits].name, name) for name in ("load_cv_before", "load_cv")
-        )
-        return f"load's variation, activations in {bits} bits / in float", after / np.maximum(before, 1e-9)
+        in_float, own = (evidence.against_original(row.name, "load_cv") for row in (IN_8, ACTIVATIONS[bits]))
+        return f"load's variation (CV), activations in {bits} bits − in float", own - in_float
 
     def rerouted(bits: int) -> tuple[str, Values]:
-        return (
-            f"images with other experts, activations in {bits} bits",
-            100 * evidence.against_original(ACTIVATIONS[bits].name, "rerouted"),
-        )
+        in_float, own = (evidence.against_original(row.name, "rerouted") for row in (IN_8, ACTIVATIONS[bits]))
+        return f"images with other experts, activations in {bits} bits − in float", 100 * (own - in_float)
 
     return [
-        *(claim.above(*unevenness(bits), bound=1.1, unit="ratio") for bits in ACTIVATIONS),
+        *(claim.above(*unevenness(bits), bound=0.05, unit="") for bits in ACTIVATIONS),
+        claim.report("load's variation (CV), in float", evidence.against_original(IN_8.name, "load_cv"), ""),
         *(claim.report(*rerouted(bits), unit="points") for bits in ACTIVATIONS),
         *(
             claim.report(**_accuracies(evidence, row, IN_8, f"activations in {bits} bits − in float"))
@@ -181,21 +196,23 @@ def _activations(evidence: Evidence) -> list[Finding]:
 def _layers(evidence: Evidence) -> list[Finding]:
     claim = Claim(23, "Layer-wise distillation beats rounding alone at few bits")
 
-    def gain(bits: Bits, method: Method, note: str) -> Accuracies:
-        label = f"layer by layer − rounded{note}, {bits if bits == 'ternary' else f'{bits} bits'}"
-        return _accuracies(evidence, BY_LAYERS[bits], rounded(bits, method), label)
+    def gains(bits: Bits) -> list[Accuracies]:
+        return [
+            _accuracies(
+                evidence, BY_LAYERS[bits], rounded(bits, method), f"layer by layer − rounded{note}, {name_of(bits)}"
+            )
+            for note, method in SCHEMES.items()
+        ]
 
-    few: tuple[Bits, ...] = (2, "ternary")
     return [
-        *(claim.above(**gain(bits, Method(), ""), bound=0) for bits in few),
-        claim.above(**gain(2, AFFINE, " with zero points"), bound=0),
-        claim.report(**gain(3, Method(), "")),
+        *(claim.above(**gain, bound=0) for bits in FEW for gain in gains(bits)),
+        *(claim.report(**gain) for gain in gains(3)),
         *(
-            claim.report(**_accuracies(evidence, row, MOE, f"layer by layer, {bits} − the original"))
+            claim.report(**_accuracies(evidence, row, MOE, f"layer by layer, {name_of(bits)} − the original"))
             for bits, row in BY_LAYERS.items()
         ),
         *(
-            claim.report(**_accuracies(evidence, row, MOE, f"trained with them (QAT), {bits} − the original"))
+            claim.report(**_accuracies(evidence, row, MOE, f"trained with them (QAT), {name_of(bits)} − the original"))
             for bits, row in LEARNED.items()
         ),
     ]

@@ -6,7 +6,16 @@ Every figure function returns None where a run that it needs is missing.
 from collections.abc import Callable
 
 from mnist_lab.experiments.rows import MOE
-from mnist_lab.report.drawing import COLORS, MARKERS, MUTED, Figure, make_figure, place_legend, write_footnote
+from mnist_lab.report.drawing import (
+    COLORS,
+    MARKERS,
+    MUTED,
+    Figure,
+    make_figure,
+    make_logarithmic,
+    place_legend,
+    write_footnote,
+)
 from mnist_lab.studies.claims.evidence import Evidence
 from mnist_lab.studies.claims.few_bits import MIXED, OF_MIXTURES, rise_per_visit
 from mnist_lab.studies.claims.figures import half_width, note_seeds
@@ -14,20 +23,24 @@ from mnist_lab.studies.claims.figures import half_width, note_seeds
 
 def sensitivity_by_load(evidence: Evidence) -> Figure | None:
     """What two bits in an expert's layers cost a visit, against its load; a line for each seed."""
-    if not evidence.has(*(row.name for row in OF_MIXTURES.values())):
+    names = {mixture: pair.by_sensitivity.name for mixture, pair in OF_MIXTURES.items()}
+    if not evidence.has(*names.values()):
         return None
     figure, (axes,) = make_figure(
-        evidence.runs(next(iter(OF_MIXTURES.values())).name), "One expert in 2 bits, all else in float", size=(9, 5)
+        evidence.runs(next(iter(names.values()))), "One layer in 2 bits, all else in float", size=(9, 5)
     )
-    for index, (mixture, row) in enumerate(OF_MIXTURES.items()):
-        for seed, (load, rise) in enumerate(map(rise_per_visit, evidence.runs(row.name))):
+    for index, (mixture, name) in enumerate(names.items()):
+        for seed, (load, rise) in enumerate(map(rise_per_visit, evidence.runs(name))):
             axes.plot(
                 100 * load, 1000 * rise, color=COLORS[index + 1], marker=MARKERS[index], markersize=6, linewidth=0.6,
                 label=mixture if seed == 0 else None,
             )  # fmt: skip
-    axes.set(xlabel="load of the expert (% of all visits)", ylabel="rise in KL per visit (millinats)")
+    axes.set_xlabel("load of the expert (% of all visits)")
+    make_logarithmic(axes, "y", "rise in KL per visit (millinats)")
     place_legend(figure, *axes.get_legend_handles_labels())
-    write_footnote(figure, "calibration images; a line for each seed, a point for each expert that is visited")
+    write_footnote(
+        figure, "calibration images; a line for each seed, a point for each living expert: the sum over its layers"
+    )
     return figure
 
 

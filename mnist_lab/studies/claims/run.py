@@ -34,6 +34,7 @@ from mnist_lab.studies.claims.settle import (
     settle_scaling,
 )
 from mnist_lab.studies.claims.side_by_side import run_side_by_side
+from mnist_lab.studies.claims.transfer import SOURCE, settle_transfer, transfer_rows
 from mnist_lab.studies.dark_knowledge import load_dark_knowledge
 
 MOES = ("Sparse_MoE", "Sparse_MoE_INT8", "Sparse_MoE_PTQ")
@@ -97,6 +98,23 @@ def run_suite(name: SuiteName, table: Doors, *, seeds: range) -> None:
         file = f"claims_{name.replace('-', '_')}"
         _report(table_lab, findings, seeds, title=suite.title, notes=[f"{_measured_on(records)}."], name=file)
         _draw(name, (lab.results, records))
+
+
+def run_transfer(table: Doors, source: Doors, *, seeds: range) -> None:
+    """Make models of the source's data set, then what becomes of them on the table's, and settle the claim about that.
+
+    No run holds both data sets' folders at once, so that two that go opposite ways do not wait for each other.
+    """
+    table.find()  # data that is missing ends the run now
+    with source.open() as source_lab:
+        _make(_plan(source_lab, seeds), source, [SOURCE], seeds)
+    dataset = source_lab.dataset.name
+    with table.open() as table_lab:
+        lab = _plan(table_lab, seeds)
+        records = _make(lab, table, transfer_rows(dataset), seeds)
+        findings = settle_transfer(Evidence(lab.results, records, seeds), dataset)
+        title = f"The claim about a model from {dataset}, tested"
+        _report(table_lab, findings, seeds, title=title, notes=[f"{_measured_on(records)}."], name="claims_transfer")
 
 
 def _plan(lab: Lab, seeds: range) -> Lab:
