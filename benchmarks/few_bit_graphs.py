@@ -15,9 +15,10 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
+from mnist_lab.compress.few_bit_products import Plan, products_of, put_in, weight_of
 from mnist_lab.compress.few_bits import FewBits
 from mnist_lab.compress.levels import LARGEST_GROUP, SMALLEST_GROUP, Rounded, Rounding
-from mnist_lab.compress.weight_only import Plan, products_of, put_in, round_weight, uniform_plan, weight_of
+from mnist_lab.compress.weight_only import round_weight, uniform_plan
 from mnist_lab.deploy.artifacts import save_onnx
 from mnist_lab.deploy.onnx import build_onnx, layout_metadata
 from mnist_lab.measure import Array

@@ -8,9 +8,10 @@ from onnx import TensorProto, helper, numpy_helper
 from tiny import spec
 
 from mnist_lab.compress import few_bits as f
+from mnist_lab.compress.few_bit_products import put_in
 from mnist_lab.compress.few_bits import FewBits, add_weights, shorten_names, stored_bits
 from mnist_lab.compress.levels import LEVELS, Bits, Rounded, Rounding
-from mnist_lab.compress.weight_only import put_in, round_weight
+from mnist_lab.compress.weight_only import round_weight
 from mnist_lab.deploy.onnx import build_onnx
 from mnist_lab.deploy.safety import check_graph
 from mnist_lab.measure import Array

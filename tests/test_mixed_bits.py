@@ -17,9 +17,10 @@ from tiny import make_dataset, spec
 from torch.nn import functional as F
 
 from mnist_lab.compress import mixed_bits as m
+from mnist_lab.compress.few_bit_products import products_of
 from mnist_lab.compress.levels import Rounding
 from mnist_lab.compress.mixed_bits import MixedBits, Sizes
-from mnist_lab.compress.weight_only import Method, products_of, round_weight
+from mnist_lab.compress.weight_only import Method, round_weight
 from mnist_lab.deploy.artifacts import read_onnx
 from mnist_lab.deploy.onnx import build_onnx
 from mnist_lab.errors import UserError, WrongPrecision

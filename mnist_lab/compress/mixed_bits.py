@@ -22,18 +22,11 @@ import onnxruntime
 import torch
 from onnx import helper, numpy_helper
 
+from mnist_lab.compress.few_bit_products import Plan, put_in
 from mnist_lab.compress.few_bits import make_node, stored_bits
 from mnist_lab.compress.gptq import CALIBRATION_SIZE
 from mnist_lab.compress.levels import Bits, Rounded, Rounding
-from mnist_lab.compress.weight_only import (
-    Method,
-    Plan,
-    build_rounding,
-    prove_rounded,
-    put_in,
-    round_products,
-    uniform_plan,
-)
+from mnist_lab.compress.weight_only import Method, build_rounding, prove_rounded, round_products, uniform_plan
 from mnist_lab.deploy.artifacts import content_of, read_onnx, read_onnx_metadata, save_onnx
 from mnist_lab.deploy.onnx import layout_metadata
 from mnist_lab.errors import UserError, WrongPrecision

@@ -1,13 +1,12 @@
-"""Weights of few bits: products take integers and scales, and everything between them stays in float.
+"""Weights of few bits, and everything between products in float.
 
 q = round(w/s) + z, w ≈ s·(q − z), one s (and z) per output of a layer and group of its inputs. The file is standard
-ONNX: a weight goes through `DequantizeLinear` into its product. ONNX Runtime makes one product of the two
-(`MatMulNBits`), which takes rows in float, rounds them to 8 bits, and weights of 8 or of 4: fewer are fewer on disk.
+ONNX, and what the engine makes of it is read back (few_bit_products.py).
 """
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,19 +14,12 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 import onnx
 import onnxruntime
-from onnx import TensorProto, helper, numpy_helper
+from onnx import helper
 
-from mnist_lab.compress.few_bits import (
-    IR_VERSION,
-    OPSET,
-    FewBits,
-    add_weights,
-    make_node,
-    shorten_names,
-    stored_bits,
-)
+from mnist_lab.compress.few_bit_products import Plan, products_of, put_in, weight_of
+from mnist_lab.compress.few_bits import stored_bits
 from mnist_lab.compress.gptq import CALIBRATION_SIZE, Gram, input_grams, round_with_feedback
-from mnist_lab.compress.int8 import INTEGER_OPERATORS, absmax_quantize, optimized_graph, round_before_sorting
+from mnist_lab.compress.int8 import INTEGER_OPERATORS, absmax_quantize, optimized_graph
 from mnist_lab.compress.levels import (
     LEVELS,
     ActivationBits,
@@ -53,13 +45,11 @@ from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options
 
 PRECISIONS: dict[Bits, Precision] = {8: "INT8", 4: "INT4", 3: "INT3", 2: "INT2", "ternary": "ternary", 1: "INT1"}
 KERNELS = {"INT8": "as INT8", "8": "as 8 bits times rows in float", "4": "as 4 bits times rows in float"}
-ZERO = "zero"
 LAST_LAYER = "logits"
 FLOAT_OPERATORS = {"Gemm", "MatMul", "FusedGemm", "FusedMatMul"}
-LEAST_OF_4_BITS = 10.0  # where activations are as coarse, and little moves one from a level to the next
 CHECKED_IMAGES = 200
-LEAST_DECIBELS = 20.0  # of the engine's logits against those of the same weights in FP32: int8 inputs give some 40
-Plan = Mapping[str, Rounding]  # by product
+LEAST_DECIBELS = 20.0  # of the engine's logits against what the file says: rows that it rounds besides give some 40
+LEAST_OF_4_BITS = 10.0  # where activations are as coarse, and little moves one from a level to the next
 
 
 @dataclass(frozen=True)
@@ -141,16 +131,6 @@ def uniform_plan(model: onnx.ModelProto, rounding: Rounding, router_bits: Router
     return plan if router_bits is None else plan | {ROUTER: Rounding(router_bits)}
 
 
-def products_of(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    """The products with weights of an FP32 graph, by name."""
-    constants = {constant.name for constant in model.graph.initializer}
-    return {
-        node.name: node
-        for node in model.graph.node
-        if node.op_type in {"Gemm", "MatMul"} and node.input[1] in constants
-    }
-
-
 def write_rounded(model: onnx.ModelProto, plan: Plan, method: Method, work: Work) -> None:
     """Put the weights of these products of an FP32 graph into few bits; in place.
 
@@ -185,13 +165,6 @@ def find_on_levels(model: onnx.ModelProto, plan: Plan) -> dict[str, Rounded]:
     return {name: rounded for name, rounded in found.items() if rounded is not None}
 
 
-def weight_of(model: onnx.ModelProto, node: onnx.NodeProto) -> Array:
-    """Of a product (I, O)."""
-    stored = next(constant for constant in model.graph.initializer if constant.name == node.input[1])
-    weight: Array = numpy_helper.to_array(stored)
-    return weight
-
-
 def round_weight(weight_IO: Array, rounding: Rounding, gram_II: Gram | None, *, affine: bool = False) -> Rounded:
     """With feedback from what the inputs are like (XᵀX), or where that is not given, to the nearest level."""
     levels, size = LEVELS[rounding.bits], rounding.size_of_groups(len(weight_IO))
@@ -222,69 +195,6 @@ def _join(parts: list[Rounded], group_size: int) -> Rounded:
         np.concatenate(zeros) if zeros else None,
         group_size,
     )
-
-
-def put_in(model: onnx.ModelProto, plan: Plan, rounded: Mapping[str, Rounded]) -> None:
-    """Replace products' weights by rounded ones, so that ONNX Runtime makes products of few bits of them; in place."""
-    graph = model.graph
-    weights = {
-        node.name: FewBits(node.input[1], plan[node.name].bits, rounded[node.name])
-        for node in graph.node
-        if node.name in plan
-    }
-    dequantized = not all(weight.is_integer for weight in weights.values())
-    nodes: list[onnx.NodeProto] = []
-    for node in graph.node:
-        # ONNX Runtime 1.32 may join a Relu to a product in float, before it sees that its weights are dequantized.
-        if node.op_type == "Relu" and dequantized:
-            node.op_type = "Max"
-            node.input.append(ZERO)
-        nodes += _product(node, weights[node.name]) if node.name in weights else [node]
-    gone = {weight.name for weight in weights.values()}
-    constants = [constant for constant in graph.initializer if constant.name not in gone]
-    if any(ZERO in node.input for node in nodes):
-        constants.append(numpy_helper.from_array(np.zeros(1, np.float32), ZERO))
-    del graph.node[:], graph.initializer[:]
-    graph.node.extend(quantize_once(nodes))
-    graph.initializer.extend(constants)
-    round_before_sorting(graph)
-    add_weights(graph, weights.values())
-    shorten_names(graph)
-    model.opset_import[0].version, model.ir_version = OPSET, IR_VERSION
-
-
-def _product(node: onnx.NodeProto, weight: FewBits) -> Iterator[onnx.NodeProto]:
-    """A product of few bits, and a sum where it has a bias."""
-    rows, _, *bias = node.input
-    (output,) = node.output
-    product = f"{output}.product" if bias else output
-    yield from (
-        _integer_product(rows, weight, product)
-        if weight.is_integer
-        else [make_node("MatMul", [rows, weight.name], product)]
-    )
-    if bias:
-        yield make_node("Add", [product, *bias], output)
-
-
-def _integer_product(rows: str, weight: FewBits, product: str) -> Iterator[onnx.NodeProto]:
-    """Of rows that are rounded to 8 bits as they come: (x/s − z)·q, times s and the weight's scales."""
-    integers, scale, zero = (f"{rows}_{part}" for part in ("quantized", "scale", "zero_point"))
-    yield make_node("DynamicQuantizeLinear", [rows], integers, scale, zero)
-    zeros = [] if weight.rounded.zeros is None else [f"{weight.name}.zero"]
-    yield make_node("MatMulInteger", [integers, f"{weight.name}.int8", zero, *zeros], f"{product}.int32")
-    yield make_node("Cast", [f"{product}.int32"], f"{product}.float", to=TensorProto.FLOAT)
-    yield make_node("Mul", [scale, f"{weight.name}.scale"], f"{product}.scale")
-    yield make_node("Mul", [f"{product}.float", f"{product}.scale"], product)
-
-
-def quantize_once(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """Those that quantize rows but once for all products that take them."""
-    seen: set[str] = set()
-    for node in nodes:
-        if node.op_type != "DynamicQuantizeLinear" or node.name not in seen:
-            yield node
-        seen.add(node.name)
 
 
 def prove_rounded(model: Model, file: Path) -> Proof:
