@@ -245,3 +245,10 @@ def test_bad_input_is_named() -> None:
         for step in (AdaptLowRank(), FinetuneAll()):
             with pytest.raises(UserError, match=r"10 classes .*\(28, 28\).*Take data alike"):
                 step.make(replace(work_on(make_source("ffn")), dataset=other))
+
+
+def test_first_layer_has_twice_the_rank_as_far_as_it_is_wide() -> None:
+    for rank, of_first in ((2, 4), (5, 8)):  # the first layer is 8 wide
+        network = add_adapters(FFN(FFNConfig((8, 6), spec(0.2, 0.3))), Adapters(rank), seed=0)
+        ranks = [module.left.shape[2] for module in network.modules() if isinstance(module, AdaptedWeight)]
+        assert ranks == [of_first, rank]

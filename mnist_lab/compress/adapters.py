@@ -42,6 +42,7 @@ BLOCK = 64  # weights that share a scale
 PAIRS = LEVELS[torch.stack([torch.arange(256) % 16, torch.arange(256) // 16], dim=1)]  # (256, 2), what a byte holds
 ALTERNATIONS = 5  # between rounding and what undoes it
 ADAPTER_RATE = 2  # times the recipe's learning rate
+FIRST_LAYER = 2  # times the rank of all others: it sees the pixels, and other data needs other features most
 MAX_RANK = 10**6
 
 
@@ -104,7 +105,7 @@ class Adapters:
     """How large adapters are, and where they start."""
 
     rank: int = field(default=4, metadata={"tag": "R"})
-    """Of what is added to each weight matrix."""
+    """Of what is added to each weight matrix; to the first layer's it is twice that."""
     init: Literal["loftq", "zero"] = field(default="zero", metadata={"tag": ""})
     """Start of the adapters: zero adds nothing at first, loftq undoes what it can of the rounding."""
 
@@ -230,10 +231,13 @@ def add_adapters(model: Model, adapters: Adapters, *, seed: int) -> Model:
     network = copy.deepcopy(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for name in linear_names(network)[:-1]:
+        for place, name in enumerate(linear_names(network)[:-1]):
             layer = network.get_submodule(name)
             assert isinstance(layer, nn.Linear)
-            network.set_submodule(name, AdaptedLinear(layer, adapters))
+            rank = adapters.rank
+            if place == 0:
+                rank = max(rank, min(FIRST_LAYER * rank, *layer.weight.shape))
+            network.set_submodule(name, AdaptedLinear(layer, replace(adapters, rank=rank)))
         if isinstance(network, SparseMoE):
             network.set_submodule("experts", AdaptedExperts(network.experts, adapters))
     return network
