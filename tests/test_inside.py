@@ -68,7 +68,7 @@ def test_file_of_few_bits_is_looked_into_as_any(moe: SparseMoE, tmp_path: Path) 
     assert chosen.shape == (70, 2)
     assert inside.count_rows(file, PIXELS) == np.bincount(chosen.ravel(), minlength=4).tolist()
     times = inside.time_by_job(file, PIXELS)
-    assert {job for job, time in times.items() if time} == set(inside.JOBS) - {"gate", "quantize"}
+    assert {job for job, time in times.items() if time} == set(inside.JOBS) - {"gate"}
 
 
 def test_isolated_experts_see_every_image(moe: SparseMoE, tmp_path: Path) -> None:
