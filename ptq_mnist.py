@@ -50,7 +50,7 @@ class PTQOptions(Options):
     size_budget: float | None = None
     """In place of --bits: KiB that the whole file may take; how many bits each layer gets follows from that."""
     mean_bits: float | None = None
-    """The same, as much as a file takes whose weights have so many bits, or one between two such, from 2 to 8."""
+    """In place of --size-budget: the size of a file with so many bits a weight, 2 to 8 or any between."""
     allocation: Allocation = "sensitivity"
     """Which layers get more bits of such a budget: those where they keep the logits best for their bytes; or, as a
     yardstick, all get the same, and as many as fit, drawn by seed, one step more."""
@@ -60,13 +60,15 @@ class PTQOptions(Options):
         super().__post_init__()
         if self.chosen_mode != "static" and self.calibration != Calibration():
             raise UserError(
-                f"{self.chosen_mode} mode calibrates nothing: drop --calibration-size and --calibration-method"
+                f"--calibration-size and --calibration-method are for --mode static, and this is {self.chosen_mode}"
             )
         if self.mixed is None:
             if self.allocation != "sensitivity":
                 raise UserError(f"--allocation {self.allocation} shares out a --size-budget, and there is none")
         elif self.rounding != Rounding():
-            raise UserError("--size-budget and --mean-bits choose the bits: drop --bits and --group-size")
+            raise UserError(
+                "--size-budget and --mean-bits choose the bits: drop --bits, --first-layer-bits, --group-size"
+            )
         elif None not in {self.size_budget, self.mean_bits}:
             raise UserError("--size-budget and --mean-bits are two ways to say the same: drop one of them")
         own = (self.rounding, self.method, self.mixed)
@@ -74,8 +76,9 @@ class PTQOptions(Options):
             self._check_fused()
         elif self.chosen_mode != "weight-only" and own != (Rounding(), Method(), None):
             raise UserError(f"{self.chosen_mode} mode stores 8 bits: drop --bits and whatever is for weight-only")
-        if self.rounding.bits in {"ternary", 1}:
-            raise UserError(f"--bits {self.rounding.bits} is too little without training: qat_mnist.py does that")
+        for option, bits in (("bits", self.rounding.bits), ("first-layer-bits", self.rounding.first_layer_bits)):
+            if bits in {"ternary", 1}:
+                raise UserError(f"--{option} {bits} is too little without training: qat_mnist.py does that")
         if self.method.router_bits is not None and self.model != "moe":
             raise UserError(f"--router-bits {self.method.router_bits}: {self.model} has no router")
 
@@ -96,7 +99,12 @@ class PTQOptions(Options):
         """The form of a budget, where there is one."""
         if self.size_budget is None and self.mean_bits is None:
             return None
-        return MixedBits(self.size_budget, self.mean_bits or MixedBits().mean_bits, self.allocation, self.method)
+        return MixedBits(
+            self.size_budget,
+            MixedBits().mean_bits if self.mean_bits is None else self.mean_bits,
+            self.allocation,
+            self.method,
+        )
 
     @property
     def row(self) -> Row:

@@ -9,7 +9,7 @@ from tiny import make_dataset, spec
 
 from mnist_lab.compress.adapters import (
     BLOCK,
-    LEVELS,
+    NF4_LEVELS,
     AdaptedWeight,
     Adapters,
     AdaptLowRank,
@@ -66,13 +66,13 @@ def test_levels_are_quantiles_of_the_normal_distribution() -> None:
     below = torch.special.ndtri(torch.linspace(1 - end, 0.5, 8, dtype=torch.float64))
     above = torch.special.ndtri(torch.linspace(0.5, end, 9, dtype=torch.float64))
     quantiles = torch.cat([below, above[1:]])
-    torch.testing.assert_close(LEVELS.double(), quantiles / quantiles.max(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(NF4_LEVELS.double(), quantiles / quantiles.max(), atol=1e-4, rtol=0)
 
 
 @pytest.mark.slow
 def test_levels_and_codes_are_torchaos() -> None:
     theirs = pytest.importorskip("torchao.quantization").NF4Tensor.from_tensor(WEIGHT[0], BLOCK, 1)
-    torch.testing.assert_close(theirs.nf4, LEVELS, atol=1e-4, rtol=0)  # which it computes less exactly
+    torch.testing.assert_close(theirs.nf4, NF4_LEVELS, atol=1e-4, rtol=0)  # which it computes less exactly
     high, low = theirs.quantized_data // 16, theirs.quantized_data % 16  # the first of two is in the upper bits
     codes = quantize(WEIGHT[:1]).codes.flatten()
     assert torch.equal(codes, low * 16 + high)
@@ -82,7 +82,7 @@ def test_every_weight_becomes_the_nearest_level_of_its_block() -> None:
     rounded = dequantize(quantize(WEIGHT), 20, 16).flatten(1).unflatten(1, (-1, BLOCK))
     blocks = WEIGHT.flatten(1).unflatten(1, (-1, BLOCK))
     scales = blocks.abs().amax(dim=2, keepdim=True)
-    nearest = (blocks.unsqueeze(3) - scales.unsqueeze(3) * LEVELS).abs().amin(dim=3)
+    nearest = (blocks.unsqueeze(3) - scales.unsqueeze(3) * NF4_LEVELS).abs().amin(dim=3)
     torch.testing.assert_close((rounded - blocks).abs(), nearest)
     assert torch.equal(rounded.abs().amax(dim=2, keepdim=True), scales)
 

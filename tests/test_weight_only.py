@@ -170,3 +170,9 @@ def test_product_that_stays_in_float_is_found(tmp_path: Path) -> None:
     save_onnx(model, file, {"model": "x"})
     with pytest.raises(WrongPrecision, match="in float are"):
         w.prove_weights(file)
+
+
+def test_one_bit_to_the_nearest_is_a_sign_times_the_mean_size() -> None:
+    weight = np.array([[1.0, -2.0], [-3.0, 4.0]], np.float32)
+    rounded = w.round_weight(weight, Rounding(1), None)
+    assert np.array_equal(rounded.dequantize(), [[2, -3], [-2, 3]])

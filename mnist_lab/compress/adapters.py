@@ -29,7 +29,7 @@ from mnist_lab.models.moe import SparseMoE
 from mnist_lab.training import AdamW, Batch, EpochMetrics, sum_terms, supervised_loss
 
 # arXiv:2305.14314, appendix E: quantiles of the normal distribution, eight below zero and eight from it on.
-LEVELS = torch.tensor(
+NF4_LEVELS = torch.tensor(
     [
         *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
         *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
@@ -37,9 +37,9 @@ LEVELS = torch.tensor(
         *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
     ]
 )
-MIDPOINTS = (LEVELS[1:] + LEVELS[:-1]) / 2
+MIDPOINTS = (NF4_LEVELS[1:] + NF4_LEVELS[:-1]) / 2
 BLOCK = 64  # weights that share a scale
-PAIRS = LEVELS[torch.stack([torch.arange(256) % 16, torch.arange(256) // 16], dim=1)]  # (256, 2), what a byte holds
+PAIRS = NF4_LEVELS[torch.stack([torch.arange(256) % 16, torch.arange(256) // 16], dim=1)]  # (256, 2), what a byte holds
 ALTERNATIONS = 5  # between rounding and what undoes it
 ADAPTER_RATE = 2  # times the recipe's learning rate
 FIRST_LAYER = 2  # times the rank of all others: it sees the pixels, and other data needs other features most

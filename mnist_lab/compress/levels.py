@@ -64,6 +64,8 @@ class Rounding:
     """Of the first layer's weights, which see the pixels; when not given, as many as of all others."""
 
     def __post_init__(self) -> None:
+        if self.first_layer_bits == self.bits:
+            raise UserError(f"--first-layer-bits {self.bits} is what all layers have: drop it")
         if self.group_size == "channel":
             return
         size = self.group_size

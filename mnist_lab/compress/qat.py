@@ -57,8 +57,8 @@ class Learning(Finetuning):
     """For how long a model learns with rounded weights, and from whom."""
 
     finetune_epochs: int | None = field(default=None, metadata={"tag": "ft"})
-    """Passes over the training images; when not given, a fifth of the recipe's, or half where weights have three levels
-    or two."""
+    """Passes over the training images, 0 for none; when not given, a fifth of the recipe's, of ternary weights and
+    those of 1 bit half."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class TrainQuantized:
         config = self.quantization
         budget = BUDGET_OF_FEW_LEVELS if config.rounding.bits in {"ternary", 1} else BUDGET
         training = replace(self.training, finetune_epochs=self.training.num_epochs(work, budget))
-        wrap = partial(rounding, activation_bits=config.activation_bits)
+        wrap = partial(with_rounded_weights, activation_bits=config.activation_bits)
         if config.learn == "layers":
             few = with_images(work, CALIBRATION_SIZE)
             epochs = math.ceil(num_steps(work, training.num_epochs(work)) / num_steps(few, 1))
@@ -109,7 +109,7 @@ class TrainQuantized:
         return finetune(work, model, before, training, wrap=wrap, rate=RATE)
 
 
-def rounding(objective: Objective, activation_bits: ActivationBits) -> Objective:
+def with_rounded_weights(objective: Objective, activation_bits: ActivationBits) -> Objective:
     """The same objective, with weights rounded once a step, wherever they are used, and activations of so many bits."""
 
     def rounded(model: nn.Module, batch: Batch) -> StepLoss:

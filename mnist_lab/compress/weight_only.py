@@ -19,7 +19,7 @@ from onnx import helper
 from mnist_lab.compress.few_bit_products import Plan, products_of, put_in, weight_of
 from mnist_lab.compress.few_bits import stored_bits
 from mnist_lab.compress.gptq import CALIBRATION_SIZE, Gram, input_grams, round_with_feedback
-from mnist_lab.compress.int8 import INTEGER_OPERATORS, absmax_quantize, optimized_graph
+from mnist_lab.compress.int8 import FLOAT_OPERATORS, INTEGER_OPERATORS, absmax_quantize, optimized_graph
 from mnist_lab.compress.levels import (
     LEVELS,
     ActivationBits,
@@ -44,9 +44,8 @@ from mnist_lab.runtimes import FLOAT_PRODUCTS, ROUTER, Precision, RuntimeName
 from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options
 
 PRECISIONS: dict[Bits, Precision] = {8: "INT8", 4: "INT4", 3: "INT3", 2: "INT2", "ternary": "ternary", 1: "INT1"}
-KERNELS = {"INT8": "as INT8", "8": "as 8 bits times rows in float", "4": "as 4 bits times rows in float"}
+KERNELS = {"INT8": "as INT8", "8": "as 8 bits by rows rounded within", "4": "as 4 bits by rows rounded within"}
 LAST_LAYER = "logits"
-FLOAT_OPERATORS = {"Gemm", "MatMul", "FusedGemm", "FusedMatMul"}
 CHECKED_IMAGES = 200
 LEAST_DECIBELS = 20.0  # of the engine's logits against what the file says: rows that it rounds besides give some 40
 LEAST_OF_4_BITS = 10.0  # where activations are as coarse, and little moves one from a level to the next
@@ -173,8 +172,15 @@ def round_weight(weight_IO: Array, rounding: Rounding, gram_II: Gram | None, *, 
     groups = [weight_IO[start : start + size] for start in range(0, len(weight_IO), size)]
     if affine:
         return _join([_round_affine(group, levels) for group in groups], size)
-    parts = [absmax_quantize(group, q_max=levels.highest, axis=1) for group in groups]
-    return _join([Rounded(q, scale, None, size) for q, scale in parts], size)
+    return _join([_round_absmax(group, levels) for group in groups], size)
+
+
+def _round_absmax(group_IO: Array, levels: Levels) -> Rounded:
+    """S = max|w| / highest of each output, zero at 0 where that is a level; of a tensor of zeros 1."""
+    if levels.step == 1:
+        return Rounded(*absmax_quantize(group_IO, q_max=levels.highest, axis=1), None, len(group_IO))
+    scale_O = np.abs(group_IO).mean(axis=0, keepdims=True).astype(np.float32)  # of one bit: that of least error
+    return Rounded(np.where(group_IO < 0, levels.lowest, levels.highest).astype(np.int8), scale_O, None, len(group_IO))
 
 
 def _round_affine(group_IO: Array, levels: Levels) -> Rounded:

@@ -153,6 +153,8 @@ def _check_fused(node: onnx.NodeProto, shapes: Mapping[str, list[int] | None], s
     if rows is None or logits is None or len(rows) != 2 or len(logits) != 2 or rows[0] != logits[0]:
         raise ValueError(f"{node.name} may be of any size")
     width, num_experts = rows[1], logits[1]
+    if not all(isinstance(how[name], int) and how[name] > 0 for name in ("k", "expert_weight_bits", "block_size")):
+        raise ValueError(f"{node.name} is told what the suite does not write")
     inside, bits = stored.get(node.input[4], [0])[-1], how["expert_weight_bits"]
     expected: list[list[float]] = []
     for inputs, outputs in ((width, inside), (inside, width)):

@@ -142,7 +142,6 @@ def bits_by_expert(results: Results) -> Figure | None:
             load, bits = record.proof["load"], expert_bits(record.proof["bits"])
             axes.plot([100 * share for share in load], bits, **Look(COLORS[1 + seed % 7], "o").line, linestyle="")
         axes.set_title(title, fontsize=10)
-        axes.set_ylim(1.5, 8.5)
         axes.margins(x=0.1)
     label_outer(panels, columns, "load of the expert (% of all visits)", "bits, mean of its two layers")
     write_footnote(figure, f"{num_seeds(models)}, a colour each; a point for each expert")
