@@ -7,7 +7,6 @@ python adapt_mnist.py --model ffn --dataset kmnist
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from mnist_lab.command.console import make_and_print, open_lab
 from mnist_lab.command.entry import run_script
@@ -16,11 +15,9 @@ from mnist_lab.compress.adapters import Adapters, AdaptLowRank, FinetuneAll
 from mnist_lab.compress.finetune import Duration
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.row import Row
-from mnist_lab.experiments.rows import FFN, MOE, STUDENT, adapted
+from mnist_lab.experiments.rows import SOURCES, SourceName, adapted
 from mnist_lab.experiments.run import Run
 from mnist_lab.sources import DatasetName
-
-SOURCES = {"ffn": FFN, "moe": MOE, "student": STUDENT}
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,7 @@ class AdaptOptions(Options):
     """Data set that the model is for in the end."""
     source_dataset: DatasetName = "mnist"
     """Data set that it was trained on."""
-    model: Literal["ffn", "moe", "student"] = "moe"
+    model: SourceName = "moe"
     """Trained model to start from; student is KD_FFN_Student."""
     full: bool = False
     """Train all parameters in FP32, to compare with."""

@@ -31,9 +31,8 @@ from mnist_lab.compress.share_base import ShareBase, Sharing
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import (
-    FFN,
-    MOE,
-    STUDENT,
+    SOURCES,
+    SourceName,
     merged_experts,
     pruned_experts,
     pruned_neurons,
@@ -44,14 +43,12 @@ from mnist_lab.experiments.rows import (
 from mnist_lab.experiments.run import Run
 from mnist_lab.models.moe import RoutingConfig
 
-SOURCES = {"ffn": FFN, "moe": MOE, "student": STUDENT}
-
 
 @dataclass(frozen=True)
 class WeightOptions(Options):
     """Set the weights that matter least to zero."""
 
-    model: Literal["ffn", "moe", "student"] = "moe"
+    model: SourceName = "moe"
     """Trained model to prune; student is KD_FFN_Student."""
     pruning: WeightPruning = field(default_factory=WeightPruning)
     finetuning: Finetuning = field(default_factory=Finetuning)
@@ -72,7 +69,7 @@ class WeightOptions(Options):
 class NeuronOptions(Options):
     """Take the hidden units that matter least out of every layer."""
 
-    model: Literal["ffn", "moe", "student"] = "moe"
+    model: SourceName = "moe"
     """Trained model to prune; student is KD_FFN_Student."""
     pruning: NeuronPruning = field(default_factory=NeuronPruning)
     finetuning: Finetuning = field(default_factory=Finetuning)

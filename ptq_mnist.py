@@ -15,16 +15,15 @@ from mnist_lab.command.console import make_and_print, open_lab, print_proof
 from mnist_lab.command.entry import run_script
 from mnist_lab.command.options import Options
 from mnist_lab.compress.int8 import Calibration, Mode, StaticInt8
-from mnist_lab.compress.levels import Rounding
+from mnist_lab.compress.levels import GroupSize, Rounding
 from mnist_lab.compress.mixed_bits import Allocation, MixedBits
 from mnist_lab.compress.qmoe import FusedExperts
 from mnist_lab.compress.weight_only import Method, WeightOnly
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import (
-    FFN,
-    MOE,
-    STUDENT,
+    SOURCES,
+    SourceName,
     dynamic_int8,
     fused_experts,
     mixed_bits,
@@ -34,19 +33,24 @@ from mnist_lab.experiments.rows import (
 from mnist_lab.experiments.run import Run
 
 AnyMode = Mode | Literal["weight-only", "fused"]
-SOURCES = {"ffn": FFN, "moe": MOE, "student": STUDENT}
 
 
 @dataclass(frozen=True)
 class PTQOptions(Options):
-    model: Literal["ffn", "moe", "student"] = "ffn"
+    model: SourceName = "ffn"
     """Trained model to convert; student is KD_FFN_Student."""
     mode: AnyMode | None = None
-    """Where activation ranges come from: static (calibration) or dynamic (each batch); or weight-only, which stores
-    weights in --bits and no ranges; or fused, an MoE's experts in --bits 8 or 4 as one operator of ONNX Runtime, the
-    fastest for one image at a time; when not given, static for the dense models and dynamic for the MoE."""
+    """static: INT8, activation ranges from calibration; dynamic: INT8, from each batch; weight-only: weights in --bits;
+    fused: an MoE's experts in --bits 8 or 4 as one operator of ONNX Runtime, the fastest for one image at a time. When
+    not given, static for the dense models and dynamic for the MoE."""
     calibration: Calibration = field(default_factory=Calibration)
-    rounding: Rounding = field(default_factory=Rounding)
+    bits: Literal[8, 4, 3, 2] | None = None
+    """Of a weight, with --mode weight-only (when not given, 4) or fused (8 or 4; when not given, 4)."""
+    group_size: GroupSize = "channel"
+    """With --mode weight-only: inputs of an output that share a scale, a power of two from 16 to 256; or channel, all
+    of them, which is faster."""
+    first_layer_bits: Literal[8, 4, 3, 2] | None = None
+    """With --mode weight-only: of the first layer's weights; when not given, as many as of all others."""
     size_budget: float | None = None
     """In place of --bits: KiB that the whole file may take; how many bits each layer gets follows from that."""
     mean_bits: float | None = None
@@ -62,23 +66,23 @@ class PTQOptions(Options):
             raise UserError(
                 f"--calibration-size and --calibration-method are for --mode static, and this is {self.chosen_mode}"
             )
+        has_rounding = self.rounding != Rounding() or self.bits is not None
         if self.mixed is None:
             if self.allocation != "sensitivity":
                 raise UserError(f"--allocation {self.allocation} shares out a --size-budget, and there is none")
-        elif self.rounding != Rounding():
+        elif has_rounding:
             raise UserError(
-                "--size-budget and --mean-bits choose the bits: drop --bits, --first-layer-bits, --group-size"
+                "--size-budget and --mean-bits choose the bits: drop --bits, --first-layer-bits and --group-size"
             )
         elif None not in {self.size_budget, self.mean_bits}:
             raise UserError("--size-budget and --mean-bits are two ways to say the same: drop one of them")
-        own = (self.rounding, self.method, self.mixed)
         if self.chosen_mode == "fused":
             self._check_fused()
-        elif self.chosen_mode != "weight-only" and own != (Rounding(), Method(), None):
-            raise UserError(f"{self.chosen_mode} mode stores 8 bits: drop --bits and whatever is for weight-only")
-        for option, bits in (("bits", self.rounding.bits), ("first-layer-bits", self.rounding.first_layer_bits)):
-            if bits in {"ternary", 1}:
-                raise UserError(f"--{option} {bits} is too little without training: qat_mnist.py does that")
+        elif self.chosen_mode != "weight-only" and (has_rounding or (self.method, self.mixed) != (Method(), None)):
+            raise UserError(
+                f"{self.chosen_mode} mode stores 8 bits: drop --bits and whatever is for weight-only, or add --mode "
+                "weight-only"
+            )
         if self.method.router_bits is not None and self.model != "moe":
             raise UserError(f"--router-bits {self.method.router_bits}: {self.model} has no router")
 
@@ -89,6 +93,10 @@ class PTQOptions(Options):
             raise UserError(f"--bits {self.rounding.bits}: --mode fused takes 8 or 4")
         if (replace(self.rounding, bits=Rounding().bits), self.method, self.mixed) != (Rounding(), Method(), None):
             raise UserError("--mode fused has no options but --bits: drop whatever is for weight-only")
+
+    @property
+    def rounding(self) -> Rounding:
+        return Rounding(self.bits or Rounding().bits, self.group_size, self.first_layer_bits)
 
     @property
     def chosen_mode(self) -> AnyMode:

@@ -8,22 +8,19 @@ python qat_mnist.py --model moe --bits 2 --learn layers     # each layer learns 
 """
 
 from dataclasses import dataclass, field
-from typing import Literal
 
 from mnist_lab.command.console import make_and_print, open_lab, print_proof
 from mnist_lab.command.entry import run_script
 from mnist_lab.command.options import Options
 from mnist_lab.compress.qat import Learning, Quantization, TrainQuantized
 from mnist_lab.errors import UserError
-from mnist_lab.experiments.rows import FFN, MOE, STUDENT, deployed, trained_quantized
+from mnist_lab.experiments.rows import SOURCES, SourceName, deployed, trained_quantized
 from mnist_lab.experiments.run import Run
-
-SOURCES = {"ffn": FFN, "moe": MOE, "student": STUDENT}
 
 
 @dataclass(frozen=True)
 class QATOptions(Options):
-    model: Literal["ffn", "moe", "student"] = "ffn"
+    model: SourceName = "ffn"
     """Trained model to start from, or that is the teacher; student is KD_FFN_Student."""
     quantization: Quantization = field(default_factory=Quantization)
     training: Learning = field(default_factory=Learning)

@@ -7,7 +7,6 @@ the graph that the engine executes, and its logits are compared with those of th
 computes something else is listed, not timed. Writes few_bits.csv and .md to results/benchmarks.
 """
 
-import math
 import tempfile
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -35,7 +34,7 @@ from mnist_lab.deploy.artifacts import name_nodes
 from mnist_lab.deploy.onnx import build_onnx, write_onnx
 from mnist_lab.folders import ensure_writable
 from mnist_lab.machine import cpu_model
-from mnist_lab.measure import TABLE_BATCHES, Array, measure_latency
+from mnist_lab.measure import TABLE_BATCHES, Array, decibels, measure_latency
 from mnist_lab.models import PRESETS, Model, build_model
 from mnist_lab.runtimes import FLOAT_PRODUCTS
 from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options
@@ -238,12 +237,6 @@ def executed(way: Way) -> tuple[str, str]:
         elif node.op_type in INTEGER_OPERATORS | FLOAT_OPERATORS and node.name not in FLOAT_PRODUCTS:
             counts[node.op_type] += 1
     return ", ".join(f"{num} {name}" for name, num in counts.items()), ", ".join(sorted(levels))
-
-
-def decibels(found: Array, expected: Array) -> float:
-    """Signal to noise; infinite where there is no noise."""
-    noise = float(np.square(found - expected).sum())
-    return 10 * math.log10(float(np.square(expected).sum()) / noise) if noise else math.inf
 
 
 def add_ratios(table: pd.DataFrame) -> pd.DataFrame:

@@ -3,6 +3,7 @@
 Works on callables and numpy logits, so that any runtime can be measured. Shapes: N images, C classes.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -73,6 +74,12 @@ def accuracy(logits: Array, labels: Labels) -> float:
 def cross_entropy(logits: Array, labels: Labels) -> float:
     """Mean negative log-likelihood in nats."""
     return float(-log_softmax(logits)[np.arange(len(labels)), labels].mean())
+
+
+def decibels(found: Array, expected: Array) -> float:
+    """Signal to noise, 10·log₁₀ Σ expected² / Σ (found − expected)²; 300 where there is no noise."""
+    noise = float(np.square(found - expected).sum())
+    return 10 * math.log10(max(float(np.square(expected).sum()), 1e-30) / noise) if noise else 300.0
 
 
 def confidence_bins(logits: Array, labels: Labels) -> ConfidenceBins:

@@ -68,3 +68,11 @@ def test_bad_groups_are_the_users_error() -> None:
             Rounding(4, size)
     assert [Rounding(4, 64).size_of_groups(num) for num in (12, 64, 100)] == [12, 64, 64]
     assert Rounding(4).size_of_groups(100) == 100
+
+
+def test_first_and_last_layer_keep_more() -> None:
+    assert [r.bits for r in Rounding(1, first_layer_bits=2).of_layers(4)] == [2, 1, 1, 4]
+    assert [r.bits for r in Rounding(8).of_layers(3)] == [8, 8, 8]
+    assert [r.bits for r in Rounding(2).of_layers(1)] == [4]
+    with pytest.raises(UserError, match="--first-layer-bits 2"):
+        Rounding(2, first_layer_bits=2)

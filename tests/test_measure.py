@@ -106,3 +106,9 @@ def test_temperature_undoes_the_scale_of_logits() -> None:
     cumulated = np.exp(measure.log_softmax(logits)).cumsum(axis=1)
     labels = (generator.random((20_000, 1)) > cumulated).sum(axis=1).clip(max=9)  # drawn from softmax(logits)
     assert measure.fit_temperature(logits * 3, labels) == pytest.approx(3, rel=0.03)
+
+
+def test_decibels_are_ten_times_the_logarithm_of_signal_over_noise() -> None:
+    expected = np.array([3.0, 4.0], np.float32)
+    assert measure.decibels(expected + np.array([0.0, 0.5], np.float32), expected) == pytest.approx(20)
+    assert measure.decibels(expected, expected) == 300

@@ -47,15 +47,13 @@ class Weight(NamedTuple):
 
 
 def roundings(model: Model, rounding: Rounding, router_bits: RouterBits) -> list[tuple[Weight, Rounding]]:
-    """How the weight of each product is rounded, as `weight_only.uniform_plan` has it for a graph."""
+    """The weights of all products, and how each is rounded."""
     if isinstance(model, SparseMoE):
         stacked = [Weight(model.experts, name, 1) for name in ("weight_in", "weight_out")]
         weights = [Weight(model.stem, "weight", 1), *stacked, *(Weight(layer, "weight", 1) for layer in model.head)]
     else:
         weights = [Weight(layer, "weight", 1) for layer in model.layers]
-    found = [(weight, rounding) for weight in weights]
-    found[0] = weights[0], rounding.of_first_layer
-    found[-1] = weights[-1], rounding.of_last_layer
+    found = list(zip(weights, rounding.of_layers(len(weights)), strict=True))
     if isinstance(model, SparseMoE) and router_bits is not None:
         found.append((Weight(model.router, "gate", 0), Rounding(router_bits)))
     return found

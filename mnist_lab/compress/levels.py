@@ -5,7 +5,7 @@ w ≈ s·(q − z): q one of a few evenly spaced integers, s the scale and z the
 Shapes: I inputs, O outputs, G groups of inputs.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -80,6 +80,12 @@ class Rounding:
     def of_last_layer(self) -> "Rounding":
         """It has few weights, and all that it loses shows: they keep 4 bits."""
         return self if self.bits in {8, 4} else Rounding(4, self.group_size)
+
+    def of_layers(self, num_layers: int) -> list["Rounding"]:
+        """Of each layer, in the order of a pass."""
+        found = [replace(self, first_layer_bits=None)] * num_layers
+        found[0], found[-1] = self.of_first_layer, self.of_last_layer
+        return found
 
     def size_of_groups(self, num_inputs: int) -> int:
         """Inputs of a group; the last one of a layer may be smaller."""

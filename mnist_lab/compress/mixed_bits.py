@@ -38,8 +38,8 @@ from mnist_lab.runtimes import ROUTER, Precision, RuntimeName
 from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options
 
 WIDTHS = (Rounding(2), Rounding(3), Rounding(4), Rounding(8))
-IN_4 = WIDTHS.index(Rounding(4))  # which share nothing, and of which many zeros are not stored sparsely
-MEAN_BITS = (2, 3, 4, 8)  # of these
+IN_4 = WIDTHS.index(Rounding(4))  # by which a file's other bytes are measured: of 8 bits zeros might be sparse
+MEAN_BITS = (2, 3, 4, 8)  # of the widths
 LONGEST = 1.23e-5  # of a rise, as text
 KIB = 1024
 PRODUCTS = {"MatMul", "MatMulInteger"}

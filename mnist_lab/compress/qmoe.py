@@ -35,6 +35,7 @@ from mnist_lab.deploy.inside import read_out
 from mnist_lab.deploy.onnx import write_onnx
 from mnist_lab.errors import UserError, WrongPrecision
 from mnist_lab.experiments.technique import Proof, Work
+from mnist_lab.measure import decibels
 from mnist_lab.models import Model
 from mnist_lab.models.moe import SparseMoE
 from mnist_lab.models.surgery import with_more_units
@@ -166,13 +167,13 @@ def prove_fused(model: Model, file: Path, bits: OperatorBits, *, reduced_range: 
         raise WrongPrecision(f"experts should be one operator of {bits} bits, and ONNX Runtime runs {found}")
     layers = ["stem", *(f"head.{index}" for index in range(len(model.head)))]
     counted = prove_products(file, layers, keep_float=[ROUTER])
-    decibels = agreement(model, file, bits)
-    if not LEAST_DECIBELS < decibels < FLOAT_DECIBELS:
-        what = "computes something else than the model's experts" if decibels < FLOAT_DECIBELS else "runs them in float"
-        raise WrongPrecision(f"ONNX Runtime {what}: {decibels:.0f} dB")
+    signal = agreement(model, file, bits)
+    if not LEAST_DECIBELS < signal < FLOAT_DECIBELS:
+        what = "computes something else than the model's experts" if signal < FLOAT_DECIBELS else "runs them in float"
+        raise WrongPrecision(f"ONNX Runtime {what}: {signal:.0f} dB")
     products = ", ".join(f"{count} {name}" for name, count in counted.integer_products.items())
     text = f"experts: one operator, weights of {bits} bits, rows of 8; integer products: {products}; in float: {ROUTER}"
-    return asdict(counted) | {"bits": bits, "decibels": decibels, "reduced_range": reduced_range, "text": text}
+    return asdict(counted) | {"bits": bits, "decibels": signal, "reduced_range": reduced_range, "text": text}
 
 
 @torch.no_grad()
@@ -191,5 +192,4 @@ def agreement(model: SparseMoE, file: Path, bits: OperatorBits) -> float:
     pairs = wider.dispatch(decision)
     outputs = wider.experts(hidden[pairs.row_N], pairs.kept_load_E)
     expected = wider.combine(outputs, pairs, decision).numpy()
-    noise = float(np.square(found - expected).sum())
-    return 10 * math.log10(float(np.square(expected).sum()) / max(noise, 1e-30))
+    return decibels(found, expected)

@@ -4,7 +4,6 @@ q = round(w/s) + z, w ≈ s·(q − z), one s (and z) per output of a layer and 
 ONNX, and what the engine makes of it is read back (few_bit_products.py).
 """
 
-import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
@@ -37,7 +36,7 @@ from mnist_lab.deploy.artifacts import read_artifact, read_onnx, save_onnx
 from mnist_lab.deploy.onnx import build_onnx, layout_metadata
 from mnist_lab.errors import WrongPrecision
 from mnist_lab.experiments.technique import Proof, Work
-from mnist_lab.measure import Array
+from mnist_lab.measure import Array, decibels
 from mnist_lab.models import Model
 from mnist_lab.models.moe import SparseMoE
 from mnist_lab.runtimes import FLOAT_PRODUCTS, ROUTER, Precision, RuntimeName
@@ -45,7 +44,6 @@ from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options
 
 PRECISIONS: dict[Bits, Precision] = {8: "INT8", 4: "INT4", 3: "INT3", 2: "INT2", "ternary": "ternary", 1: "INT1"}
 KERNELS = {"INT8": "as INT8", "8": "as 8 bits by rows rounded within", "4": "as 4 bits by rows rounded within"}
-LAST_LAYER = "logits"
 CHECKED_IMAGES = 200
 LEAST_DECIBELS = 20.0  # of the engine's logits against what the file says: rows that it rounds besides give some 40
 LEAST_OF_4_BITS = 10.0  # where activations are as coarse, and little moves one from a level to the next
@@ -81,7 +79,8 @@ class WeightOnly:
     def write(self, model: Model, file: Path, work: Work, metadata: Mapping[str, Any]) -> None:
         graph = build_rounding(model, self.method.activation_bits, work)
         plan = uniform_plan(graph, self.rounding, self.method.router_bits)
-        write_rounded(graph, plan, self.method, work)
+        rounded = round_products(graph, plan.items(), self.method, work)
+        put_in(graph, plan, {name: rounded[name, rounding] for name, rounding in plan.items()})
         save_onnx(graph, file, {**metadata, **layout_metadata(model)})
 
     def prove(self, model: Model, file: Path) -> Proof:
@@ -105,7 +104,9 @@ class AsTrained:
     def write(self, model: Model, file: Path, work: Work, metadata: Mapping[str, Any]) -> None:
         graph = build_rounding(model, self.activation_bits, work)
         plan = uniform_plan(graph, self.rounding, self.router_bits)
-        rounded = find_on_levels(graph, plan)
+        products = products_of(graph)
+        found = {name: on_levels(weight_of(graph, products[name]), rounding) for name, rounding in plan.items()}
+        rounded = {name: weight for name, weight in found.items() if weight is not None}
         if left := sorted(plan.keys() - rounded.keys()):
             raise WrongPrecision(f"the weights of {', '.join(left)} do not lie on their levels")
         put_in(graph, plan, rounded)
@@ -125,18 +126,9 @@ def build_rounding(model: Model, bits: ActivationBits, work: Work) -> onnx.Model
 
 def uniform_plan(model: onnx.ModelProto, rounding: Rounding, router_bits: RouterBits) -> Plan:
     """One rounding for all products with weights, but for the first, the last and those of the routing."""
-    first, *others = (name for name in products_of(model) if name not in FLOAT_PRODUCTS)
-    plan = {first: rounding.of_first_layer, **dict.fromkeys(others, rounding), LAST_LAYER: rounding.of_last_layer}
+    names = [name for name in products_of(model) if name not in FLOAT_PRODUCTS]
+    plan = dict(zip(names, rounding.of_layers(len(names)), strict=True))
     return plan if router_bits is None else plan | {ROUTER: Rounding(router_bits)}
-
-
-def write_rounded(model: onnx.ModelProto, plan: Plan, method: Method, work: Work) -> None:
-    """Put the weights of these products of an FP32 graph into few bits; in place.
-
-    Weights that lie on as many levels already stay as they are.
-    """
-    rounded = round_products(model, plan.items(), method, work)
-    put_in(model, plan, {name: rounded[name, rounding] for name, rounding in plan.items()})
 
 
 def round_products(
@@ -155,13 +147,6 @@ def round_products(
         gram = grams.get(products[name].input[0])
         rounded[name, rounding] = round_weight(weights[name], rounding, gram, affine=method.scheme == "affine")
     return {choice: found for choice, found in rounded.items() if found is not None}
-
-
-def find_on_levels(model: onnx.ModelProto, plan: Plan) -> dict[str, Rounded]:
-    """The weights of an FP32 graph's products that lie on the levels of the plan already."""
-    products = products_of(model)
-    found = {name: on_levels(weight_of(model, products[name]), rounding) for name, rounding in plan.items()}
-    return {name: rounded for name, rounded in found.items() if rounded is not None}
 
 
 def round_weight(weight_IO: Array, rounding: Rounding, gram_II: Gram | None, *, affine: bool = False) -> Rounded:
@@ -248,9 +233,9 @@ def prove_weights(file: Path, *, least_decibels: float = LEAST_DECIBELS) -> Proo
         raise WrongPrecision(
             f"of {len(stored)} layers in few bits ONNX Runtime runs {run.total()} so; in float are {floats}"
         )
-    decibels = agreement(file)
-    if decibels < least_decibels:
-        raise WrongPrecision(f"ONNX Runtime computes something else than the file says: {decibels:.0f} dB")
+    signal = agreement(file)
+    if signal < least_decibels:
+        raise WrongPrecision(f"ONNX Runtime computes something else than the file says: {signal:.0f} dB")
     by_bits = Counter(stored.values())
     counted = ", ".join(f"{num} of {name_of(bits)}" for bits, num in by_bits.items())
     kernels = ", ".join(f"{num} {KERNELS[kernel]}" for kernel, num in run.items() if num)
@@ -259,7 +244,7 @@ def prove_weights(file: Path, *, least_decibels: float = LEAST_DECIBELS) -> Proo
         "text": text,
         "stored": {str(bits): num for bits, num in by_bits.items()},
         "products": {kernel: num for kernel, num in run.items() if num},
-        "decibels": decibels,
+        "decibels": signal,
     }
 
 
@@ -273,5 +258,4 @@ def agreement(file: Path) -> float:
         onnxruntime.InferenceSession(content, options, providers=PROVIDERS).run(None, {"pixels": pixels})[0]
         for options in (session_options(1), as_it_stands)
     )
-    noise = float(np.square(found - expected).sum())
-    return 10 * math.log10(float(np.square(expected).sum()) / max(noise, 1e-30))
+    return decibels(found, expected)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from typing import Literal
 
 from mnist_lab.compress.adapters import AdaptLowRank, FinetuneAll
 from mnist_lab.compress.bfloat16 import BFloat16
@@ -45,6 +46,10 @@ def student(teacher: Row = MOE, distillation: DistillationConfig = DistillationC
 
 
 STUDENT = student()
+
+
+SourceName = Literal["ffn", "moe", "student"]
+SOURCES: dict[SourceName, Row] = {"ffn": FFN, "moe": MOE, "student": STUDENT}
 
 
 def static_int8(source: Row, form: StaticInt8 = StaticInt8()) -> Row:
