@@ -17,7 +17,7 @@ from mnist_lab.report.drawing import (
     write_footnote,
 )
 from mnist_lab.studies.claims.evidence import Evidence
-from mnist_lab.studies.claims.few_bits import MIXED, OF_MIXTURES, rise_per_visit
+from mnist_lab.studies.claims.few_bits import LEAST_RISE, MIXED, OF_MIXTURES, rise_per_visit
 from mnist_lab.studies.claims.figures import half_width, note_seeds
 
 
@@ -39,7 +39,9 @@ def sensitivity_by_load(evidence: Evidence) -> Figure | None:
     make_logarithmic(axes, "y", "rise in KL per visit (millinats)")
     place_legend(figure, *axes.get_legend_handles_labels())
     write_footnote(
-        figure, "calibration images; a line for each seed, a point for each living expert: the sum over its layers"
+        figure,
+        "calibration images; a line for each seed, a point for each living expert: the sum over its layers; "
+        f"{1000 * LEAST_RISE:g}: none",
     )
     return figure
 
