@@ -20,13 +20,12 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from mnist_lab.compress.distill import DistillationConfig, distillation_objective
 from mnist_lab.compress.layer_by_layer import relative_error
 from mnist_lab.data import DataSpec
 from mnist_lab.errors import UserError
-from mnist_lab.experiments.technique import Made, Work
+from mnist_lab.experiments.technique import Made, Proof, Work
 from mnist_lab.models import Model, count_parameters
 from mnist_lab.models.moe import MAX_EXPERTS, RoutingConfig, SparseMoE, SparseMoEConfig
 from mnist_lab.training import Batch, LossTerms, Objective, StepLoss, Term
@@ -75,13 +74,13 @@ class Matching:
                 raise UserError(f"--{name}-weight {weight} must be a finite number, 0 or more")
 
     @property
-    def is_on(self) -> bool:
-        """Whether the teacher must be a mixture."""
+    def needs_mixture(self) -> bool:
+        """Whether the teacher must be one."""
         return self.router_weight > 0 or self.experts_weight > 0
 
 
 class MappedStudent(nn.Module):
-    """The student in training, with the map from its experts' outputs to its teacher's, which it gives nothing for."""
+    """A student in training, and beside it what maps its experts' outputs (…, O) to the width of its teacher's."""
 
     def __init__(self, student: SparseMoE, mapping: nn.Module) -> None:
         super().__init__()
@@ -95,6 +94,15 @@ class MappedStudent(nn.Module):
 def group_of(num_experts: int, num_groups: int) -> Tensor:
     """(E,): the group of each expert."""
     return torch.arange(num_experts) % num_groups
+
+
+def match_experts(num_theirs: int, num_ours: int) -> list[tuple[list[int], list[int]]]:
+    """The teacher's and the student's experts of each group."""
+    num_groups = min(num_theirs, num_ours)
+    return [
+        (list(range(group, num_theirs, num_groups)), list(range(group, num_ours, num_groups)))
+        for group in range(num_groups)
+    ]
 
 
 def sum_groups(values: Tensor, num_groups: int) -> Tensor:
@@ -121,58 +129,80 @@ def experts_error(student_EBO: Tensor, teacher_EBO: Tensor) -> Tensor:
 
 
 def mixture_objective(teacher: Model, distil_logits: Objective, matching: Matching) -> Objective:
-    """What `distil_logits` says of the student, and the terms of router and experts that weigh anything."""
-    if not matching.is_on:
-        return lambda model, batch: distil_logits(model.student, batch)
-    assert isinstance(teacher, SparseMoE)
+    """What `distil_logits` says of the student, and the terms of router and experts that weigh anything.
+
+    Args:
+        teacher: where they do, a mixture; frozen, in evaluation mode, and where the training is.
+    """
 
     def objective(model: nn.Module, batch: Batch) -> StepLoss:
         assert isinstance(model, MappedStudent)
-        student = model.student
-        loss = distil_logits(student, batch)
-        ours_BD = student.embed(batch.pixels)
-        with torch.no_grad():
-            theirs_BD = teacher.embed(batch.pixels)
-        if matching.router_weight > 0:
-            divergence = router_divergence(ours_BD @ student.router.gate, theirs_BD @ teacher.router.gate)
-            loss.terms["router"] = Term(divergence, matching.router_weight)
-        if matching.experts_weight > 0:
-            with torch.no_grad():
-                theirs_EBO = teacher.experts.on_all(theirs_BD)
-            error = experts_error(model.mapping(student.experts.on_all(ours_BD)), theirs_EBO)
-            loss.terms["experts"] = Term(error, matching.experts_weight)
-        return loss
+        loss = distil_logits(model.student, batch)
+        return replace(loss, terms=loss.terms | matching_terms(model, teacher, batch.pixels, matching))
 
     return objective
 
 
+def matching_terms(model: MappedStudent, teacher: Model, pixels: Tensor, matching: Matching) -> LossTerms:
+    """Those of router and experts, on the same images."""
+    if not matching.needs_mixture:
+        return {}
+    assert isinstance(teacher, SparseMoE)
+    student, terms = model.student, LossTerms()
+    ours_BD = student.embed(pixels)
+    with torch.no_grad():
+        theirs_BD = teacher.embed(pixels)
+    if matching.router_weight > 0:
+        with torch.no_grad():
+            target_BE = theirs_BD @ teacher.router.gate
+        divergence = router_divergence(ours_BD @ student.router.gate, target_BE)
+        terms["router"] = Term(divergence, matching.router_weight)
+    if matching.experts_weight > 0:
+        with torch.no_grad():
+            target_EBO = teacher.experts.on_all(theirs_BD)
+        error = experts_error(model.mapping(student.experts.on_all(ours_BD)), target_EBO)
+        terms["experts"] = Term(error, matching.experts_weight)
+    return terms
+
+
 @dataclass(frozen=True)
 class DistilMixture:
-    """A small mixture that learns from a larger one, or from the logits alone of any model."""
+    """A small mixture that learns from a larger one; or, where nothing else is matched, from any model's logits."""
 
     label: ClassVar[str] = "kd"
     cost: ClassVar[float] = 2.0
-    distillation: DistillationConfig = DistillationConfig()
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)
     student: SmallMixture = SmallMixture()
     matching: Matching = Matching()
 
     def make(self, work: Work) -> Made:
         teacher = work.teacher
         assert teacher is not None
-        student = work.build(self.student.config(teacher, work.dataset.spec))
-        assert isinstance(student, SparseMoE)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(work.seed)
-            model = MappedStudent(student, self.make_map(student, teacher))
+        model = self._build(work, teacher)
         fixed_pixels = work.dataset.train.pixels if work.recipe.augmentation is None else None
         distil_logits = distillation_objective(
             teacher, self.distillation, device=work.device, fixed_pixels=fixed_pixels
         )
         curves = work.fit(model, mixture_objective(teacher, distil_logits, self.matching))
-        text = f"{count_parameters(student)[0]:,} parameters trained over {len(curves)} epochs"
-        return Made(student, curves, {"text": text})
+        trained = f"{count_parameters(model.student)[0]:,} parameters trained over {len(curves)} epochs"
+        proof: Proof = {"text": trained, "epochs": len(curves)}
+        if self.matching.needs_mixture:
+            assert isinstance(teacher, SparseMoE)
+            groups = match_experts(teacher.config.routing.num_experts, self.student.student_experts)
+            said = ", ".join(" → ".join(" and ".join(map(str, side)) for side in group) for group in groups)
+            proof |= {"text": f"{trained}; experts of teacher and student matched: {said}", "groups": groups}
+        return Made(model.student, curves, proof)
 
-    def make_map(self, student: SparseMoE, teacher: Model) -> nn.Module:
-        if self.matching.experts_weight == 0 or student.config.output_width == teacher.config.output_width:
-            return nn.Identity()
-        return nn.Linear(student.config.output_width, teacher.config.output_width, bias=False)
+    def _build(self, work: Work, teacher: Model) -> MappedStudent:
+        """The student, and where its experts are matched and of another width than the teacher's, a map to that."""
+        student = work.build(self.student.config(teacher, work.dataset.spec))
+        assert isinstance(student, SparseMoE)
+        mapping: nn.Module = nn.Identity()
+        if self.matching.experts_weight > 0:
+            assert isinstance(teacher, SparseMoE)
+            own, target = student.config.output_width, teacher.config.output_width
+            if own != target:
+                with torch.random.fork_rng(devices=[]):
+                    torch.manual_seed(work.seed)
+                    mapping = nn.Linear(own, target, bias=False)
+        return MappedStudent(student, mapping)

@@ -40,6 +40,10 @@ def sparse_moe(routing: RoutingConfig = RoutingConfig()) -> Row:
 MOE = sparse_moe()
 
 
+def _taught_by(teacher: Row, family: str) -> str:
+    return family if teacher.family == MOE.family else f"{family}_from_FFN"
+
+
 def student(teacher: Row = MOE, distillation: DistillationConfig = DistillationConfig()) -> Row:
     """The small FFN, taught by the MoE or the baseline."""
     return Row(_taught_by(teacher, "KD_FFN_Student"), Distil(distillation), teacher=teacher)
@@ -51,10 +55,6 @@ STUDENT = student()
 def student_mixture(teacher: Row = MOE, step: DistilMixture = DistilMixture()) -> Row:
     """The small mixture, taught by the MoE, or by the baseline's logits alone."""
     return Row(_taught_by(teacher, "KD_MoE_Student"), step, teacher=teacher)
-
-
-def _taught_by(teacher: Row, family: str) -> str:
-    return family if teacher.family == MOE.family else f"{family}_from_FFN"
 
 
 SourceName = Literal["ffn", "moe", "student"]
