@@ -44,8 +44,7 @@ class KDOptions(Options):
                 raise UserError("--teacher ffn has no experts to match: add --router-weight 0 --experts-weight 0")
         elif (self.mixture, self.matching) != (SmallMixture(), Matching()):
             raise UserError(
-                "--student ffn has no experts: drop --student-experts, --student-width, --router-weight and "
-                "--experts-weight, or give --student moe"
+                "--student-experts, --student-width, --router-weight and --experts-weight are for --student moe"
             )
 
     @property
