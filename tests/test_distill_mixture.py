@@ -12,8 +12,16 @@ from test_prune_experts import make_moe
 from tiny import make_dataset, make_lab
 from torch import Tensor, nn
 
-from mnist_lab.compress import distill_mixture as d
-from mnist_lab.compress.distill_mixture import DistilMixture, MappedStudent, Matching, SmallMixture
+from mnist_lab.compress.distill_mixture import (
+    DistilMixture,
+    Groups,
+    MappedStudent,
+    Matching,
+    SmallMixture,
+    group_experts,
+    mixture_objective,
+    router_divergence,
+)
 from mnist_lab.compress.train import TrainMoE
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.make import ensure_weights
@@ -23,7 +31,7 @@ from mnist_lab.experiments.technique import Work
 from mnist_lab.models import PRESETS
 from mnist_lab.models.ffn import FFN, FFNConfig
 from mnist_lab.models.moe import RoutingConfig, SparseMoE, SparseMoEConfig
-from mnist_lab.training import Batch, EpochMetrics, LossTerms, Objective, Recipe
+from mnist_lab.training import Batch, EpochMetrics, LossTerms, Objective, Recipe, StepLoss
 
 SPLIT = make_dataset().train
 BATCH = Batch(SPLIT.pixels[:64], SPLIT.labels[:64], torch.arange(64))
@@ -31,10 +39,10 @@ RECIPE = Recipe(epochs=2, batch_size=64, learning_rate=3e-3)
 ROUTING = RoutingConfig(num_experts=3, balance="switch", balance_weight=0.05)
 MOE = Row("MoE", TrainMoE(ROUTING))
 
-# For 4 → 2, 2 → 4 and 3 → 2 experts: the teacher's of each group, and the student's.
+# Of how many experts of teacher and student which are in a group: the teacher's, the student's.
 GROUPS: dict[tuple[int, int], list[tuple[list[int], list[int]]]] = {
     (2, 2): [([0], [0]), ([1], [1])],
-    (4, 2): [([0, 2], [0]), ([1, 3], [1])],
+    (4, 2): [([0, 3], [0]), ([1, 2], [1])],
     (2, 4): [([0], [0, 2]), ([1], [1, 3])],
     (3, 2): [([0, 2], [0]), ([1], [1])],
     (2, 3): [([0], [0, 2]), ([1], [1])],
@@ -49,8 +57,24 @@ def make_student(teacher: SparseMoE, num_experts: int = 2, width: int = 12, seed
     return MappedStudent(SparseMoE(config), nn.Linear(width, teacher.config.output_width, bias=False)).train()
 
 
-def terms_of(teacher: SparseMoE, model: MappedStudent, matching: Matching = Matching(0.3, 0.5)) -> LossTerms:
-    return d.matching_terms(model, teacher, BATCH.pixels, matching)
+def groups_of(numbers: tuple[int, int]) -> Groups:
+    teacher, student = (torch.empty(number, dtype=torch.int64) for number in numbers)
+    for group, (theirs, ours) in enumerate(GROUPS[numbers]):
+        teacher[theirs], student[ours] = group, group
+    return Groups(teacher, student)
+
+
+def terms_of(
+    teacher: SparseMoE, model: MappedStudent, groups: Groups | None = None, matching: Matching = Matching(0.3, 0.5)
+) -> LossTerms:
+    """Those of router and experts; each in a group of its own where no other is given."""
+    each = torch.arange(teacher.config.routing.num_experts)
+    objective = mixture_objective(no_terms, teacher, groups or Groups(each, each), matching)
+    return objective(model, BATCH).terms
+
+
+def no_terms(model: nn.Module, batch: Batch) -> StepLoss:
+    return StepLoss({})
 
 
 def softmax(logits: list[float]) -> list[float]:
@@ -76,7 +100,7 @@ def test_router_term_is_the_divergence_of_groups(numbers: tuple[int, int]) -> No
         for of_teacher, of_student in GROUPS[numbers]:
             share = sum(p[i] for i in of_teacher)
             expected += share * math.log(share / sum(q[i] for i in of_student))
-    term = terms_of(teacher, model)["router"]
+    term = terms_of(teacher, model, groups_of(numbers))["router"]
     assert term.value.item() == pytest.approx(expected / len(BATCH.pixels), rel=1e-4)
     assert term.weight == 0.3
 
@@ -91,10 +115,30 @@ def test_experts_term_is_the_relative_error_of_all_experts_on_all_images(numbers
         target = sum((theirs[i] for i in of_teacher), torch.zeros(())) / len(of_teacher)
         for i in of_student:
             error, norm = error + (model.mapping(ours[i]) - target).square().sum(), norm + target.square().sum()
-    term = terms_of(teacher, model)["experts"]
+    term = terms_of(teacher, model, groups_of(numbers))["experts"]
     torch.testing.assert_close(term.value, error / norm)
     assert term.weight == 0.5
-    assert d.match_experts(*numbers) == GROUPS[numbers]
+    assert groups_of(numbers).each() == GROUPS[numbers]
+
+
+def test_experts_alike_stand_in_one_group() -> None:
+    teacher = make_moe()
+    with torch.no_grad():
+        for weight in teacher.experts.parameters():
+            weight[3] = weight[0] + 0.01 * torch.randn_like(weight[0])
+            weight[2] = weight[1] + 0.01 * torch.randn_like(weight[1])
+    assert group_experts(teacher, 2, BATCH.pixels).each() in (GROUPS[4, 2], [([1, 2], [0]), ([0, 3], [1])])
+    assert len(group_experts(teacher, 3, BATCH.pixels).each()) == 3
+    assert group_experts(teacher, 1, BATCH.pixels).each() == [([0, 1, 2, 3], [0])]
+    with torch.no_grad():
+        for weight in teacher.experts.parameters():
+            weight[:] = weight[0]
+    assert all(theirs for theirs, _ in group_experts(teacher, 3, BATCH.pixels).each())
+
+
+@pytest.mark.parametrize("numbers", [(2, 2), (2, 4), (2, 3)])
+def test_experts_of_a_teacher_of_few_are_taken_by_turns(numbers: tuple[int, int]) -> None:
+    assert group_experts(make_moe(RoutingConfig(numbers[0])), numbers[1], BATCH.pixels).each() == GROUPS[numbers]
 
 
 def test_experts_that_no_image_chooses_learn_too() -> None:
@@ -120,7 +164,7 @@ def test_student_that_is_its_teacher_pays_nothing_for_it() -> None:
 
 def test_teacher_is_frozen_and_no_noise_counts() -> None:
     teacher = make_moe()
-    model = make_student(teacher)
+    model = make_student(teacher, 4)
     first, second = (sum(term.value for term in terms_of(teacher, model).values()) for _ in range(2))
     assert isinstance(first, Tensor)
     first.backward()
@@ -131,7 +175,7 @@ def test_teacher_is_frozen_and_no_noise_counts() -> None:
 
 def test_router_that_is_all_but_certain_has_a_finite_term_and_gradient() -> None:
     ours, theirs = torch.tensor([[500.0, -500.0]], requires_grad=True), torch.tensor([[-500.0, 500.0]])
-    divergence = d.router_divergence(ours, theirs)
+    divergence = router_divergence(ours, theirs, Groups(torch.arange(2), torch.arange(2)))
     divergence.backward()
     assert ours.grad is not None
     assert math.isfinite(divergence.item())

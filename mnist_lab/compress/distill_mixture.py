@@ -9,29 +9,32 @@ y_j    what the student's expert j gives, of every image and not only of those t
 t_j    what the teacher's experts of its group give of the same image, on average
 map    linear, one for all experts, learned with the student and then dropped; none where their outputs are as wide
 
-Experts are assigned by their places: with M the smaller of their numbers, expert i of either stands in group i mod M.
-Which of its experts becomes whose is up to the student, as all of them are drawn anew.
+There are as many groups as the smaller of both has experts. The student's stand in them by turns, expert j in group
+j mod M: all are drawn anew, and none is more like one of the teacher's than another. So do the teacher's, one in each,
+where they are as few; where they are more, those whose outputs resemble each other stand together (Ward's clusters).
 
-Shapes: B images, E experts, M groups of them, O expert output width.
+Shapes: B images, E experts, M groups of them, D model width, O expert output width.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
+from scipy.cluster.hierarchy import cut_tree, linkage
 from torch import Tensor, nn
 
 from mnist_lab.compress.distill import DistillationConfig, distillation_objective
 from mnist_lab.compress.layer_by_layer import relative_error
 from mnist_lab.data import DataSpec
 from mnist_lab.errors import UserError
-from mnist_lab.experiments.technique import Made, Proof, Work
+from mnist_lab.experiments.technique import Made, Work
 from mnist_lab.models import Model, count_parameters
 from mnist_lab.models.moe import MAX_EXPERTS, RoutingConfig, SparseMoE, SparseMoEConfig
 from mnist_lab.training import Batch, LossTerms, Objective, StepLoss, Term
 
 ALIGNMENT = 4  # floats: products grouped by expert take rows of whole 16 bytes
 MAX_WIDTH = 4096
+GROUPING_SIZE = 500  # training images on which the teacher's experts are compared
 
 
 @dataclass(frozen=True)
@@ -91,78 +94,84 @@ class MappedStudent(nn.Module):
         return logits
 
 
-def group_of(num_experts: int, num_groups: int) -> Tensor:
-    """(E,): the group of each expert."""
-    return torch.arange(num_experts) % num_groups
+class Groups(NamedTuple):
+    """The group of each expert; in each stands at least one of the teacher's and one of the student's."""
+
+    teacher_E: Tensor
+    student_E: Tensor
+
+    @property
+    def num(self) -> int:
+        return min(len(self.teacher_E), len(self.student_E))
+
+    def each(self) -> list[tuple[list[int], ...]]:
+        """The teacher's and the student's experts of each group."""
+        theirs, ours = self.teacher_E.tolist(), self.student_E.tolist()
+        return [
+            tuple([expert for expert, own in enumerate(side) if own == group] for side in (theirs, ours))
+            for group in range(self.num)
+        ]
 
 
-def match_experts(num_theirs: int, num_ours: int) -> list[tuple[list[int], list[int]]]:
-    """The teacher's and the student's experts of each group."""
-    num_groups = min(num_theirs, num_ours)
-    return [
-        (list(range(group, num_theirs, num_groups)), list(range(group, num_ours, num_groups)))
-        for group in range(num_groups)
-    ]
+@torch.no_grad()
+def group_experts(teacher: SparseMoE, num_ours: int, pixels: Tensor) -> Groups:
+    """As many groups as the smaller of both has experts: the student's by turns, the teacher's by their outputs."""
+    num_theirs = teacher.config.routing.num_experts
+    if num_theirs <= num_ours:
+        return Groups(torch.arange(num_theirs), torch.arange(num_ours) % num_theirs)
+    outputs = teacher.experts.on_all(teacher.embed(pixels)).flatten(1)
+    tree = linkage(outputs.double().numpy(), method="ward")
+    return Groups(torch.from_numpy(cut_tree(tree, num_ours).flatten()), torch.arange(num_ours))
 
 
-def sum_groups(values: Tensor, num_groups: int) -> Tensor:
+def sum_groups(values: Tensor, groups_E: Tensor, num_groups: int) -> Tensor:
     """(M, …): of values (E, …)."""
-    groups_E = group_of(len(values), num_groups).to(values.device)
-    return values.new_zeros(num_groups, *values.shape[1:]).index_add(0, groups_E, values)
+    return values.new_zeros(num_groups, *values.shape[1:]).index_add(0, groups_E.to(values.device), values)
 
 
-def router_divergence(student_BE: Tensor, teacher_BE: Tensor) -> Tensor:
+def router_divergence(student_BE: Tensor, teacher_BE: Tensor, groups: Groups) -> Tensor:
     """KL(P ‖ Q) of the groups, mean over images, from the routers' logits without noise."""
-    num_groups = min(student_BE.shape[1], teacher_BE.shape[1])
-    ours_MB, theirs_MB = (sum_groups(logits.softmax(dim=1).T, num_groups) for logits in (student_BE, teacher_BE))
+    ours_MB = sum_groups(student_BE.softmax(dim=1).T, groups.student_E, groups.num)
+    theirs_MB = sum_groups(teacher_BE.softmax(dim=1).T, groups.teacher_E, groups.num)
     smallest = torch.finfo(ours_MB.dtype).tiny  # whose logarithm is finite
     ours_MB, theirs_MB = ours_MB.clamp(min=smallest), theirs_MB.clamp(min=smallest)
     return (theirs_MB * (theirs_MB.log() - ours_MB.log())).sum(dim=0).mean()
 
 
-def experts_error(student_EBO: Tensor, teacher_EBO: Tensor) -> Tensor:
-    """How far all of the student's experts are from their groups', relative to these."""
-    num_groups = min(len(student_EBO), len(teacher_EBO))
-    sizes_M = group_of(len(teacher_EBO), num_groups).bincount().to(teacher_EBO.device)
-    means_MBO = sum_groups(teacher_EBO, num_groups) / sizes_M.view(-1, 1, 1)
-    return relative_error(student_EBO, means_MBO[group_of(len(student_EBO), num_groups)])
+def experts_error(student_EBO: Tensor, teacher_EBO: Tensor, groups: Groups) -> Tensor:
+    """How far all of the student's experts are from their groups' mean, relative to that."""
+    sizes_M = groups.teacher_E.bincount().to(teacher_EBO.device)
+    means_MBO = sum_groups(teacher_EBO, groups.teacher_E, groups.num) / sizes_M.view(-1, 1, 1)
+    return relative_error(student_EBO, means_MBO[groups.student_E])
 
 
-def mixture_objective(teacher: Model, distil_logits: Objective, matching: Matching) -> Objective:
+def mixture_objective(distil_logits: Objective, teacher: SparseMoE, groups: Groups, matching: Matching) -> Objective:
     """What `distil_logits` says of the student, and the terms of router and experts that weigh anything.
 
     Args:
-        teacher: where they do, a mixture; frozen, in evaluation mode, and where the training is.
+        teacher: frozen, in evaluation mode, and where the training is.
     """
 
     def objective(model: nn.Module, batch: Batch) -> StepLoss:
         assert isinstance(model, MappedStudent)
-        loss = distil_logits(model.student, batch)
-        return replace(loss, terms=loss.terms | matching_terms(model, teacher, batch.pixels, matching))
+        student, terms = model.student, LossTerms()
+        ours_BD = student.embed(batch.pixels)
+        with torch.no_grad():
+            theirs_BD = teacher.embed(batch.pixels)
+        if matching.router_weight > 0:
+            with torch.no_grad():
+                target_BE = theirs_BD @ teacher.router.gate
+            divergence = router_divergence(ours_BD @ student.router.gate, target_BE, groups)
+            terms["router"] = Term(divergence, matching.router_weight)
+        if matching.experts_weight > 0:
+            with torch.no_grad():
+                target_EBO = teacher.experts.on_all(theirs_BD)
+            error = experts_error(model.mapping(student.experts.on_all(ours_BD)), target_EBO, groups)
+            terms["experts"] = Term(error, matching.experts_weight)
+        loss = distil_logits(student, batch)
+        return replace(loss, terms=loss.terms | terms)
 
     return objective
-
-
-def matching_terms(model: MappedStudent, teacher: Model, pixels: Tensor, matching: Matching) -> LossTerms:
-    """Those of router and experts, on the same images."""
-    if not matching.needs_mixture:
-        return {}
-    assert isinstance(teacher, SparseMoE)
-    student, terms = model.student, LossTerms()
-    ours_BD = student.embed(pixels)
-    with torch.no_grad():
-        theirs_BD = teacher.embed(pixels)
-    if matching.router_weight > 0:
-        with torch.no_grad():
-            target_BE = theirs_BD @ teacher.router.gate
-        divergence = router_divergence(ours_BD @ student.router.gate, target_BE)
-        terms["router"] = Term(divergence, matching.router_weight)
-    if matching.experts_weight > 0:
-        with torch.no_grad():
-            target_EBO = teacher.experts.on_all(theirs_BD)
-        error = experts_error(model.mapping(student.experts.on_all(ours_BD)), target_EBO)
-        terms["experts"] = Term(error, matching.experts_weight)
-    return terms
 
 
 @dataclass(frozen=True)
@@ -178,31 +187,28 @@ class DistilMixture:
     def make(self, work: Work) -> Made:
         teacher = work.teacher
         assert teacher is not None
-        model = self._build(work, teacher)
+        student = work.build(self.student.config(teacher, work.dataset.spec))
+        assert isinstance(student, SparseMoE)
         fixed_pixels = work.dataset.train.pixels if work.recipe.augmentation is None else None
         distil_logits = distillation_objective(
             teacher, self.distillation, device=work.device, fixed_pixels=fixed_pixels
         )
-        curves = work.fit(model, mixture_objective(teacher, distil_logits, self.matching))
-        trained = f"{count_parameters(model.student)[0]:,} parameters trained over {len(curves)} epochs"
-        proof: Proof = {"text": trained, "epochs": len(curves)}
-        if self.matching.needs_mixture:
-            assert isinstance(teacher, SparseMoE)
-            groups = match_experts(teacher.config.routing.num_experts, self.student.student_experts)
-            said = ", ".join(" → ".join(" and ".join(map(str, side)) for side in group) for group in groups)
-            proof |= {"text": f"{trained}; experts of teacher and student matched: {said}", "groups": groups}
-        return Made(model.student, curves, proof)
+        size = f"{count_parameters(student)[0]:,} parameters trained"
+        if not self.matching.needs_mixture:
+            curves = work.fit(student, distil_logits)
+            return Made(student, curves, {"text": f"{size} over {len(curves)} epochs", "epochs": len(curves)})
+        assert isinstance(teacher, SparseMoE)
+        groups = group_experts(teacher.cpu(), self.student.student_experts, work.calibration(GROUPING_SIZE))
+        objective = mixture_objective(distil_logits, teacher.to(work.device), groups, self.matching)
+        curves = work.fit(MappedStudent(student, self._make_map(work, student, teacher)), objective)
+        said = ", ".join(" → ".join(" and ".join(map(str, side)) for side in group) for group in groups.each())
+        text = f"{size} over {len(curves)} epochs; experts of teacher and student matched: {said}"
+        return Made(student, curves, {"text": text, "epochs": len(curves), "groups": groups.each()})
 
-    def _build(self, work: Work, teacher: Model) -> MappedStudent:
-        """The student, and where its experts are matched and of another width than the teacher's, a map to that."""
-        student = work.build(self.student.config(teacher, work.dataset.spec))
-        assert isinstance(student, SparseMoE)
-        mapping: nn.Module = nn.Identity()
-        if self.matching.experts_weight > 0:
-            assert isinstance(teacher, SparseMoE)
-            own, target = student.config.output_width, teacher.config.output_width
-            if own != target:
-                with torch.random.fork_rng(devices=[]):
-                    torch.manual_seed(work.seed)
-                    mapping = nn.Linear(own, target, bias=False)
-        return MappedStudent(student, mapping)
+    def _make_map(self, work: Work, student: SparseMoE, teacher: SparseMoE) -> nn.Module:
+        own, target = student.config.output_width, teacher.config.output_width
+        if self.matching.experts_weight == 0 or own == target:
+            return nn.Identity()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(work.seed)
+            return nn.Linear(own, target, bias=False)
