@@ -23,8 +23,9 @@ import torch
 from scipy.cluster.hierarchy import cut_tree, linkage
 from torch import Tensor, nn
 
-from mnist_lab.compress.distill import DistillationConfig, distillation_objective
+from mnist_lab.compress.distill import DistillationConfig, distil_from
 from mnist_lab.compress.layer_by_layer import relative_error
+from mnist_lab.compress.train import train
 from mnist_lab.data import DataSpec
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.technique import Made, Work
@@ -120,7 +121,7 @@ def group_experts(teacher: SparseMoE, num_ours: int, pixels: Tensor) -> Groups:
     if num_theirs <= num_ours:
         return Groups(torch.arange(num_theirs), torch.arange(num_ours) % num_theirs)
     outputs = teacher.experts.on_all(teacher.embed(pixels)).flatten(1)
-    tree = linkage(outputs.double().numpy(), method="ward")
+    tree = linkage(outputs.double().cpu().numpy(), method="ward")
     return Groups(torch.from_numpy(cut_tree(tree, num_ours).flatten()), torch.arange(num_ours))
 
 
@@ -185,30 +186,26 @@ class DistilMixture:
     matching: Matching = Matching()
 
     def make(self, work: Work) -> Made:
-        teacher = work.teacher
+        teacher, num_experts = work.teacher, self.student.student_experts
         assert teacher is not None
-        student = work.build(self.student.config(teacher, work.dataset.spec))
-        assert isinstance(student, SparseMoE)
-        fixed_pixels = work.dataset.train.pixels if work.recipe.augmentation is None else None
-        distil_logits = distillation_objective(
-            teacher, self.distillation, device=work.device, fixed_pixels=fixed_pixels
-        )
-        size = f"{count_parameters(student)[0]:,} parameters trained"
+        config = self.student.config(teacher, work.dataset.spec)
+        distil_logits = distil_from(teacher, self.distillation, work)
         if not self.matching.needs_mixture:
-            curves = work.fit(student, distil_logits)
-            return Made(student, curves, {"text": f"{size} over {len(curves)} epochs", "epochs": len(curves)})
+            return train(work, config, distil_logits)
         assert isinstance(teacher, SparseMoE)
-        groups = group_experts(teacher.cpu(), self.student.student_experts, work.calibration(GROUPING_SIZE))
-        objective = mixture_objective(distil_logits, teacher.to(work.device), groups, self.matching)
-        curves = work.fit(MappedStudent(student, self._make_map(work, student, teacher)), objective)
+        groups = group_experts(teacher, num_experts, work.calibration(GROUPING_SIZE).to(work.device))
+        student = work.build(config)
+        assert isinstance(student, SparseMoE)
+        model = MappedStudent(student, self._make_map(work, config, teacher.config))
+        curves = work.fit(model, mixture_objective(distil_logits, teacher, groups, self.matching))
         said = ", ".join(" → ".join(" and ".join(map(str, side)) for side in group) for group in groups.each())
-        text = f"{size} over {len(curves)} epochs; experts of teacher and student matched: {said}"
+        trained = f"{count_parameters(student)[0]:,} parameters trained over {len(curves)} epochs"
+        text = f"{trained}; experts of teacher and student matched: {said}"
         return Made(student, curves, {"text": text, "epochs": len(curves), "groups": groups.each()})
 
-    def _make_map(self, work: Work, student: SparseMoE, teacher: SparseMoE) -> nn.Module:
-        own, target = student.config.output_width, teacher.config.output_width
-        if self.matching.experts_weight == 0 or own == target:
+    def _make_map(self, work: Work, ours: SparseMoEConfig, theirs: SparseMoEConfig) -> nn.Module:
+        if self.matching.experts_weight == 0 or ours.output_width == theirs.output_width:
             return nn.Identity()
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(work.seed)
-            return nn.Linear(own, target, bias=False)
+            return nn.Linear(ours.output_width, theirs.output_width, bias=False)
