@@ -67,9 +67,9 @@ class SmallMixture:
 class Matching:
     """What of a mixture a smaller one learns besides its logits."""
 
-    router_weight: float = field(default=0.1, metadata={"tag": "r"})
+    router_weight: float = field(default=0.3, metadata={"tag": "r"})
     """Weight of the divergence of --student moe's router from its teacher's; 0 for none."""
-    experts_weight: float = field(default=0.1, metadata={"tag": "x"})
+    experts_weight: float = field(default=0.3, metadata={"tag": "x"})
     """Weight of the relative error of all experts' outputs against those of --student moe's teacher; 0 for none."""
 
     def __post_init__(self) -> None:
