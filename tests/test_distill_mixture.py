@@ -14,11 +14,10 @@ from torch import Tensor, nn
 
 from mnist_lab.compress.distill_mixture import (
     DistilMixture,
-    Groups,
     MappedStudent,
     Matching,
     SmallMixture,
-    group_experts,
+    match_experts,
     mixture_objective,
     router_divergence,
 )
@@ -42,7 +41,7 @@ MOE = Row("MoE", TrainMoE(ROUTING))
 # Of how many experts of teacher and student which are in a group: the teacher's, the student's.
 GROUPS: dict[tuple[int, int], list[tuple[list[int], list[int]]]] = {
     (2, 2): [([0], [0]), ([1], [1])],
-    (4, 2): [([0, 3], [0]), ([1, 2], [1])],
+    (4, 2): [([0, 2], [0]), ([1, 3], [1])],
     (2, 4): [([0], [0, 2]), ([1], [1, 3])],
     (3, 2): [([0, 2], [0]), ([1], [1])],
     (2, 3): [([0], [0, 2]), ([1], [1])],
@@ -57,20 +56,9 @@ def make_student(teacher: SparseMoE, num_experts: int = 2, width: int = 12, seed
     return MappedStudent(SparseMoE(config), nn.Linear(width, teacher.config.output_width, bias=False)).train()
 
 
-def groups_of(numbers: tuple[int, int]) -> Groups:
-    teacher, student = (torch.empty(number, dtype=torch.int64) for number in numbers)
-    for group, (theirs, ours) in enumerate(GROUPS[numbers]):
-        teacher[theirs], student[ours] = group, group
-    return Groups(teacher, student)
-
-
-def terms_of(
-    teacher: SparseMoE, model: MappedStudent, groups: Groups | None = None, matching: Matching = Matching(0.3, 0.5)
-) -> LossTerms:
-    """Those of router and experts; each in a group of its own where no other is given."""
-    each = torch.arange(teacher.config.routing.num_experts)
-    objective = mixture_objective(no_terms, teacher, groups or Groups(each, each), matching)
-    return objective(model, BATCH).terms
+def terms_of(teacher: SparseMoE, model: MappedStudent) -> LossTerms:
+    """Those of router and experts."""
+    return mixture_objective(no_terms, teacher, Matching(0.3, 0.5))(model, BATCH).terms
 
 
 def no_terms(model: nn.Module, batch: Batch) -> StepLoss:
@@ -100,7 +88,7 @@ def test_router_term_is_the_divergence_of_groups(numbers: tuple[int, int]) -> No
         for of_teacher, of_student in GROUPS[numbers]:
             share = sum(p[i] for i in of_teacher)
             expected += share * math.log(share / sum(q[i] for i in of_student))
-    term = terms_of(teacher, model, groups_of(numbers))["router"]
+    term = terms_of(teacher, model)["router"]
     assert term.value.item() == pytest.approx(expected / len(BATCH.pixels), rel=1e-4)
     assert term.weight == 0.3
 
@@ -115,30 +103,10 @@ def test_experts_term_is_the_relative_error_of_all_experts_on_all_images(numbers
         target = sum((theirs[i] for i in of_teacher), torch.zeros(())) / len(of_teacher)
         for i in of_student:
             error, norm = error + (model.mapping(ours[i]) - target).square().sum(), norm + target.square().sum()
-    term = terms_of(teacher, model, groups_of(numbers))["experts"]
+    term = terms_of(teacher, model)["experts"]
     torch.testing.assert_close(term.value, error / norm)
     assert term.weight == 0.5
-    assert groups_of(numbers).each() == GROUPS[numbers]
-
-
-def test_experts_alike_stand_in_one_group() -> None:
-    teacher = make_moe()
-    with torch.no_grad():
-        for weight in teacher.experts.parameters():
-            weight[3] = weight[0] + 0.01 * torch.randn_like(weight[0])
-            weight[2] = weight[1] + 0.01 * torch.randn_like(weight[1])
-    assert group_experts(teacher, 2, BATCH.pixels).each() in (GROUPS[4, 2], [([1, 2], [0]), ([0, 3], [1])])
-    assert len(group_experts(teacher, 3, BATCH.pixels).each()) == 3
-    assert group_experts(teacher, 1, BATCH.pixels).each() == [([0, 1, 2, 3], [0])]
-    with torch.no_grad():
-        for weight in teacher.experts.parameters():
-            weight[:] = weight[0]
-    assert all(theirs for theirs, _ in group_experts(teacher, 3, BATCH.pixels).each())
-
-
-@pytest.mark.parametrize("numbers", [(2, 2), (2, 4), (2, 3)])
-def test_experts_of_a_teacher_of_few_are_taken_by_turns(numbers: tuple[int, int]) -> None:
-    assert group_experts(make_moe(RoutingConfig(numbers[0])), numbers[1], BATCH.pixels).each() == GROUPS[numbers]
+    assert match_experts(*numbers) == GROUPS[numbers]
 
 
 def test_experts_that_no_image_chooses_learn_too() -> None:
@@ -175,7 +143,7 @@ def test_teacher_is_frozen_and_no_noise_counts() -> None:
 
 def test_router_that_is_all_but_certain_has_a_finite_term_and_gradient() -> None:
     ours, theirs = torch.tensor([[500.0, -500.0]], requires_grad=True), torch.tensor([[-500.0, 500.0]])
-    divergence = router_divergence(ours, theirs, Groups(torch.arange(2), torch.arange(2)))
+    divergence = router_divergence(ours, theirs)
     divergence.backward()
     assert ours.grad is not None
     assert math.isfinite(divergence.item())

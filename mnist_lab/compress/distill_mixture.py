@@ -9,18 +9,17 @@ y_j    what the student's expert j gives, of every image and not only of those t
 t_j    what the teacher's experts of its group give of the same image, on average
 map    linear, one for all experts, learned with the student and then dropped; none where their outputs are as wide
 
-There are as many groups as the smaller of both has experts. The student's stand in them by turns, expert j in group
-j mod M: all are drawn anew, and none is more like one of the teacher's than another. So do the teacher's, one in each,
-where they are as few; where they are more, those whose outputs resemble each other stand together (Ward's clusters).
+Experts are assigned by their places: with M the smaller of both numbers, expert i of teacher or student stands in group
+i mod M, so that groups are as even as the teacher's load. To put those of the teacher's together whose outputs resemble
+each other did no better, and makes uneven groups.
 
 Shapes: B images, E experts, M groups of them, D model width, O expert output width.
 """
 
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
-from scipy.cluster.hierarchy import cut_tree, linkage
 from torch import Tensor, nn
 
 from mnist_lab.compress.distill import DistillationConfig, distil_from
@@ -35,7 +34,6 @@ from mnist_lab.training import Batch, LossTerms, Objective, StepLoss, Term
 
 ALIGNMENT = 4  # floats: products grouped by expert take rows of whole 16 bytes
 MAX_WIDTH = 4096
-GROUPING_SIZE = 500  # training images on which the teacher's experts are compared
 
 
 @dataclass(frozen=True)
@@ -95,58 +93,44 @@ class MappedStudent(nn.Module):
         return logits
 
 
-class Groups(NamedTuple):
-    """The group of each expert; in each stands at least one of the teacher's and one of the student's."""
-
-    teacher_E: Tensor
-    student_E: Tensor
-
-    @property
-    def num(self) -> int:
-        return min(len(self.teacher_E), len(self.student_E))
-
-    def each(self) -> list[tuple[list[int], ...]]:
-        """The teacher's and the student's experts of each group."""
-        theirs, ours = self.teacher_E.tolist(), self.student_E.tolist()
-        return [
-            tuple([expert for expert, own in enumerate(side) if own == group] for side in (theirs, ours))
-            for group in range(self.num)
-        ]
+def match_experts(num_theirs: int, num_ours: int) -> list[tuple[list[int], list[int]]]:
+    """The teacher's and the student's experts of each group."""
+    num_groups = min(num_theirs, num_ours)
+    return [
+        (list(range(group, num_theirs, num_groups)), list(range(group, num_ours, num_groups)))
+        for group in range(num_groups)
+    ]
 
 
-@torch.no_grad()
-def group_experts(teacher: SparseMoE, num_ours: int, pixels: Tensor) -> Groups:
-    """As many groups as the smaller of both has experts: the student's by turns, the teacher's by their outputs."""
-    num_theirs = teacher.config.routing.num_experts
-    if num_theirs <= num_ours:
-        return Groups(torch.arange(num_theirs), torch.arange(num_ours) % num_theirs)
-    outputs = teacher.experts.on_all(teacher.embed(pixels)).flatten(1)
-    tree = linkage(outputs.double().cpu().numpy(), method="ward")
-    return Groups(torch.from_numpy(cut_tree(tree, num_ours).flatten()), torch.arange(num_ours))
+def group_of(num_experts: int, num_groups: int, device: torch.device) -> Tensor:
+    """(E,): the group of each expert."""
+    return torch.arange(num_experts, device=device) % num_groups
 
 
-def sum_groups(values: Tensor, groups_E: Tensor, num_groups: int) -> Tensor:
+def sum_groups(values: Tensor, num_groups: int) -> Tensor:
     """(M, …): of values (E, …)."""
-    return values.new_zeros(num_groups, *values.shape[1:]).index_add(0, groups_E.to(values.device), values)
+    groups_E = group_of(len(values), num_groups, values.device)
+    return values.new_zeros(num_groups, *values.shape[1:]).index_add(0, groups_E, values)
 
 
-def router_divergence(student_BE: Tensor, teacher_BE: Tensor, groups: Groups) -> Tensor:
+def router_divergence(student_BE: Tensor, teacher_BE: Tensor) -> Tensor:
     """KL(P ‖ Q) of the groups, mean over images, from the routers' logits without noise."""
-    ours_MB = sum_groups(student_BE.softmax(dim=1).T, groups.student_E, groups.num)
-    theirs_MB = sum_groups(teacher_BE.softmax(dim=1).T, groups.teacher_E, groups.num)
+    num_groups = min(student_BE.shape[1], teacher_BE.shape[1])
+    ours_MB, theirs_MB = (sum_groups(logits.softmax(dim=1).T, num_groups) for logits in (student_BE, teacher_BE))
     smallest = torch.finfo(ours_MB.dtype).tiny  # whose logarithm is finite
     ours_MB, theirs_MB = ours_MB.clamp(min=smallest), theirs_MB.clamp(min=smallest)
     return (theirs_MB * (theirs_MB.log() - ours_MB.log())).sum(dim=0).mean()
 
 
-def experts_error(student_EBO: Tensor, teacher_EBO: Tensor, groups: Groups) -> Tensor:
+def experts_error(student_EBO: Tensor, teacher_EBO: Tensor) -> Tensor:
     """How far all of the student's experts are from their groups' mean, relative to that."""
-    sizes_M = groups.teacher_E.bincount().to(teacher_EBO.device)
-    means_MBO = sum_groups(teacher_EBO, groups.teacher_E, groups.num) / sizes_M.view(-1, 1, 1)
-    return relative_error(student_EBO, means_MBO[groups.student_E])
+    num_groups = min(len(student_EBO), len(teacher_EBO))
+    sizes_M = group_of(len(teacher_EBO), num_groups, teacher_EBO.device).bincount()
+    means_MBO = sum_groups(teacher_EBO, num_groups) / sizes_M.view(-1, 1, 1)
+    return relative_error(student_EBO, means_MBO[group_of(len(student_EBO), num_groups, means_MBO.device)])
 
 
-def mixture_objective(distil_logits: Objective, teacher: SparseMoE, groups: Groups, matching: Matching) -> Objective:
+def mixture_objective(distil_logits: Objective, teacher: SparseMoE, matching: Matching) -> Objective:
     """What `distil_logits` says of the student, and the terms of router and experts that weigh anything.
 
     Args:
@@ -162,12 +146,12 @@ def mixture_objective(distil_logits: Objective, teacher: SparseMoE, groups: Grou
         if matching.router_weight > 0:
             with torch.no_grad():
                 target_BE = theirs_BD @ teacher.router.gate
-            divergence = router_divergence(ours_BD @ student.router.gate, target_BE, groups)
+            divergence = router_divergence(ours_BD @ student.router.gate, target_BE)
             terms["router"] = Term(divergence, matching.router_weight)
         if matching.experts_weight > 0:
             with torch.no_grad():
                 target_EBO = teacher.experts.on_all(theirs_BD)
-            error = experts_error(model.mapping(student.experts.on_all(ours_BD)), target_EBO, groups)
+            error = experts_error(model.mapping(student.experts.on_all(ours_BD)), target_EBO)
             terms["experts"] = Term(error, matching.experts_weight)
         loss = distil_logits(student, batch)
         return replace(loss, terms=loss.terms | terms)
@@ -186,22 +170,22 @@ class DistilMixture:
     matching: Matching = Matching()
 
     def make(self, work: Work) -> Made:
-        teacher, num_experts = work.teacher, self.student.student_experts
+        teacher = work.teacher
         assert teacher is not None
         config = self.student.config(teacher, work.dataset.spec)
         distil_logits = distil_from(teacher, self.distillation, work)
         if not self.matching.needs_mixture:
             return train(work, config, distil_logits)
         assert isinstance(teacher, SparseMoE)
-        groups = group_experts(teacher, num_experts, work.calibration(GROUPING_SIZE).to(work.device))
         student = work.build(config)
         assert isinstance(student, SparseMoE)
         model = MappedStudent(student, self._make_map(work, config, teacher.config))
-        curves = work.fit(model, mixture_objective(distil_logits, teacher, groups, self.matching))
-        said = ", ".join(" → ".join(" and ".join(map(str, side)) for side in group) for group in groups.each())
+        curves = work.fit(model, mixture_objective(distil_logits, teacher, self.matching))
+        groups = match_experts(teacher.config.routing.num_experts, config.routing.num_experts)
+        said = ", ".join(" → ".join(" and ".join(map(str, side)) for side in group) for group in groups)
         trained = f"{count_parameters(student)[0]:,} parameters trained over {len(curves)} epochs"
         text = f"{trained}; experts of teacher and student matched: {said}"
-        return Made(student, curves, {"text": text, "epochs": len(curves), "groups": groups.each()})
+        return Made(student, curves, {"text": text, "epochs": len(curves), "groups": groups})
 
     def _make_map(self, work: Work, ours: SparseMoEConfig, theirs: SparseMoEConfig) -> nn.Module:
         if self.matching.experts_weight == 0 or ours.output_width == theirs.output_width:
