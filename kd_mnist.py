@@ -4,7 +4,7 @@ python kd_mnist.py                          # the MoE teaches: expect 98.85 ± 0
 python kd_mnist.py --teacher ffn            # the baseline teaches: expect 99.00 ± 0.07 %
 python kd_mnist.py --no-distillation        # the control, same student, labels only: expect 99.01 ± 0.06 %
 python kd_mnist.py --temperature 10         # becomes KD_FFN_Student-T10
-python kd_mnist.py --student moe --student-experts 4 --student-width 32    # a small mixture, KD_MoE_Student-E4-w32
+python kd_mnist.py --student moe --student-experts 2 --student-width 32    # a small mixture, KD_MoE_Student-E2-w32
 """
 
 from dataclasses import dataclass, field

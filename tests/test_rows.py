@@ -80,8 +80,8 @@ BY_LAYERS = Quantization(Rounding("ternary"), learn="layers")
         (student(FFN, DistillationConfig(3.0, 0.5)), "KD_FFN_Student_from_FFN-a0.5", "kd", "FFN_baseline"),
         (student_mixture(), "KD_MoE_Student", "kd", "Sparse_MoE"),
         (
-            student_mixture(sparse_moe(EXTREME), DistilMixture(student=SmallMixture(4, 128))),
-            "KD_MoE_Student-E4-w128-E8-K1-switch-w0.1-c1.25",
+            student_mixture(sparse_moe(EXTREME), DistilMixture(student=SmallMixture(2, 128))),
+            "KD_MoE_Student-E2-w128-E8-K1-switch-w0.1-c1.25",
             "kd",
             None,
         ),

@@ -453,7 +453,7 @@ class TestBadInput:
             ("kd_mnist --student moe --student-width 30", "--student-width 30"),
             ("kd_mnist --student moe --router-weight=-1", "--router-weight"),
             ("kd_mnist --student moe --experts-weight nan", "--experts-weight nan"),
-            ("kd_mnist --student-experts 4", "--student-experts"),
+            ("kd_mnist --student-experts 2", "--student-experts"),
             ("kd_mnist --router-weight 0", "--router-weight"),
             ("baseline_mnist --dataset digits --data-dir .", "--data-dir"),
             ("ptq_mnist --model bert", "bert"),

@@ -40,7 +40,7 @@ MAX_WIDTH = 4096
 class SmallMixture:
     """How large the student is; each image visits as many experts as in its teacher, as far as there are so many."""
 
-    student_experts: int = field(default=2, metadata={"tag": "E"})
+    student_experts: int = field(default=4, metadata={"tag": "E"})
     """Experts of --student moe."""
     student_width: int = field(default=64, metadata={"tag": "w"})
     """Width of the --student moe: of what its experts see, have inside, and give."""
