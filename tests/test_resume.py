@@ -11,6 +11,7 @@ from tiny import HALVED, SMALL, TAUGHT, exchange_weights, make_lab
 from mnist_lab import training
 from mnist_lab.compress.adapters import Adapters, AdaptLowRank
 from mnist_lab.compress.distill import Distil
+from mnist_lab.compress.distill_mixture import DistilMixture, SmallMixture
 from mnist_lab.compress.finetune import Duration, Finetuning
 from mnist_lab.compress.levels import Rounding
 from mnist_lab.compress.prune_weights import PruneWeights
@@ -37,6 +38,7 @@ ROWS = {
     "FFN": SMALL,
     "MoE": MOE,
     "student": Row("Student", Distil(shape=(8,)), teacher=SMALL),
+    "student mixture": Row("Student", DistilMixture(student=SmallMixture(2, 8)), teacher=MOE),
     "pruned": Row("Pruned", RAMP, source=SMALL),
     "rounded": trained_quantized(SMALL, TrainQuantized(Quantization(Rounding(2, 16)), LEARNING)),
     "rounded by layers": trained_quantized(SMALL, TrainQuantized(Quantization(learn="layers"), LEARNING)),

@@ -2,6 +2,7 @@ import pytest
 from tiny import HALVED, SMALL, FourBits
 
 from mnist_lab.compress.distill import Distil, DistillationConfig
+from mnist_lab.compress.distill_mixture import DistilMixture, Matching, SmallMixture
 from mnist_lab.compress.int8 import Calibration, DynamicInt8, StaticInt8
 from mnist_lab.compress.levels import Rounding
 from mnist_lab.compress.mixed_bits import MixedBits
@@ -28,6 +29,7 @@ from mnist_lab.experiments.rows import (
     sparse_moe,
     static_int8,
     student,
+    student_mixture,
     trained_quantized,
     weight_only,
 )
@@ -63,6 +65,7 @@ def test_table_has_its_models_parents_first_and_no_name_twice() -> None:
 EXTREME = RoutingConfig(8, 1, "switch", 0.1, 1.25)
 EVERY_FIELD = TrainQuantized(Quantization(Rounding(2, 64), 4, 8), Learning(3, "self"))
 EVERY_TAG = "b2-g64-router4-a8-ft3-self"
+LOGITS_ALONE = DistilMixture(DistillationConfig(5.0), matching=Matching(0, 0))
 FROM_SCRATCH = Quantization(Rounding(1), start="scratch")
 BY_LAYERS = Quantization(Rounding("ternary"), learn="layers")
 
@@ -75,6 +78,15 @@ BY_LAYERS = Quantization(Rounding("ternary"), learn="layers")
         (sparse_moe(RoutingConfig(noise=False)), "Sparse_MoE-noiseFalse", "moe", None),
         (student(MOE, DistillationConfig(10.0)), "KD_FFN_Student-T10", "kd", "Sparse_MoE"),
         (student(FFN, DistillationConfig(3.0, 0.5)), "KD_FFN_Student_from_FFN-a0.5", "kd", "FFN_baseline"),
+        (student_mixture(), "KD_MoE_Student", "kd", "Sparse_MoE"),
+        (
+            student_mixture(sparse_moe(EXTREME), DistilMixture(student=SmallMixture(2, 128))),
+            "KD_MoE_Student-E2-w128-E8-K1-switch-w0.1-c1.25",
+            "kd",
+            None,
+        ),
+        (student_mixture(FFN, LOGITS_ALONE), "KD_MoE_Student_from_FFN-T5-r0-x0", "kd", "FFN_baseline"),
+        (dynamic_int8(student_mixture()), "KD_MoE_Student_INT8-dynamic", "kd + dynamic ptq", "KD_MoE_Student"),
         (STUDENT_WITHOUT_TEACHER, "FFN_Student_no_KD", "dense", None),
         (student(MOE, DistillationConfig(3.0000001)), "KD_FFN_Student-T3.0000001", "kd", "Sparse_MoE"),
         (static_int8(FFN), "FFN_PTQ_INT8", "static ptq", "FFN_baseline"),

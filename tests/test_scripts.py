@@ -52,6 +52,8 @@ GROUPS = {
     "duration",
     "routing",
     "softening",
+    "mixture",
+    "matching",
     "calibration",
     "rounding",
     "method",
@@ -321,6 +323,16 @@ class TestSingleScripts:
         assert metadata["config"]["step"]["distillation"] == {"temperature": 10.0, "alpha": 0.7}
         assert metadata["parents"]["teacher"]["model"] == "FFN_baseline-epochs1"
 
+    def test_student_mixture(self, finished_bench: Bench) -> None:
+        outcome = finished_bench("kd_mnist", "--student", "moe", "--student-width", "32", "--router-weight", "1")
+        assert outcome.code == 0
+        assert "share of (image, expert) pairs" in outcome.out
+        metadata = read_metadata(finished_bench.checkpoints / "KD_MoE_Student-w32-r1-epochs1-seed0.safetensors")
+        assert metadata["parents"]["teacher"]["model"] == "Sparse_MoE-epochs1"
+        assert set(metadata["curves"][0]["train_terms"]) >= {"distillation", "router", "experts", "balance"}
+        logits_alone = ["--teacher", "ffn", "--router-weight", "0", "--experts-weight", "0"]
+        assert finished_bench("kd_mnist", "--student", "moe", *logits_alone).code == 0
+
     def test_control_needs_no_teacher(self, bench: Bench) -> None:
         assert bench("kd_mnist", "--no-distillation").code == 0
         metadata = read_metadata(bench.checkpoints / "FFN_Student_no_KD-epochs1-seed0.safetensors")
@@ -435,6 +447,14 @@ class TestBadInput:
             ("ptq_mnist --calibration-size 50 --mode dynamic", "for --mode static"),
             ("kd_mnist --no-distillation --temperature 5", "--temperature"),
             ("kd_mnist --no-distillation --teacher ffn", "--teacher"),
+            ("kd_mnist --student moe --teacher ffn", "--experts-weight 0"),
+            ("kd_mnist --student moe --no-distillation", "--no-distillation trains"),
+            ("kd_mnist --student moe --student-experts 0", "--student-experts 0"),
+            ("kd_mnist --student moe --student-width 30", "--student-width 30"),
+            ("kd_mnist --student moe --router-weight=-1", "--router-weight"),
+            ("kd_mnist --student moe --experts-weight nan", "--experts-weight nan"),
+            ("kd_mnist --student-experts 2", "--student-experts"),
+            ("kd_mnist --router-weight 0", "--router-weight"),
             ("baseline_mnist --dataset digits --data-dir .", "--data-dir"),
             ("ptq_mnist --model bert", "bert"),
             ("ptq_mnist --runtime pytorch", "onnxruntime"),

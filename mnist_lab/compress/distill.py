@@ -78,6 +78,12 @@ def distillation_objective(
     return objective
 
 
+def distil_from(teacher: nn.Module, config: DistillationConfig, work: Work) -> Objective:
+    """The same on the images and the device of a work."""
+    fixed_pixels = work.dataset.train.pixels if work.recipe.augmentation is None else None
+    return distillation_objective(teacher, config, device=work.device, fixed_pixels=fixed_pixels)
+
+
 @dataclass(frozen=True)
 class Distil:
     """A small FFN that learns from its teacher's probabilities."""
@@ -92,8 +98,5 @@ class Distil:
 
     def make(self, work: Work) -> Made:
         assert work.teacher is not None
-        fixed_pixels = work.dataset.train.pixels if work.recipe.augmentation is None else None
-        objective = distillation_objective(
-            work.teacher, self.distillation, device=work.device, fixed_pixels=fixed_pixels
-        )
+        objective = distil_from(work.teacher, self.distillation, work)
         return train(work, self.config(work.preset, work.dataset.spec), objective)

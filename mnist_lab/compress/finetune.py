@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import nn
 
-from mnist_lab.compress.distill import DistillationConfig, distillation_objective
+from mnist_lab.compress.distill import DistillationConfig, distil_from
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.technique import Work
 from mnist_lab.models import Model
@@ -88,10 +88,7 @@ def objective_of(work: Work, before: Model, config: Finetuning) -> Objective:
     """The labels', or beside them what the model said before."""
     if config.teacher == "none":
         return supervised_loss
-    fixed_pixels = work.dataset.train.pixels if work.recipe.augmentation is None else None
-    return distillation_objective(
-        copy.deepcopy(before), DistillationConfig(), device=work.device, fixed_pixels=fixed_pixels
-    )
+    return distil_from(copy.deepcopy(before), DistillationConfig(), work)
 
 
 def num_steps(work: Work, epochs: int) -> int:

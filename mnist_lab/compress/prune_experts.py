@@ -68,11 +68,7 @@ def look(model: SparseMoE, pixels: Tensor) -> Seen:
     decision = model.router(hidden_BD)
     gates_BE = torch.zeros_like(decision.logits_BE).scatter(1, decision.experts_BK, decision.weights_BK)
     chosen_BE = torch.zeros_like(gates_BE).scatter(1, decision.experts_BK, 1.0)
-    experts = model.experts
-    inner_EBH = torch.baddbmm(
-        experts.bias_in.unsqueeze(1), hidden_BD.expand(len(experts.bias_in), -1, -1), experts.weight_in
-    ).relu_()
-    return Seen(chosen_BE, gates_BE, torch.baddbmm(experts.bias_out.unsqueeze(1), inner_EBH, experts.weight_out))
+    return Seen(chosen_BE, gates_BE, model.experts.on_all(hidden_BD))
 
 
 def utilization(seen: Seen) -> Tensor:

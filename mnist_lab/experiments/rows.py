@@ -7,6 +7,7 @@ from typing import Literal
 from mnist_lab.compress.adapters import AdaptLowRank, FinetuneAll
 from mnist_lab.compress.bfloat16 import BFloat16
 from mnist_lab.compress.distill import Distil, DistillationConfig
+from mnist_lab.compress.distill_mixture import DistilMixture
 from mnist_lab.compress.finetune import Finetuning
 from mnist_lab.compress.int8 import DynamicInt8, StaticInt8
 from mnist_lab.compress.levels import Rounding
@@ -39,13 +40,21 @@ def sparse_moe(routing: RoutingConfig = RoutingConfig()) -> Row:
 MOE = sparse_moe()
 
 
+def _taught_by(teacher: Row, family: str) -> str:
+    return family if teacher.family == MOE.family else f"{family}_from_FFN"
+
+
 def student(teacher: Row = MOE, distillation: DistillationConfig = DistillationConfig()) -> Row:
     """The small FFN, taught by the MoE or the baseline."""
-    family = "KD_FFN_Student" if teacher.family == MOE.family else "KD_FFN_Student_from_FFN"
-    return Row(family, Distil(distillation), teacher=teacher)
+    return Row(_taught_by(teacher, "KD_FFN_Student"), Distil(distillation), teacher=teacher)
 
 
 STUDENT = student()
+
+
+def student_mixture(teacher: Row = MOE, step: DistilMixture = DistilMixture()) -> Row:
+    """The small mixture, taught by the MoE, or by the baseline's logits alone."""
+    return Row(_taught_by(teacher, "KD_MoE_Student"), step, teacher=teacher)
 
 
 SourceName = Literal["ffn", "moe", "student"]

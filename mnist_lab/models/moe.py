@@ -227,6 +227,12 @@ class Experts(nn.Module):
             own = ExpertWeights(*weights)
             yield own if width == len(own.bias_in) else own.narrow(width)
 
+    def on_all(self, rows_BD: Tensor) -> Tensor:
+        """What every expert gives of every row: (E, B, O)."""
+        rows_EBD = rows_BD.expand(len(self.bias_in), -1, -1)
+        hidden_EBH = torch.baddbmm(self.bias_in.unsqueeze(1), rows_EBD, self.weight_in).relu_()
+        return torch.baddbmm(self.bias_out.unsqueeze(1), hidden_EBH, self.weight_out)
+
     def forward(self, rows_ND: Tensor, load_E: Tensor) -> Tensor:
         rows_ND = cast_like(rows_ND, self.bias_in)
         # In evaluation slices are as fast for a few experts, but a compiler cannot see how many rows each has.

@@ -293,6 +293,11 @@ OPTIONS = {
         "--temperature": ["", "abc", "nan", "inf", "-1", "0", "1e7"],
         "--alpha": ["abc", "nan", "-0.1", "1.1"],
         "--teacher": NAMES,
+        "--student": NAMES,
+        "--student-experts": NUMBERS,
+        "--student-width": NUMBERS,
+        "--router-weight": ["", "abc", "nan", "inf", "-1"],
+        "--experts-weight": ["", "abc", "nan", "inf", "-1"],
     },
     "ptq_mnist": {"--calibration-size": NUMBERS, "--calibration-method": NAMES, "--model": NAMES, "--mode": NAMES},
     "run_all_experiments": {
