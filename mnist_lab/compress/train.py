@@ -86,7 +86,7 @@ def no_larger(config: ModelConfig, num_bytes: int) -> ModelConfig:
 
 
 def narrower(config: ModelConfig, share: float) -> ModelConfig:
-    """All hidden widths times that, in multiples of 8."""
+    """All hidden widths, and channels of windows, times that, in multiples of 8."""
 
     def scale(width: int) -> int:
         return max(MULTIPLE, MULTIPLE * round(share * width / MULTIPLE))
@@ -95,7 +95,8 @@ def narrower(config: ModelConfig, share: float) -> ModelConfig:
         return tuple(map(scale, widths))
 
     if isinstance(config, FFNConfig):
-        return replace(config, widths=scale_all(config.widths))
+        windows = tuple(replace(own, channels=scale(own.channels)) for own in config.windows)
+        return replace(config, widths=scale_all(config.widths), windows=windows)
     return replace(
         config,
         model_width=scale(config.model_width),
