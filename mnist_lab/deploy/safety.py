@@ -25,7 +25,7 @@ FUSED_SETTINGS = {
 }  # fmt: skip
 FUSED_INPUTS = ([*range(8)], [*range(8), 14])  # rows, logits, then constants; and last, weights of the experts
 # What may compute from constants alone: weights of few bits, several in a word, are taken apart at loading.
-OF_CONSTANTS = {"Cast", "DequantizeLinear", "Div", "Gather", "Mod", "Reshape", "Split"}
+OF_CONSTANTS = {"Cast", "DequantizeLinear", "Div", "Gather", "Mod", "Mul", "Reshape", "Split", "Sub"}
 WEIGHTS_OF_A_WORD = {TensorProto.INT64: 64, TensorProto.UINT8: 8}  # at most
 ITEM_BYTES: dict[int, int] = {
     TensorProto.FLOAT: 4, TensorProto.BFLOAT16: 2, TensorProto.INT64: 8, TensorProto.INT32: 4,

@@ -49,6 +49,11 @@ class FFNConfig:
     def __post_init__(self) -> None:
         find_planes(self.data, self.pool, self.windows)
 
+    @property
+    def is_small(self) -> bool:
+        """Whether it is of the family of small students, whose files spare every byte."""
+        return self.pool > 1 or bool(self.windows)
+
 
 class Planes(NamedTuple):
     """Shape of what windows see of an image, or make of it."""
