@@ -24,6 +24,7 @@ from mnist_lab.compress.weight_only import AsTrained, Method, WeightOnly
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.technique import Form
 from mnist_lab.models.moe import RoutingConfig
+from mnist_lab.models.small import SmallShape
 from mnist_lab.report.records import BASELINE, CONTROL, RIVAL
 from mnist_lab.sources import DatasetName
 
@@ -46,6 +47,19 @@ def student(teacher: Row = MOE, distillation: DistillationConfig = DistillationC
 
 
 STUDENT = student()
+
+
+def small_student(
+    shape: SmallShape, teacher: Row = MOE, distillation: DistillationConfig = DistillationConfig()
+) -> Row:
+    """One of the small family, taught by the MoE or the baseline."""
+    family = "KD_small" if teacher.family == MOE.family else "KD_small_from_FFN"
+    return Row(family, Distil(distillation, shape), teacher=teacher, variant=shape.name)
+
+
+def small_from_scratch(shape: SmallShape) -> Row:
+    """The same without a teacher."""
+    return Row("FFN_small", TrainFFN(shape), variant=shape.name)
 
 
 SourceName = Literal["ffn", "moe", "student"]
