@@ -52,6 +52,11 @@ def test_names_tell_the_shape(row: Row, name: str, technique: str, parent: str |
         assert [of.name for of in row.parents.values()] == [parent]
 
 
+def test_windows_are_not_measured_where_they_would_stay_in_float() -> None:
+    assert static_int8(small_student(SHAPE)).runtimes == ("onnxruntime", "openvino")
+    assert "torchao" in static_int8(small_student(SmallShape((16,), 2))).runtimes
+
+
 def test_settings_hold_the_whole_shape() -> None:
     settings = describe(Distil(shape=SHAPE))
     assert settings is not None
