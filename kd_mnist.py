@@ -5,6 +5,7 @@ python kd_mnist.py --teacher ffn            # the baseline teaches: expect 99.00
 python kd_mnist.py --no-distillation        # the control, same student, labels only: expect 99.01 ± 0.06 %
 python kd_mnist.py --temperature 10         # becomes KD_FFN_Student-T10
 python kd_mnist.py --student moe --student-experts 2 --student-width 32    # a small mixture, KD_MoE_Student-E2-w32
+python kd_mnist.py --pool 2 --windows 8x5s2 16x3s2 --hidden 32      # KD_small: a student of the small family
 """
 
 from dataclasses import dataclass, field
@@ -17,8 +18,17 @@ from mnist_lab.compress.distill import DistillationConfig
 from mnist_lab.compress.distill_mixture import DistilMixture, Matching, SmallMixture
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.row import Row
-from mnist_lab.experiments.rows import FFN, MOE, STUDENT_WITHOUT_TEACHER, student, student_mixture
+from mnist_lab.experiments.rows import (
+    FFN,
+    MOE,
+    STUDENT_WITHOUT_TEACHER,
+    small_from_scratch,
+    small_student,
+    student,
+    student_mixture,
+)
 from mnist_lab.experiments.run import Run
+from mnist_lab.models.small import SmallOptions
 
 
 @dataclass(frozen=True)
@@ -32,12 +42,15 @@ class KDOptions(Options):
     softening: DistillationConfig = field(default_factory=DistillationConfig)
     mixture: SmallMixture = field(default_factory=SmallMixture)
     matching: Matching = field(default_factory=Matching)
+    small: SmallOptions = field(default_factory=SmallOptions)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not self.distillation and (self.teacher != "moe" or self.softening != DistillationConfig()):
             raise UserError("--no-distillation learns from the labels alone: drop --teacher, --temperature and --alpha")
         if self.student == "moe":
+            if self.small.shape:
+                raise UserError("--hidden, --pool and --windows shape a dense student: drop --student moe")
             if not self.distillation:
                 raise UserError("--no-distillation trains the small FFN: drop --student moe, or give --alpha 0")
             if self.teacher == "ffn" and self.matching.needs_mixture:
@@ -49,10 +62,12 @@ class KDOptions(Options):
 
     @property
     def row(self) -> Row:
-        teacher = MOE if self.teacher == "moe" else FFN
+        teacher, shape = MOE if self.teacher == "moe" else FFN, self.small.shape
         if self.student == "moe":
             return student_mixture(teacher, DistilMixture(self.softening, self.mixture, self.matching))
-        return student(teacher, self.softening) if self.distillation else STUDENT_WITHOUT_TEACHER
+        if not self.distillation:
+            return small_from_scratch(shape) if shape else STUDENT_WITHOUT_TEACHER
+        return small_student(shape, teacher, self.softening) if shape else student(teacher, self.softening)
 
 
 def main(options: KDOptions) -> None:

@@ -20,13 +20,18 @@ from mnist_lab.compress.qmoe import FusedExperts
 from mnist_lab.compress.weight_only import Method, WeightOnly
 from mnist_lab.experiments.technique import Form, Work
 from mnist_lab.models import PRESETS, Model, ModelConfig, build_model
-from mnist_lab.models.ffn import FFNConfig
+from mnist_lab.models.ffn import FFN, FFNConfig, Windows
 from mnist_lab.models.moe import RoutingConfig, SparseMoE
+from mnist_lab.models.small import SmallShape
 from mnist_lab.training import find_recipe
 
 CONFIGS: dict[str, ModelConfig] = {
     "linear": FFNConfig((), spec(0.18, 0.18)),
     "ffn": FFNConfig((32, 16), spec(0.18, 0.18)),
+    "pooled": SmallShape((16,), 2).config(spec(0.18, 0.18)),
+    "windows": SmallShape((16,), 2, (Windows(4, 3, 1), Windows(8, 3, 2))).config(spec(0.18, 0.18)),
+    "windows on pixels": SmallShape((), 1, (Windows(8, 5, 3),)).config(spec(0.18, 0.18)),
+    "pooled mixture": replace(APART, expert_widths=None, pool=2),
     "sparse": replace(APART, expert_widths=None),
     "dense": replace(APART, expert_widths=None, routing=RoutingConfig(3, 3)),
     "one expert an image": replace(APART, expert_widths=None, routing=RoutingConfig(3, 1)),
@@ -69,6 +74,8 @@ def test_engine_says_nothing_of_any_artifact(name: str, tmp_path: Path) -> None:
     work = Work(make_dataset(), PRESETS["compact"], find_recipe("quick", "compact"), seed=0, device="cpu", name="x")
     model = make_model(name)
     forms = {n: form for n, form in FORMS.items() if isinstance(model, SparseMoE) or not isinstance(form, FusedExperts)}
+    if isinstance(model, FFN) and model.config.is_small:
+        del forms["4 bits in groups"]
     files = [tmp_path / f"{form}.onnx" for form in forms]
     for file, form in zip(files, forms.values(), strict=True):
         form.write(model, file, work, {"model": "x"})

@@ -48,6 +48,7 @@ OPTIONS = {
 }
 # Fields that are options of their own.
 GROUPS = {
+    "small",
     "adapters",
     "duration",
     "routing",
@@ -442,6 +443,9 @@ class TestBadInput:
             ("kd_mnist --temperature 1e200", "--temperature"),
             ("baseline_mnist --batch-size 100000000000000000000", "--batch-size"),
             ("kd_mnist --alpha 1.5", "--alpha"),
+            ("kd_mnist --windows 8x5", "--windows 8x5"),
+            ("kd_mnist --no-distillation --windows 8x29s1", "--windows 8x29s1"),
+            ("kd_mnist --no-distillation --pool 3", "--pool 3"),
             ("ptq_mnist --calibration-size 0", "--calibration-size"),
             ("ptq_mnist --calibration-size 50 --model moe", "for --mode static"),
             ("ptq_mnist --calibration-size 50 --mode dynamic", "for --mode static"),

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from mnist_lab.compress.train import dense_config, train
+from mnist_lab.compress.train import DenseShape, dense_config, train
 from mnist_lab.data import DataSpec
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.technique import Made, Work
 from mnist_lab.measure import EVALUATION_BATCH
-from mnist_lab.models import Preset, Shape
+from mnist_lab.models import Preset
 from mnist_lab.models.ffn import FFNConfig
 from mnist_lab.training import Batch, LossTerms, Objective, StepLoss, Term, run_forward
 
@@ -91,7 +91,7 @@ class Distil:
     label: ClassVar[str] = "kd"
     cost: ClassVar[float] = 1.2
     distillation: DistillationConfig = DistillationConfig()
-    shape: Shape | tuple[int, ...] = field(default="student", metadata={"tag": None})
+    shape: DenseShape = field(default="student", metadata={"tag": None})
 
     def config(self, preset: Preset, data: DataSpec) -> FFNConfig:
         return dense_config(self.shape, preset, data)

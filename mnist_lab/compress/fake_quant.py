@@ -17,14 +17,15 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from mnist_lab.compress.gptq import nearest_level, search_scale
-from mnist_lab.compress.levels import LEVELS, Levels, Rounding, RouterBits
+from mnist_lab.compress.levels import LEVELS, Levels, Rounding, RouterBits, check_groups
 from mnist_lab.models import Model
+from mnist_lab.models.ffn import linear_layers
 from mnist_lab.models.moe import SparseMoE
 
 SYMMETRIC_8 = Levels(-127, 255)
 TINY = torch.finfo(torch.float32).tiny
 # Of what the models multiply with, which argument the rows are; F.grouped_mm itself is not asked about.
-PLACE_OF_ROWS = {F.linear: 0, torch._grouped_mm: 0, torch.addmm: 1, Tensor.matmul: 0}
+PLACE_OF_ROWS = {F.linear: 0, F.conv2d: 0, torch._grouped_mm: 0, torch.addmm: 1, Tensor.matmul: 0}
 
 
 class Weight(NamedTuple):
@@ -52,7 +53,8 @@ def roundings(model: Model, rounding: Rounding, router_bits: RouterBits) -> list
         stacked = [Weight(model.experts, name, 1) for name in ("weight_in", "weight_out")]
         weights = [Weight(model.stem, "weight", 1), *stacked, *(Weight(layer, "weight", 1) for layer in model.head)]
     else:
-        weights = [Weight(layer, "weight", 1) for layer in model.layers]
+        check_groups(rounding, is_small=model.config.is_small)
+        weights = [Weight(layer, "weight", 1) for layer in linear_layers(model.layers)]
     found = list(zip(weights, rounding.of_layers(len(weights)), strict=True))
     if isinstance(model, SparseMoE) and router_bits is not None:
         found.append((Weight(model.router, "gate", 0), Rounding(router_bits)))

@@ -4,6 +4,9 @@ Of fewer than 8 bits and one scale an output, products are integer ones: rows ar
 the scales follow, as in INT8. Of 8 bits, or with a scale for each group of inputs, a weight goes through
 `DequantizeLinear` into its product. ONNX Runtime makes one product of the two (`MatMulNBits`), which takes rows in
 float and weights of 8 or 4 bits; it is slower at all but a few rows.
+
+In small students nodes take more bytes than weights: these become floats when the file is loaded, for the convolutions
+and products that are there already.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,7 +15,15 @@ import numpy as np
 import onnx
 from onnx import TensorProto, numpy_helper
 
-from mnist_lab.compress.few_bits import IR_VERSION, OPSET, FewBits, add_weights, make_node, shorten_names
+from mnist_lab.compress.few_bits import (
+    IR_VERSION,
+    OPSET,
+    FewBits,
+    add_weights,
+    is_small_student,
+    make_node,
+    shorten_names,
+)
 from mnist_lab.compress.int8 import round_before_sorting
 from mnist_lab.compress.levels import Rounded, Rounding
 from mnist_lab.measure import Array
@@ -27,33 +38,38 @@ def products_of(model: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     return {
         node.name: node
         for node in model.graph.node
-        if node.op_type in {"Gemm", "MatMul"} and node.input[1] in constants
+        if node.op_type in {"Conv", "Gemm", "MatMul"} and node.input[1] in constants
     }
 
 
 def weight_of(model: onnx.ModelProto, node: onnx.NodeProto) -> Array:
-    """Of a product (I, O)."""
+    """Of a product (I, O); the inputs of windows are all that one sees."""
     stored = next(constant for constant in model.graph.initializer if constant.name == node.input[1])
     weight: Array = numpy_helper.to_array(stored)
-    return weight
+    return weight.reshape(len(weight), -1).T if node.op_type == "Conv" else weight
 
 
 def put_in(model: onnx.ModelProto, plan: Plan, rounded: Mapping[str, Rounded]) -> None:
-    """Replace products' weights by rounded ones, so that ONNX Runtime makes products of few bits of them; in place."""
+    """Replace products' weights by rounded ones, so that ONNX Runtime makes products of few bits of them, or of a small
+    student's floats; in place.
+    """
     graph = model.graph
+    in_float = is_small_student(graph)
+    shapes = {constant.name: tuple(constant.dims) for constant in graph.initializer} if in_float else {}
     weights = {
-        node.name: FewBits(node.input[1], plan[node.name].bits, rounded[node.name])
+        node.name: FewBits(node.input[1], plan[node.name].bits, rounded[node.name], shapes.get(node.input[1]))
         for node in graph.node
         if node.name in plan
     }
-    dequantized = not all(weight.is_integer for weight in weights.values())
+    dequantized = not all(weight.is_integer or weight.is_float for weight in weights.values())
     nodes: list[onnx.NodeProto] = []
     for node in graph.node:
         # ONNX Runtime 1.32 may join a Relu to a product in float, before it sees that its weights are dequantized.
         if node.op_type == "Relu" and dequantized:
             node.op_type = "Max"
             node.input.append(ZERO)
-        nodes += _product(node, weights[node.name]) if node.name in weights else [node]
+        replaced = node.name in weights and not in_float
+        nodes += _product(node, weights[node.name]) if replaced else [node]
     gone = {weight.name for weight in weights.values()}
     constants = [constant for constant in graph.initializer if constant.name not in gone]
     if any(ZERO in node.input for node in nodes):

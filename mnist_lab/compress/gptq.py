@@ -28,19 +28,39 @@ Gram = npt.NDArray[np.float64]
 
 
 def input_grams(model: onnx.ModelProto, names: Sequence[str], pixels: Array) -> dict[str, Gram]:
-    """XᵀX (I, I) of tensors inside an FP32 model, over these images; of an expert's over those that come to it."""
+    """XᵀX (I, I) of tensors inside an FP32 model, over these images; of an expert's over those that come to it, of
+    windows' over what each sees.
+    """
     opened = onnx.ModelProto()
     opened.CopyFrom(model)
+    windows = {node.input[0]: _find_windows(model.graph, node) for node in model.graph.node if node.op_type == "Conv"}
     inside = [name for name in names if name != opened.graph.input[0].name]
     opened.graph.output.extend(helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in inside)
     session = onnxruntime.InferenceSession(opened.SerializeToString(), session_options(1), providers=PROVIDERS)
     grams: dict[str, Gram] = {}
     for start in range(0, len(pixels), EVALUATION_BATCH):
-        found = session.run(inside, {"pixels": pixels[start : start + EVALUATION_BATCH]})
-        for name, tensor in zip(inside, found, strict=True):
-            rows = tensor.reshape(-1, tensor.shape[-1]).astype(np.float64)
+        batch = pixels[start : start + EVALUATION_BATCH]
+        found = dict(zip(inside, session.run([*inside, "logits"], {"pixels": batch}), strict=False))
+        for name in names:
+            tensor = found.get(name, batch)
+            seen = _split(tensor, *windows[name]) if name in windows else tensor
+            rows = seen.reshape(-1, seen.shape[-1]).astype(np.float64)
             grams[name] = grams.get(name, 0) + rows.T @ rows
     return grams
+
+
+def _find_windows(graph: onnx.GraphProto, conv: onnx.NodeProto) -> tuple[int, int]:
+    """Their size and stride."""
+    kernel = next(constant for constant in graph.initializer if constant.name == conv.input[1])
+    strides = [attribute.ints[0] for attribute in conv.attribute if attribute.name == "strides"]
+    return kernel.dims[-1], strides[0] if strides else 1
+
+
+def _split(planes: Array, size: int, stride: int) -> Array:
+    """What each window sees (B, h, w, I·k·k)."""
+    windows = np.lib.stride_tricks.sliding_window_view(planes, (size, size), axis=(2, 3))[:, :, ::stride, ::stride]
+    by_window: Array = windows.transpose(0, 2, 3, 1, 4, 5)
+    return by_window.reshape(*by_window.shape[:3], -1)
 
 
 def round_with_feedback(

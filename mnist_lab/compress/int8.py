@@ -43,7 +43,7 @@ CALIBRATION_BATCH = 100
 MIN_ROWS = 32
 # Besides the products: Relu, which joins its Gemm only when both are quantized, and what moves an MoE's rows,
 # which then are bytes instead of floats.
-STATIC_OPERATORS = ["MatMul", "Gemm", "Relu", "Gather", "Split", "Concat"]
+STATIC_OPERATORS = ["MatMul", "Gemm", "Relu", "Gather", "Split", "Concat", "Conv", "AveragePool"]
 # What becomes of the experts' outputs in `deploy/onnx.py`: they are moved, then mixed.
 MOVED = {"sorted_outputs", "by_image"}
 MIXED = {"mixed", "mixed.relu"}
@@ -54,7 +54,8 @@ CALIBRATORS: dict[CalibrationMethod, Callable[..., calibrate.CalibraterBase]] = 
     "percentile": partial(calibrate.PercentileCalibrater, num_bins=2048, symmetric=True),
 }
 INTEGER_OPERATORS = {"QGemm", "QLinearMatMul", "DynamicQuantizeMatMul", "MatMulIntegerToFloat", "MatMulInteger"}
-FLOAT_OPERATORS = {"Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
+INTEGER_OPERATORS |= {"QLinearConv", "ConvInteger"}
+FLOAT_OPERATORS = {"Conv", "FusedConv", "Gemm", "FusedGemm", "MatMul", "FusedMatMul"}
 
 
 @dataclass(frozen=True)
@@ -210,7 +211,10 @@ def _prove_int8(model: Model, file: Path, *, reduced_range: bool, calibration: C
         return prove_quantized(model, file)
     says = read_onnx_metadata(file)
     fp32 = build_onnx(model, layout=says.get("layout", {}).get("name"))
-    counted = prove_integer(file, fp32, keep_float=FLOAT_PRODUCTS)
+    keep_float = set(FLOAT_PRODUCTS)
+    if calibration is None:  # dynamic mode has no fast integer convolutions
+        keep_float |= {node.name for node in fp32.graph.node if node.op_type == "Conv"}
+    counted = prove_integer(file, fp32, keep_float=keep_float)
     products = ", ".join(f"{count} {name}" for name, count in counted.integer_products.items())
     floats = ", ".join(counted.float_products) or "none"
     weights = "7-bit weights, as this CPU has no VNNI" if reduced_range else "8-bit weights"
@@ -408,7 +412,7 @@ def prove_integer(artifact: Path, fp32: onnx.ModelProto, *, keep_float: Collecti
     Raises:
         WrongPrecision: a product that should be INT8 is not, or one in `keep_float` or a softmax is.
     """
-    products = {node.name for node in fp32.graph.node if node.op_type in {"Gemm", "MatMul"}}
+    products = {node.name for node in fp32.graph.node if node.op_type in {"Conv", "Gemm", "MatMul"}}
     return prove_products(artifact, products - set(keep_float), keep_float=products & set(keep_float))
 
 
@@ -420,7 +424,7 @@ def prove_products(artifact: Path, products: Collection[str], *, keep_float: Col
     """
     nodes = optimized_graph(artifact).node
     integer = Counter(node.op_type for node in nodes if node.op_type in INTEGER_OPERATORS)
-    floats = {node.name for node in nodes if node.op_type in FLOAT_OPERATORS}
+    floats = {_layer_of(node) for node in nodes if node.op_type in FLOAT_OPERATORS}
     problems = []
     if integer.total() != len(products):
         problems.append(f"{integer.total()} of {len(products)} layers are integer products")
@@ -431,6 +435,13 @@ def prove_products(artifact: Path, products: Collection[str], *, keep_float: Col
     if problems:
         raise WrongPrecision(f"the INT8 model is not what it should be: {'; '.join(problems)}")
     return Products(dict(integer), sorted(floats))
+
+
+def _layer_of(node: onnx.NodeProto) -> str:
+    """Name of a product in the FP32 graph: a convolution in blocks of channels joins its Relu, and takes its name."""
+    if "Conv" not in node.op_type:
+        return node.name
+    return node.name.removeprefix("fused ").removesuffix("_nchwc").removesuffix(".relu")
 
 
 def optimized_graph(artifact: Path) -> onnx.GraphProto:

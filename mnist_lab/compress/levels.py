@@ -92,6 +92,12 @@ class Rounding:
         return num_inputs if self.group_size == "channel" else min(self.group_size, num_inputs)
 
 
+def check_groups(rounding: Rounding, *, is_small: bool) -> None:
+    """Raise UserError where a small student's weights were to have more scales than one for each output."""
+    if is_small and rounding.group_size != "channel":
+        raise UserError(f"--group-size {rounding.group_size} would make small students larger: drop it")
+
+
 class Rounded(NamedTuple):
     """A layer's weights in few bits."""
 

@@ -23,7 +23,7 @@ import torch
 from onnx import helper, numpy_helper
 
 from mnist_lab.compress.few_bit_products import Plan, put_in
-from mnist_lab.compress.few_bits import make_node, stored_bits
+from mnist_lab.compress.few_bits import PRODUCTS, is_small_student, make_node, stored_bits
 from mnist_lab.compress.gptq import CALIBRATION_SIZE
 from mnist_lab.compress.levels import Bits, Rounded, Rounding
 from mnist_lab.compress.weight_only import Method, build_rounding, prove_rounded, round_products, uniform_plan
@@ -42,7 +42,6 @@ IN_4 = WIDTHS.index(Rounding(4))  # by which a file's other bytes are measured: 
 MEAN_BITS = (2, 3, 4, 8)  # of the widths
 LONGEST = 1.23e-5  # of a rise, as text
 KIB = 1024
-PRODUCTS = {"MatMul", "MatMulInteger"}
 SPARE_BYTES = 96  # for each product: rows that another product takes too may be rounded for this one apart
 SCALE = 1e6  # of the largest rise to the solver, which sees no differences below 1e-6
 Allocation = Literal["sensitivity", "even"]
@@ -72,9 +71,12 @@ class MixedBits:
         """As every form.
 
         Raises:
-            UserError: the budget is less than the smallest file takes, or more than the largest.
+            UserError: the budget is less than the smallest file takes, or more than the largest; or the model is a
+                small student.
         """
         graph = build_rounding(model, self.method.activation_bits, work)
+        if is_small_student(graph.graph):
+            raise UserError(f"{work.name} is too small to gain from mixed bits: take weights of one number of bits")
         plans = [uniform_plan(graph, rounding, self.method.router_bits) for rounding in WIDTHS]
         choices = [
             (name, rounding) for name, own in plans[0].items() for rounding in ((own,) if name == ROUTER else WIDTHS)

@@ -26,7 +26,7 @@ from mnist_lab.deploy.sparse import bytes_by_form, describe_storage, store_spars
 from mnist_lab.errors import RunFailed, UserError
 from mnist_lab.experiments.technique import Made, Proof, Work
 from mnist_lab.models import Model
-from mnist_lab.models.ffn import apply_linear
+from mnist_lab.models.ffn import WindowLayer, apply_linear
 from mnist_lab.models.moe import SparseMoE
 from mnist_lab.training import Batch, EpochMetrics, Objective, StepLoss
 
@@ -116,7 +116,10 @@ def layer_inputs(model: Model, pixels: Tensor) -> dict[Matrix, Input]:
 def _chain_inputs(layers: nn.ModuleList, name: str, rows: Tensor) -> dict[Matrix, Input]:
     inputs = {}
     for index, layer in enumerate(layers):
-        inputs[Matrix(f"{name}.{index}.weight", None, True)] = Input(rows)
+        if isinstance(layer, WindowLayer):
+            inputs[Matrix(f"{name}.{index}.linear.weight", None, True)] = Input(layer.split(rows))
+        else:
+            inputs[Matrix(f"{name}.{index}.weight", None, True)] = Input(rows)
         rows = apply_linear(layer, rows).relu()
     return inputs
 

@@ -9,6 +9,7 @@ from mnist_lab.experiments.technique import Made, Work
 from mnist_lab.models import ModelConfig, Preset, Shape, build_skeleton, count_parameters, parameter_bytes
 from mnist_lab.models.ffn import FFNConfig
 from mnist_lab.models.moe import RoutingConfig
+from mnist_lab.models.small import SmallShape
 from mnist_lab.training import Objective, supervised_loss
 
 MULTIPLE = 8  # of units: products of other widths are slower, or cannot be grouped by expert
@@ -23,8 +24,13 @@ def train(work: Work, config: ModelConfig, objective: Objective = supervised_los
     return Made(model, curves, {"text": trained, "epochs": len(curves)})
 
 
-def dense_config(shape: Shape | tuple[int, ...], preset: Preset, data: DataSpec) -> FFNConfig:
-    """A dense FFN, by the preset's name of its shape or by the widths of its hidden layers."""
+DenseShape = Shape | SmallShape | tuple[int, ...]
+
+
+def dense_config(shape: DenseShape, preset: Preset, data: DataSpec) -> FFNConfig:
+    """A dense FFN, by the name of its shape in the preset, its hidden widths, or a shape of the small family."""
+    if isinstance(shape, SmallShape):
+        return shape.config(data)
     return FFNConfig(shape, data) if isinstance(shape, tuple) else preset.dense(shape, data)
 
 
@@ -34,7 +40,7 @@ class TrainFFN:
 
     label: ClassVar[str] = ""
     cost: ClassVar[float] = 1.0
-    shape: Shape | tuple[int, ...] = field(default="ffn", metadata={"tag": None})
+    shape: DenseShape = field(default="ffn", metadata={"tag": None})
 
     def config(self, preset: Preset, data: DataSpec) -> FFNConfig:
         return dense_config(self.shape, preset, data)
@@ -86,7 +92,7 @@ def no_larger(config: ModelConfig, num_bytes: int) -> ModelConfig:
 
 
 def narrower(config: ModelConfig, share: float) -> ModelConfig:
-    """All hidden widths times that, in multiples of 8."""
+    """All hidden widths, and channels of windows, times that, in multiples of 8."""
 
     def scale(width: int) -> int:
         return max(MULTIPLE, MULTIPLE * round(share * width / MULTIPLE))
@@ -95,7 +101,8 @@ def narrower(config: ModelConfig, share: float) -> ModelConfig:
         return tuple(map(scale, widths))
 
     if isinstance(config, FFNConfig):
-        return replace(config, widths=scale_all(config.widths))
+        windows = tuple(replace(own, channels=scale(own.channels)) for own in config.windows)
+        return replace(config, widths=scale_all(config.widths), windows=windows)
     return replace(
         config,
         model_width=scale(config.model_width),

@@ -16,7 +16,7 @@ import onnxruntime
 from onnx import helper
 
 from mnist_lab.compress.few_bit_products import Plan, products_of, put_in, weight_of
-from mnist_lab.compress.few_bits import stored_bits
+from mnist_lab.compress.few_bits import IN_FLOAT, is_small_student, stored_bits
 from mnist_lab.compress.gptq import CALIBRATION_SIZE, Gram, input_grams, round_with_feedback
 from mnist_lab.compress.int8 import FLOAT_OPERATORS, INTEGER_OPERATORS, absmax_quantize, optimized_graph
 from mnist_lab.compress.levels import (
@@ -27,6 +27,7 @@ from mnist_lab.compress.levels import (
     Rounded,
     Rounding,
     RouterBits,
+    check_groups,
     name_of,
     on_levels,
 )
@@ -43,7 +44,11 @@ from mnist_lab.runtimes import FLOAT_PRODUCTS, ROUTER, Precision, RuntimeName
 from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options
 
 PRECISIONS: dict[Bits, Precision] = {8: "INT8", 4: "INT4", 3: "INT3", 2: "INT2", "ternary": "ternary", 1: "INT1"}
-KERNELS = {"INT8": "as INT8", "8": "as 8 bits by rows rounded within", "4": "as 4 bits by rows rounded within"}
+KERNELS = {
+    "INT8": "as INT8",
+    "8": "as 8 bits by rows rounded within",
+    "4": "as 4 bits by rows rounded within",
+}
 CHECKED_IMAGES = 200
 LEAST_DECIBELS = 20.0  # of the engine's logits against what the file says: rows that it rounds besides give some 40
 LEAST_OF_4_BITS = 10.0  # where activations are as coarse, and little moves one from a level to the next
@@ -81,7 +86,7 @@ class WeightOnly:
         plan = uniform_plan(graph, self.rounding, self.method.router_bits)
         rounded = round_products(graph, plan.items(), self.method, work)
         put_in(graph, plan, {name: rounded[name, rounding] for name, rounding in plan.items()})
-        save_onnx(graph, file, {**metadata, **layout_metadata(model)})
+        _save(graph, model, file, metadata)
 
     def prove(self, model: Model, file: Path) -> Proof:
         return prove_rounded(model, file)
@@ -110,10 +115,19 @@ class AsTrained:
         if left := sorted(plan.keys() - rounded.keys()):
             raise WrongPrecision(f"the weights of {', '.join(left)} do not lie on their levels")
         put_in(graph, plan, rounded)
-        save_onnx(graph, file, {**metadata, **layout_metadata(model)})
+        _save(graph, model, file, metadata)
 
     def prove(self, model: Model, file: Path) -> Proof:
         return prove_rounded(model, file)
+
+
+def _save(graph: onnx.ModelProto, model: Model, file: Path, metadata: Mapping[str, Any]) -> None:
+    """Write a graph; that of a small student with as few bytes beside the weights as will do."""
+    is_small = is_small_student(graph.graph)
+    if is_small:
+        graph.graph.name = "g"
+        graph.ClearField("producer_name")
+    save_onnx(graph, file, {**metadata, **layout_metadata(model)}, packed=is_small)
 
 
 def build_rounding(model: Model, bits: ActivationBits, work: Work) -> onnx.ModelProto:
@@ -126,6 +140,7 @@ def build_rounding(model: Model, bits: ActivationBits, work: Work) -> onnx.Model
 
 def uniform_plan(model: onnx.ModelProto, rounding: Rounding, router_bits: RouterBits) -> Plan:
     """One rounding for all products with weights, but for the first, the last and those of the routing."""
+    check_groups(rounding, is_small=is_small_student(model.graph))
     names = [name for name in products_of(model) if name not in FLOAT_PRODUCTS]
     plan = dict(zip(names, rounding.of_layers(len(names)), strict=True))
     return plan if router_bits is None else plan | {ROUTER: Rounding(router_bits)}
@@ -213,8 +228,8 @@ def prove_rounded(model: Model, file: Path) -> Proof:
 
 
 def prove_weights(file: Path, *, least_decibels: float = LEAST_DECIBELS) -> Proof:
-    """That ONNX Runtime multiplies with few bits in every product but those of the routing that are to be in float,
-    and computes what the file says.
+    """That ONNX Runtime multiplies with few bits in every product but those of the routing that are to be in float, or
+    in a small student with floats that it made when loading; and computes what the file says.
 
     Raises:
         WrongPrecision: it does not.
@@ -222,13 +237,21 @@ def prove_weights(file: Path, *, least_decibels: float = LEAST_DECIBELS) -> Proo
     model = read_onnx(file)
     stored = stored_bits(model.graph)
     integer = [node for node in model.graph.node if node.op_type == "MatMulInteger"]
-    dequantized = stored.keys() - {node.input[1] for node in integer}
+    in_float = stored.keys() & {node.input[1] for node in model.graph.node if node.op_type in IN_FLOAT}
+    dequantized = stored.keys() - {node.input[1] for node in integer} - in_float
     expected = Counter("8" if stored[name] == 8 else "4" for name in dequantized)
     expected["INT8"] = len(integer)
-    nodes = optimized_graph(file).node
+    expected["float"] = len(in_float)
+    graph = optimized_graph(file)
+    nodes = graph.node
     run = Counter(str(helper.get_node_attr_value(node, "bits")) for node in nodes if node.op_type == "MatMulNBits")
     run["INT8"] = sum(node.op_type in INTEGER_OPERATORS for node in nodes)
-    floats = sorted(node.name for node in nodes if node.op_type in FLOAT_OPERATORS)
+    with_floats = [node for node in nodes if node.op_type in FLOAT_OPERATORS]
+    if in_float:
+        constants = {constant.name for constant in graph.initializer}
+        run["float"] = sum(node.input[1] in constants for node in with_floats)
+        with_floats = [node for node in with_floats if node.input[1] not in constants]
+    floats = sorted(node.name for node in with_floats)
     if run != expected or not set(floats) <= set(FLOAT_PRODUCTS):
         raise WrongPrecision(
             f"of {len(stored)} layers in few bits ONNX Runtime runs {run.total()} so; in float are {floats}"
@@ -238,8 +261,12 @@ def prove_weights(file: Path, *, least_decibels: float = LEAST_DECIBELS) -> Proo
         raise WrongPrecision(f"ONNX Runtime computes something else than the file says: {signal:.0f} dB")
     by_bits = Counter(stored.values())
     counted = ", ".join(f"{num} of {name_of(bits)}" for bits, num in by_bits.items())
-    kernels = ", ".join(f"{num} {KERNELS[kernel]}" for kernel, num in run.items() if num)
-    text = f"weights of products: {counted}; multiplied: {kernels}; in float: {', '.join(floats) or 'none'}"
+    if in_float:
+        how = "all convolved and multiplied in float, which is made of them when the file is loaded"
+    else:
+        kernels = ", ".join(f"{num} {KERNELS[kernel]}" for kernel, num in run.items() if num)
+        how = f"multiplied: {kernels}; in float: {', '.join(floats) or 'none'}"
+    text = f"weights of products: {counted}; {how}"
     return {
         "text": text,
         "stored": {str(bits): num for bits, num in by_bits.items()},

@@ -1,14 +1,15 @@
 """A model -> one ONNX file: standard operators, weights inside, raw pixels in, logits out.
 
-The normalisation is folded into the first layer. The MoE has two layouts with the same logits:
-"sparse" sorts the (image, expert) pairs by expert, as `models/moe.py` does, so that cost grows
-with K; "dense" runs every expert on every image as two large products, and a gate of zeros and
-weights between them keeps the chosen ones. The first computes less, the second moves less. Which one a file
-gets does not depend on the machine: the same model gives the same bytes. Experts with a shared base have a layout
-of their own, "shared", that multiplies with each base once an image, and with the small additions of every expert.
+The normalisation is folded into the first layer; windows are convolutions. The MoE has two layouts with the same
+logits: "sparse" sorts the (image, expert) pairs by expert, as `models/moe.py` does, so that cost grows with K; "dense"
+runs every expert on every image as two large products, and a gate of zeros and weights between them keeps the chosen
+ones. The first computes less, the second moves less. Which one a file gets does not depend on the machine: the same
+model gives the same bytes. Experts with a shared base have a layout of their own, "shared", that multiplies with each
+base once an image, and with the small additions of every expert.
 
-Shapes: B images, P pixels, D model width, H expert width, O expert output width, E experts, K experts per image,
-N = B·K (image, expert) pairs, n of one expert, C classes, R rank. In the graph weights are (inputs, outputs).
+Shapes: B images, P pixels, k of them a side of a window, D model width, H expert width, O expert output width,
+E experts, K experts per image, N = B·K (image, expert) pairs, n of one expert, C classes, R rank. In the graph weights
+are (inputs, outputs), those of windows (outputs, inputs, k, k).
 """
 
 from collections.abc import Iterable, Mapping
@@ -26,7 +27,7 @@ from mnist_lab.deploy.artifacts import save_onnx
 from mnist_lab.deploy.sparse import graph_bytes, store_sparsely
 from mnist_lab.measure import Array
 from mnist_lab.models import Model
-from mnist_lab.models.ffn import Normalize
+from mnist_lab.models.ffn import FFN, Normalize, find_planes, linear_layers
 from mnist_lab.models.moe import SharedBaseExperts, SparseMoE, SparseMoEConfig
 from mnist_lab.runtimes import COMBINE, COMBINE_BIASES, ROUTER
 
@@ -66,14 +67,20 @@ def build_onnx(model: Model, *, layout: Layout | None = None) -> onnx.ModelProto
     Args:
         layout: of the MoE, that of `choose_layout` when not given; a dense model has only one.
     """
-    graph = _Graph(model.config.data)
-    graph.add("Flatten", ["pixels"], "flat_pixels")  # (B, P)
+    graph, pool = _Graph(model.config.data), model.config.pool
+    pixels = "pixels"
+    if pool > 1:
+        how = {"kernel_shape": [pool, pool], "strides": [pool, pool]}
+        pixels = graph.add("AveragePool", [pixels], "pooled_pixels", **how)
     if isinstance(model, SparseMoE):
-        _add_moe(graph, model, "flat_pixels", layout or choose_layout(model.config))
+        rows = graph.add("Flatten", [pixels], "flat_pixels")  # (B, P)
+        _add_moe(graph, model, rows, layout or choose_layout(model.config))
     else:
-        layers = _layers(model.layers)
+        layers = _layers(linear_layers(model.layers))
         layers[0] = _fold_normalization(model.normalize, layers[0])
-        _add_layers(graph, "fc", layers, "flat_pixels")
+        planes = _add_windows(graph, model, layers, pixels)
+        rows = graph.add("Flatten", [planes], "flat_pixels")
+        _add_layers(graph, "fc", layers[len(model.config.windows) :], rows)
     return graph.to_model()
 
 
@@ -140,6 +147,19 @@ class _Graph:
         )
         onnx.checker.check_model(model)
         return model
+
+
+def _add_windows(graph: _Graph, model: FFN, layers: list[_Layer], planes: str) -> str:
+    """Conv layers with ReLU behind each."""
+    sees = find_planes(model.config.data, model.config.pool, model.config.windows)
+    for index, (own, (channels, *_), layer) in enumerate(zip(model.config.windows, sees, layers, strict=False)):
+        name = f"windows{index}"
+        kernel = np.ascontiguousarray(layer.weight.T).reshape(own.channels, channels, own.size, own.size)
+        weight = graph.weight(f"{name}.weight", kernel, layer.dtype)
+        how = {"strides": [own.stride, own.stride]} if own.stride > 1 else {}
+        conv = graph.add("Conv", [planes, weight, graph.weight(f"{name}.bias", layer.bias, layer.dtype)], name, **how)
+        planes = graph.add("Relu", [conv], f"{name}.relu")  # (B, channels, height, width)
+    return planes
 
 
 def _add_layers(graph: _Graph, name: str, layers: list[_Layer], rows: str) -> str:
@@ -268,7 +288,7 @@ def _layer(weight: Tensor, bias: Tensor) -> _Layer:
 
 
 def _fold_normalization(normalize: Normalize, layer: _Layer) -> _Layer:
-    """Weights (P, D) for raw pixels: W/std and b − (mean/std)·ΣW, computed in float64."""
+    """Weights (P or k·k, D) for raw pixels: W/std and b − (mean/std)·ΣW, computed in float64."""
     mean, std = float(normalize.mean), float(normalize.std)
     exact = layer.weight.astype(np.float64) / std  # (P, D)
     bias = (layer.bias - mean * exact.sum(axis=0)).astype(np.float32)  # (D,)
@@ -277,11 +297,7 @@ def _fold_normalization(normalize: Normalize, layer: _Layer) -> _Layer:
 
 def _layers(modules: Iterable[nn.Module]) -> list[_Layer]:
     """The arrays of each linear layer."""
-    return [
-        _Layer(np.ascontiguousarray(_array(module.weight).T), _array(module.bias), module.weight.dtype)
-        for module in modules
-        if isinstance(module, nn.Linear)
-    ]
+    return [_layer(layer.weight.T, layer.bias) for layer in linear_layers(modules)]
 
 
 def _array(tensor: Tensor) -> Array:

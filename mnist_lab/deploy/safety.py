@@ -8,21 +8,24 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from mnist_lab.measure import EVALUATION_BATCH
+from mnist_lab.models.ffn import MAX_VALUES
 from mnist_lab.runtimes import FUSED, VENDOR
 
 # What the suite's graphs are made of, as `deploy/onnx.py` writes them and ONNX Runtime's converter changes them.
 OPERATORS = {
-    "Add", "Cast", "Concat", "DequantizeLinear", "Div", "DynamicQuantizeLinear", "Expand", "Flatten", "Gather",
-    "GatherElements", "Gemm", "MatMul", "MatMulInteger", "Max", "Mod", "Mul", "QuantizeLinear", "Range", "Relu",
-    "Reshape", "ScatterElements", "Shape", "Softmax", "Split", "Squeeze", "Sub", "TopK", "Unsqueeze",
+    "Add", "AveragePool", "Cast", "Concat", "Conv", "DequantizeLinear", "Div", "DynamicQuantizeLinear", "Expand",
+    "Flatten", "Gather", "GatherElements", "Gemm", "MatMul", "MatMulInteger", "Max", "Mod", "Mul", "QuantizeLinear",
+    "Range", "Relu", "Reshape", "ScatterElements", "Shape", "Softmax", "Split", "Squeeze", "Sub", "TopK", "Unsqueeze",
 }  # fmt: skip
+# What those are told whose results are not as large as their weights.
+OF_WINDOWS = {"AveragePool": {"kernel_shape", "strides"}, "Conv": {"strides"}}
 # And the one of a vendor's, as `compress/qmoe.py` writes it: what it is told, and which inputs it gets.
 FUSED_SETTINGS = {
     "k", "activation_type", "normalize_routing_weights", "expert_weight_bits", "block_size", "accuracy_level",
 }  # fmt: skip
 FUSED_INPUTS = ([*range(8)], [*range(8), 14])  # rows, logits, then constants; and last, weights of the experts
 # What may compute from constants alone: weights of few bits, several in a word, are taken apart at loading.
-OF_CONSTANTS = {"Cast", "DequantizeLinear", "Div", "Gather", "Mod", "Reshape", "Split"}
+OF_CONSTANTS = {"Cast", "DequantizeLinear", "Div", "Gather", "Mod", "Mul", "Reshape", "Split", "Sub"}
 WEIGHTS_OF_A_WORD = {TensorProto.INT64: 64, TensorProto.UINT8: 8}  # at most
 ITEM_BYTES: dict[int, int] = {
     TensorProto.FLOAT: 4, TensorProto.BFLOAT16: 2, TensorProto.INT64: 8, TensorProto.INT32: 4,
@@ -76,6 +79,8 @@ def check_graph(model: onnx.ModelProto) -> None:
         is_fused = bool(further) and (node.domain, node.op_type) == (VENDOR, FUSED)
         if not is_fused and (node.op_type not in OPERATORS or node.domain):
             raise ValueError(f"it has the operator {node.op_type}, which the suite does not write")
+        if node.op_type in OF_WINDOWS and not {how.name for how in node.attribute} <= OF_WINDOWS[node.op_type]:
+            raise ValueError(f"{node.name} is told what the suite does not write")
         if constants.issuperset(name for name in node.input if name):  # an optional input may be left out
             if node.op_type not in OF_CONSTANTS:
                 raise ValueError(f"{node.name} computes from constants alone")
@@ -113,13 +118,18 @@ def _check_sizes(graph: onnx.GraphProto, constants: Collection[str], opsets: Ite
     alone more than these.
 
     Each that a layer gives is one of its weights' dimensions wide, so that of sparse ones the largest counts beside
-    the values stored; an MoE's K experts of an image have no more rows than all its experts have weights.
+    the values stored; an MoE's K experts of an image have no more rows than all its experts have weights. Only windows,
+    which share their weights, may make more of an image, up to a number that models keep to as well.
     """
     most = sum(
         math.prod(constant.dims) * WEIGHTS_OF_A_WORD.get(constant.data_type, 1) for constant in graph.initializer
     )
     most_of_constants = most + sum(math.prod(sparse.dims) for sparse in graph.sparse_initializer)
     most += sum(math.prod(sparse.values.dims) + max(sparse.dims) for sparse in graph.sparse_initializer)
+    of_an_image = max(most, MAX_VALUES) if any(node.op_type in OF_WINDOWS for node in graph.node) else most
+    pixels = _shape(graph.input[0], start=1)
+    if pixels is None or min(pixels, default=0) < 1 or math.prod(pixels) > of_an_image:
+        raise ValueError("an image may be of any size")
     sketch = helper.make_model(_sketch(graph, constants), opset_imports=list(opsets))
     inferred = onnx.shape_inference.infer_shapes(sketch, strict_mode=True, data_prop=True).graph
     shapes = {value.name: _shape(value) for value in [*inferred.value_info, *inferred.output]}
@@ -131,13 +141,13 @@ def _check_sizes(graph: onnx.GraphProto, constants: Collection[str], opsets: Ite
         for name in filter(None, node.output):
             shape = shapes.get(name)
             size = None if shape is None else math.prod(shape)
-            if size is None or size > (most_of_constants if name in constants else most * EVALUATION_BATCH):
+            if size is None or size > (most_of_constants if name in constants else of_an_image * EVALUATION_BATCH):
                 raise ValueError(f"{name} may be of any size")
 
 
-def _shape(value: onnx.ValueInfoProto) -> list[int] | None:
-    """Of a tensor, where that is known."""
-    dims = value.type.tensor_type.shape.dim
+def _shape(value: onnx.ValueInfoProto, start: int = 0) -> list[int] | None:
+    """Of a tensor, from an axis on, where that is known."""
+    dims = value.type.tensor_type.shape.dim[start:]
     return [dim.dim_value for dim in dims] if all(dim.HasField("dim_value") for dim in dims) else None
 
 

@@ -8,6 +8,7 @@ from typing import Any, Optional
 from mnist_lab.compress.float32 import Float32
 from mnist_lab.compress.prune_weights import PruneWeights
 from mnist_lab.experiments.technique import Form, Step
+from mnist_lab.models.small import SmallShape
 from mnist_lab.runtimes import EXTENSIONS, RuntimeName
 from mnist_lab.sources import DatasetName
 
@@ -50,8 +51,17 @@ class Row:
     @property
     def runtimes(self) -> tuple[RuntimeName, ...]:
         """That can run it: those of its form, and where most of its weights are zero the one that skips them."""
-        is_sparse = isinstance(self.step, PruneWeights)
-        return (*self.form.runtimes, "torch-sparse") if is_sparse else self.form.runtimes
+        own = self.form.runtimes
+        if self._looks_through_windows:  # whose INT8 torch.compile leaves partly in float, one image at a time
+            own = tuple(runtime for runtime in own if runtime != "torchao")
+        return (*own, "torch-sparse") if isinstance(self.step, PruneWeights) else own
+
+    @property
+    def _looks_through_windows(self) -> bool:
+        if self.source is not None:
+            return self.source._looks_through_windows
+        shape = getattr(self.step, "shape", None)
+        return isinstance(shape, SmallShape) and bool(shape.windows)
 
     @property
     def technique(self) -> str:

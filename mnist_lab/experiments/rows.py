@@ -25,6 +25,7 @@ from mnist_lab.compress.weight_only import AsTrained, Method, WeightOnly
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.technique import Form
 from mnist_lab.models.moe import RoutingConfig
+from mnist_lab.models.small import SmallShape
 from mnist_lab.report.records import BASELINE, CONTROL, RIVAL
 from mnist_lab.sources import DatasetName
 
@@ -55,6 +56,18 @@ STUDENT = student()
 def student_mixture(teacher: Row = MOE, step: DistilMixture = DistilMixture()) -> Row:
     """The small mixture, taught by the MoE, or by the baseline's logits alone."""
     return Row(_taught_by(teacher, "KD_MoE_Student"), step, teacher=teacher)
+
+
+def small_student(
+    shape: SmallShape, teacher: Row = MOE, distillation: DistillationConfig = DistillationConfig()
+) -> Row:
+    """One of the small family, taught by the MoE or the baseline."""
+    return Row(_taught_by(teacher, "KD_small"), Distil(distillation, shape), teacher=teacher, variant=shape.name)
+
+
+def small_from_scratch(shape: SmallShape) -> Row:
+    """The same without a teacher."""
+    return Row("FFN_small", TrainFFN(shape), variant=shape.name)
 
 
 SourceName = Literal["ffn", "moe", "student"]

@@ -52,7 +52,7 @@ PRESETS: dict[PresetName, Preset] = {
 def dense_rival(moe: SparseMoEConfig, num_experts: int) -> FFNConfig:
     """The dense FFN with one expert as wide as that many: K for as many parameters per image, E for as many in all."""
     widths = (moe.model_width, num_experts * moe.expert_width, moe.output_width, *moe.head_widths)
-    return FFNConfig(widths, moe.data)
+    return FFNConfig(widths, moe.data, pool=moe.pool)
 
 
 def build_model(config: ModelConfig) -> Model:

@@ -20,9 +20,11 @@ from mnist_lab.data import DataSpec
 from mnist_lab.errors import UserError
 from mnist_lab.models.ffn import (
     Normalize,
+    Positive,
     apply_linear,
     cast_like,
     draw_normal,
+    find_planes,
     linear_chain,
     relu_chain,
 )
@@ -98,8 +100,10 @@ class SparseMoEConfig:
     kind: Literal["moe"] = "moe"
     expert_widths: tuple[int, ...] | None = None  # of each, where they differ
     shared_rank: Annotated[int, Meta(ge=1)] | None = None  # of what each adds to weights that all share
+    pool: Positive = 1  # pixels of a side that become one
 
     def __post_init__(self) -> None:
+        find_planes(self.data, self.pool)
         widths, num_experts = self.expert_widths, self.routing.num_experts
         if widths is None:
             return
@@ -305,8 +309,9 @@ class SparseMoE(nn.Module):
         super().__init__()
         self.config = config
         routing = config.routing
-        self.normalize = Normalize(config.data)
-        self.stem = linear_chain(config.data.num_pixels, config.model_width)[0]
+        self.normalize = Normalize(config.data, config.pool)
+        (sees,) = find_planes(config.data, config.pool)
+        self.stem = linear_chain(sees.num_values, config.model_width)[0]
         self.router = Router(
             config.model_width,
             routing.num_experts,

@@ -1,6 +1,7 @@
 """The same model without some of its hidden units, or of its experts; or with more units, that do nothing.
 
-Units are those of the FFN's hidden layers; of an MoE its stem, the inside of its experts, their outputs and its head.
+Units are those of the FFN's hidden layers, windows apart; of an MoE its stem, the inside of its experts, their outputs
+and its head.
 
 Shapes: B images, D stem width, E experts, H expert width, O expert output width, N images of an expert.
 """
@@ -25,7 +26,7 @@ Places = dict[str, list[Tensor]]  # by layer: of its units, in order; inside exp
 def hidden_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """The layers whose units may go, and how many they have."""
     if isinstance(model, FFN):
-        return {f"layers.{index}": (width,) for index, width in enumerate(model.config.widths)}
+        return {f"layers.{index}": (width,) for index, width in enumerate(model.config.widths, _num_windows(model))}
     assert isinstance(model, SparseMoE)
     experts = (model.config.routing.num_experts, model.config.expert_width)
     inner: dict[str, tuple[int, ...]] = {
@@ -39,7 +40,8 @@ def hidden_shapes(model: Model) -> dict[str, tuple[int, ...]]:
 def incoming(model: Model) -> dict[str, list[Tensor]]:
     """By layer the parameters that make its units, each (…, inputs or 1, units)."""
     if isinstance(model, FFN):
-        return {f"layers.{i}": _into(layer) for i, layer in enumerate(model.layers[:-1])}
+        start = _num_windows(model)
+        return {f"layers.{i}": _into(layer) for i, layer in enumerate(model.layers[start:-1], start)}
     assert isinstance(model, SparseMoE)
     experts = model.experts
     inner: dict[str, list[Tensor]] = {
@@ -53,7 +55,8 @@ def incoming(model: Model) -> dict[str, list[Tensor]]:
 def outgoing(model: Model) -> dict[str, list[Tensor]]:
     """By layer the weights that its units go into, each (…, units, outputs)."""
     if isinstance(model, FFN):
-        return {f"layers.{i}": _out_of(layer) for i, layer in enumerate(model.layers[1:])}
+        start = _num_windows(model)
+        return {f"layers.{i}": _out_of(layer) for i, layer in enumerate(model.layers[start + 1 :], start)}
     assert isinstance(model, SparseMoE)
     experts = model.experts
     into_experts = experts.weight_in.transpose(0, 1).flatten(1)  # (D, E·H)
@@ -63,6 +66,11 @@ def outgoing(model: Model) -> dict[str, list[Tensor]]:
         "output": _out_of(model.head[0]),
     }
     return inner | {f"head.{i}": _out_of(layer) for i, layer in enumerate(model.head[1:])}
+
+
+def _num_windows(model: FFN) -> int:
+    """Layers before the dense ones."""
+    return len(model.config.windows)
 
 
 def _linear(layer: nn.Module) -> nn.Linear:
@@ -98,7 +106,9 @@ def masked_logits(model: Model, pixels: Tensor, masks: Units) -> Tensor:
 
 def _masked_chain(layers: nn.ModuleList, name: str, rows: Tensor, masks: Units) -> Tensor:
     for index, layer in enumerate(layers[:-1]):
-        rows = layer(rows).relu() * masks[f"{name}.{index}"]
+        rows = layer(rows).relu()
+        if (mask := masks.get(f"{name}.{index}")) is not None:
+            rows = rows * mask
     logits: Tensor = layers[-1](rows)
     return logits
 
@@ -137,9 +147,9 @@ def with_more_units(model: SparseMoE, *, stem: int, experts: int, output: int) -
 
 
 def _smaller_ffn(model: FFN, kept: Places) -> Model:
-    places = [own for (own,) in kept.values()]
-    weights = dict(model.normalize.state_dict(prefix="normalize."))
-    weights |= _smaller_chain(model.layers, "layers", [None, *places, None])
+    places, start = [own for (own,) in kept.values()], _num_windows(model)
+    weights = model.state_dict()
+    weights |= _smaller_chain(model.layers[start:], "layers", [None, *places, None], start)
     return _load(replace(model.config, widths=tuple(map(len, places))), weights)
 
 
@@ -179,10 +189,12 @@ def _smaller_expert(own: ExpertWeights, stem: Tensor, units: Tensor, output: Ten
     )
 
 
-def _smaller_chain(layers: nn.ModuleList, name: str, kept: Sequence[Tensor | None]) -> dict[str, Tensor]:
-    """Weights of linear layers, between each two of these sets of units; None for all."""
+def _smaller_chain(
+    layers: nn.ModuleList, name: str, kept: Sequence[Tensor | None], start: int = 0
+) -> dict[str, Tensor]:
+    """Weights of linear layers, numbered from `start`, between each two of these sets of units; None for all."""
     weights = {}
-    for index, (layer, (before, after)) in enumerate(zip(layers, itertools.pairwise(kept), strict=True)):
+    for index, (layer, (before, after)) in enumerate(zip(layers, itertools.pairwise(kept), strict=True), start):
         weight, bias = _linear(layer).weight, _linear(layer).bias
         weight = weight if before is None else weight[:, before]
         weights[f"{name}.{index}.weight"] = weight if after is None else weight[after]
@@ -239,10 +251,9 @@ def as_dense(model: SparseMoE) -> FFN:
     """A mixture of one expert as the dense FFN that it is: every image goes there, with weight 1."""
     config, (only,) = model.config, model.experts.each()
     hidden = [linear_of(only.weight_in, only.bias_in), linear_of(only.weight_out, only.bias_out)]
+    widths = (config.model_width, config.expert_width, config.output_width, *config.head_widths)
     with torch.device("meta"):
-        dense = FFN(
-            FFNConfig((config.model_width, config.expert_width, config.output_width, *config.head_widths), config.data)
-        )
+        dense = FFN(FFNConfig(widths, config.data, pool=config.pool))
     layers = nn.ModuleList([model.stem, *hidden, *model.head])
     weights = {f"layers.{name}": tensor for name, tensor in layers.state_dict().items()}
     weights |= {f"normalize.{name}": tensor for name, tensor in model.normalize.state_dict().items()}

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mnist_lab.models import Model
+from mnist_lab.models.ffn import WindowLayer, linear_layers
 from mnist_lab.models.moe import SparseMoE
 from mnist_lab.runtimes.pytorch import PyTorchSession
 
@@ -28,13 +29,17 @@ class TorchSparseSession(PyTorchSession):
 
 
 class Layer(NamedTuple):
-    """A linear layer on columns."""
+    """A linear layer on columns, or on windows of them."""
 
     weight_OI: Tensor  # in CSR
     bias_O1: Tensor
+    windows: WindowLayer | None = None
 
     def __call__(self, columns_IB: Tensor) -> Tensor:
-        return torch.addmm(self.bias_O1, self.weight_OI, columns_IB)
+        if self.windows is None:
+            return torch.addmm(self.bias_O1, self.weight_OI, columns_IB)
+        windows = self.windows.split(columns_IB.T).T.contiguous()
+        return self.windows.join(torch.addmm(self.bias_O1, self.weight_OI, windows).T).T.contiguous()
 
 
 def layer_of(weight_OI: Tensor, bias_O: Tensor) -> Layer:
@@ -43,7 +48,10 @@ def layer_of(weight_OI: Tensor, bias_O: Tensor) -> Layer:
 
 
 def layers_of(modules: Iterable[nn.Module]) -> list[Layer]:
-    return [layer_of(module.weight, module.bias) for module in modules if isinstance(module, nn.Linear)]
+    modules = list(modules)
+    windows = (module if isinstance(module, WindowLayer) else None for module in modules)
+    linear = (layer_of(layer.weight, layer.bias) for layer in linear_layers(modules))
+    return [layer._replace(windows=own) for layer, own in zip(linear, windows, strict=True)]
 
 
 class SparseNetwork:
