@@ -7,6 +7,7 @@ from typing import Any, Optional
 
 from mnist_lab.compress.float32 import Float32
 from mnist_lab.compress.prune_weights import PruneWeights
+from mnist_lab.compress.synthetic import DistilOnImages
 from mnist_lab.experiments.technique import Form, Step
 from mnist_lab.runtimes import EXTENSIONS, RuntimeName
 from mnist_lab.sources import DatasetName
@@ -41,6 +42,11 @@ class Row:
         """The rows that must be there first, by role."""
         roles = {"source": self.source, "teacher": self.teacher}
         return {role: row for role, row in roles.items() if row is not None}
+
+    @property
+    def images_of(self) -> DatasetName | None:
+        """Another data set, whose images its step takes."""
+        return self.step.images_of if isinstance(self.step, DistilOnImages) else None
 
     @property
     def extension(self) -> str:

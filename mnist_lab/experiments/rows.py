@@ -19,6 +19,7 @@ from mnist_lab.compress.prune_weights import PruneWeights, WeightPruning
 from mnist_lab.compress.qat import Learning, Quantization, TrainQuantized
 from mnist_lab.compress.qmoe import FusedExperts
 from mnist_lab.compress.share_base import ShareBase, Sharing
+from mnist_lab.compress.synthetic import DistilOnImages, Images
 from mnist_lab.compress.train import TrainFFN, TrainLike, TrainMoE
 from mnist_lab.compress.weight_only import AsTrained, Method, WeightOnly
 from mnist_lab.experiments.row import Row
@@ -46,6 +47,11 @@ def student(teacher: Row = MOE, distillation: DistillationConfig = DistillationC
 
 
 STUDENT = student()
+
+
+def student_on_images(images: Images = "synthetic", teacher: Row = MOE, *, num_images: int | None = None) -> Row:
+    """The small FFN on the teacher's classes alone, of images that are made, or of another data set's."""
+    return replace(student(teacher), step=DistilOnImages(images, num_images), variant=images)
 
 
 SourceName = Literal["ffn", "moe", "student"]

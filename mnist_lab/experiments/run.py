@@ -9,6 +9,7 @@ from typing import Any
 
 import msgspec
 
+from mnist_lab.data import Dataset
 from mnist_lab.deploy.artifacts import read_onnx_metadata
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.lab import Lab
@@ -100,6 +101,15 @@ class Run:
         return self if self.row.step is not None else self.parents["source"]
 
     @property
+    def images_of(self) -> Dataset | None:
+        """The other data set whose images its step takes.
+
+        Raises:
+            UserError: it cannot be had.
+        """
+        return None if self.row.images_of is None else self.lab.on(self.row.images_of).dataset
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Every setting that the row's file depends on, as JSON gives it back."""
         settings: dict[str, Any] = {"step": describe(self.row.step), "form": describe(self.row.form)}
@@ -109,6 +119,8 @@ class Run:
                 "preset": asdict(self.lab.preset),
                 "data": asdict(self.lab.dataset.spec),
             }
+        if self.images_of is not None:
+            settings["images_of"] = asdict(self.images_of.spec)
         decoded: dict[str, Any] = as_json(settings)
         return decoded
 
@@ -197,7 +209,8 @@ class Run:
     def work(self, parents: Mapping[str, Model] = MappingProxyType({})) -> Work:
         """What its technique may see."""
         lab, source, teacher = self.lab, parents.get("source"), parents.get("teacher")
-        return Work(lab.dataset, lab.preset, lab.recipe, self.seed, lab.device, self.model, source, teacher)
+        basis = lab.dataset, lab.preset, lab.recipe, self.seed, lab.device, self.model
+        return Work(*basis, source, teacher, self.images_of)
 
 
 def read_provenance(file: Path) -> Provenance:

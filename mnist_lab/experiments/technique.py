@@ -34,6 +34,7 @@ class Work:
     name: str
     source: Model | None = None  # whose weights it starts from; its own copy
     teacher: Model | None = None  # whom it learns from
+    images_of: Dataset | None = None  # another data set, whose images it takes
     keepers: Iterator[Keeper] | None = None  # of each training in turn, so that a killed one goes on
 
     def build(self, config: ModelConfig) -> Model:
