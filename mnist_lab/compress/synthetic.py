@@ -117,15 +117,17 @@ def _ascend(teacher: nn.Module, pixels: Tensor, wanted: Tensor) -> Tensor:
 
 
 class Generator(nn.Module):
-    """A small variational autoencoder (arXiv:1312.6114), told the class both ways: `p(x | z, c)`, `q(z | x, c)`.
+    """A small variational autoencoder (arXiv:1312.6114) that is told the class: p(z | c), p(x | z, c), q(z | x, c).
 
-    As a model it gives of every class the evidence lower bound of log p(x | c), float32 (B, C): what can draw each
-    class can tell them apart, so that it is trained and watched as any classifier is.
+    The prior of each class is a Gaussian that is learned too, as in Sohn et al. (NeurIPS 2015). As a model it gives of
+    every class the evidence lower bound of log p(x | c), float32 (B, C): what can draw each class can tell them apart,
+    so that it is trained and watched as any classifier is.
     """
 
     def __init__(self, data: DataSpec) -> None:
         super().__init__()
         self.data = data
+        self.prior = nn.Embedding.from_pretrained(torch.zeros(data.num_classes, 2 * NUM_LATENTS), freeze=False)
         self.encoder = _two_layers(data.num_pixels + data.num_classes, 2 * NUM_LATENTS)
         self.decoder = _two_layers(NUM_LATENTS + data.num_classes, data.num_pixels)
 
@@ -134,19 +136,21 @@ class Generator(nn.Module):
         return torch.stack([self.bound(pixels, wanted.expand(len(pixels))) for wanted in classes], dim=1)
 
     def bound(self, pixels: Tensor, classes: Tensor) -> Tensor:
-        """E_q[log p(x | z, c)] − KL(q(z | x, c) ‖ N(0, 1)) in nats (B,); in evaluation z is the mean of q."""
+        """E_q[log p(x | z, c)] − KL(q(z | x, c) ‖ p(z | c)) in nats (B,); in evaluation z is the mean of q."""
         told = F.one_hot(classes, self.data.num_classes).float()
         mean, log_variance = self.encoder(torch.cat([pixels.flatten(1), told], dim=1)).chunk(2, dim=1)
         latent = mean + torch.randn_like(mean) * (log_variance / 2).exp() if self.training else mean
         logits = self.decoder(torch.cat([latent, told], dim=1))
         fit = -F.binary_cross_entropy_with_logits(logits, pixels.flatten(1), reduction="none").sum(dim=1)
-        divergence = (mean.square() + log_variance.exp() - log_variance - 1).sum(dim=1) / 2
-        return fit - divergence
+        prior_mean, prior_log_variance = self.prior(classes).chunk(2, dim=1)
+        squares = (log_variance.exp() + (mean - prior_mean).square()) / prior_log_variance.exp()
+        return fit - (squares - 1 + prior_log_variance - log_variance).sum(dim=1) / 2
 
-    def draw(self, latent: Tensor, classes: Tensor) -> Tensor:
-        """The mean image (B, 1, height, width) of `latent` (B, L) and class."""
+    def draw(self, normal: Tensor, classes: Tensor) -> Tensor:
+        """The mean image (B, 1, height, width) of a class and a latent, which is given as standard normal (B, L)."""
+        mean, log_variance = self.prior(classes).chunk(2, dim=1)
         told = F.one_hot(classes, self.data.num_classes).float()
-        logits: Tensor = self.decoder(torch.cat([latent, told], dim=1))
+        logits: Tensor = self.decoder(torch.cat([mean + normal * (log_variance / 2).exp(), told], dim=1))
         return logits.sigmoid().view(-1, 1, *self.data.image_size)
 
 
