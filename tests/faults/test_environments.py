@@ -293,6 +293,9 @@ OPTIONS = {
         "--temperature": ["", "abc", "nan", "inf", "-1", "0", "1e7"],
         "--alpha": ["abc", "nan", "-0.1", "1.1"],
         "--teacher": NAMES,
+        "--data": NAMES,
+        "--num-images": ["", "abc", "1"],
+        "--ensemble-size": NUMBERS,
     },
     "ptq_mnist": {"--calibration-size": NUMBERS, "--calibration-method": NAMES, "--model": NAMES, "--mode": NAMES},
     "run_all_experiments": {
