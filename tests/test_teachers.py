@@ -57,7 +57,8 @@ def test_members_are_seeds_from_the_rows_own_upward_and_made_when_missing(lab: L
     record = load_or_make(run)
     assert Run(lab, SMALL, 5).output.stat().st_mtime_ns == before
     assert {role: parent["file"] for role, parent in record.parents.items()} == {
-        role: f"Small-epochs1-seed{seed}.safetensors" for role, seed in (("teacher", 4), ("teacher+1", 5), ("teacher+2", 6))
+        role: f"Small-epochs1-seed{seed}.safetensors"
+        for role, seed in (("teacher", 4), ("teacher+1", 5), ("teacher+2", 6))
     }
     work = run.work(run.load_parents())
     members = [Run(lab, SMALL, seed).load() for seed in (4, 5, 6)]

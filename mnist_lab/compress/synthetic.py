@@ -27,9 +27,9 @@ DATASETS: tuple[DatasetName, ...] = get_args(DatasetName)
 MAX_IMAGES = 10**6
 
 ASCENT_STEPS = 40
-ASCENT_LENGTH = 0.5  # of a step, in the images' Euclidean norm
+MAX_ASCENT_LENGTH = 0.5  # of a step, in the images' Euclidean norm
 START_GRID = 7  # points a side of the noise that an ascent starts from
-VARIATION_WEIGHT = 0.05
+VARIATION_WEIGHT = 1.0
 NORM_WEIGHT = 0.05
 
 GENERATOR_WIDTH = 256
@@ -90,29 +90,33 @@ def ascended(
     """Images x that rise in logit_c(x) − λ₁·TV(x) − λ₂·‖x‖², from smoothed noise; evenly many of each class c.
 
     The norm is Simonyan et al.'s prior (2013, arXiv:1312.6034), the total variation Mahendran and Vedaldi's (2014,
-    arXiv:1412.0035). Steps are of one length, along the gradient, and stay in [0, 1].
+    arXiv:1412.0035). Each image has steps of a length of its own, along the gradient, so that some come to where the
+    teacher is sure and others stop at the boundary on the way.
     """
     teacher = teacher.to(device).eval()
     classes = torch.arange(num_images) % data.num_classes
     coarse = torch.rand(num_images, 1, START_GRID, START_GRID, generator=generator)
+    lengths = MAX_ASCENT_LENGTH * torch.rand(num_images, 1, 1, 1, generator=generator)
     parts = []
     with progress_bar() as progress:
-        batches = list(zip(coarse.split(EVALUATION_BATCH), classes.split(EVALUATION_BATCH), strict=True))
-        for start, wanted in progress.track(batches, description="images by ascent"):
+        batches = list(zip(*(each.split(EVALUATION_BATCH) for each in (coarse, classes, lengths)), strict=True))
+        for start, wanted, length in progress.track(batches, description="images by ascent"):
             smooth = F.interpolate(start.to(device), size=data.image_size, mode="bicubic", align_corners=False)
-            parts.append(_ascend(teacher, (2 * data.mean * smooth).clamp_(0, 1), wanted.to(device)).cpu())
+            parts.append(
+                _ascend(teacher, (2 * data.mean * smooth).clamp_(0, 1), wanted.to(device), length.to(device)).cpu()
+            )
     return torch.cat(parts)
 
 
-def _ascend(teacher: nn.Module, pixels: Tensor, wanted: Tensor) -> Tensor:
+def _ascend(teacher: nn.Module, pixels: Tensor, wanted: Tensor, length: Tensor) -> Tensor:
     for _ in range(ASCENT_STEPS):
         pixels.requires_grad_()
         variation = pixels.diff(dim=2).abs().sum() + pixels.diff(dim=3).abs().sum()
         prior = VARIATION_WEIGHT * variation + NORM_WEIGHT * pixels.square().sum()
         logits = teacher(pixels).gather(1, wanted.unsqueeze(1))
         (slope,) = torch.autograd.grad(logits.sum() - prior, pixels)
-        length = slope.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
-        pixels = (pixels.detach() + ASCENT_LENGTH * slope / length).clamp_(0, 1)
+        norm = slope.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
+        pixels = (pixels.detach() + length * slope / norm).clamp_(0, 1)
     return pixels
 
 
