@@ -36,7 +36,7 @@ from mnist_lab.experiments.run import Run
 from mnist_lab.experiments.technique import Work
 from mnist_lab.models import PRESETS
 from mnist_lab.models.checkpoints import read_metadata
-from mnist_lab.training import Recipe
+from mnist_lab.training import Batch, Recipe, StepLoss, supervised_loss
 
 KINDS: tuple[Images, ...] = (*SYNTHETIC, "synthetic", "noise", "true")
 SMALL = Row("Small", TrainFFN((8,)))
@@ -170,16 +170,33 @@ def test_student_never_sees_a_true_label(work: Work, kind: Images) -> None:
     assert all(torch.equal(told[name], lied_to[name]) for name in told)
 
 
-def test_proof_counts_images_and_classes_and_the_recipes_augmentation_is_left_out(work: Work) -> None:
+def test_proof_counts_images_and_classes(work: Work) -> None:
     made = DistilOnImages("synthetic", 100, (8,)).make(work)
     assert made.proof["images"] == dict.fromkeys(SYNTHETIC, 25)
     assert sum(made.proof["of_class"]) == 100
     assert made.proof["true_labels"] == 0
     assert "100" not in made.proof["text"].partition("on images")[2]
     assert "25 augmented, 25 mixed, 25 ascended, 25 generated" in made.proof["text"]
-    recipe = replace(work.recipe, augmentation=Augmentation())
-    again = DistilOnImages("synthetic", 100, (8,)).make(replace(work, recipe=recipe)).model.state_dict()
-    assert all(torch.equal(again[name], tensor) for name, tensor in made.model.state_dict().items())
+
+
+def test_image_keeps_its_class_under_the_recipes_augmentation(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Batch] = []
+
+    def spy(model: torch.nn.Module, batch: Batch) -> StepLoss:
+        seen.append(batch)
+        return supervised_loss(model, batch)
+
+    monkeypatch.setattr("mnist_lab.compress.train.train.__defaults__", (spy,))
+    recipe = replace(work.recipe, augmentation=Augmentation(), epochs=2)
+    DistilOnImages("mixed", 64, (8,)).make(replace(work, recipe=recipe))
+    by_row: dict[int, list[tuple[int, Tensor]]] = {}
+    for batch in seen:
+        for row, label, pixels in zip(batch.rows.tolist(), batch.labels.tolist(), batch.pixels, strict=True):
+            by_row.setdefault(row, []).append((label, pixels))
+    assert len(by_row) == 64
+    for (label, pixels), (label_later, pixels_later) in by_row.values():
+        assert label == label_later
+        assert not torch.equal(pixels, pixels_later)
 
 
 @pytest.mark.parametrize("num_images", [0, -1, 10**7])

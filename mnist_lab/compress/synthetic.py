@@ -219,7 +219,7 @@ def make_images(work: Work, images: Images, num_images: int) -> dict[Images, Ten
 class DistilOnImages:
     """A small FFN that learns the class for which its teacher takes images; it sees no other label.
 
-    They are as they are: the recipe's augmentation is left out, for what is learned is what the teacher saw.
+    The recipe's augmentation is on as for any row: an image keeps the class that the teacher gave it as it was made.
     """
 
     cost: ClassVar[float] = 2.5
@@ -245,8 +245,7 @@ class DistilOnImages:
         made = make_images(work, self.images, self.num_images or len(work.dataset.train))
         pixels = torch.cat(list(made.values()))
         labels = classes_of(work.teacher, pixels, device=work.device)
-        recipe = replace(work.recipe, augmentation=None)
-        on_images = replace(work, recipe=recipe, dataset=replace(work.dataset, train=Split(pixels, labels)))
+        on_images = replace(work, dataset=replace(work.dataset, train=Split(pixels, labels)))
         model, curves, proof = train(on_images, dense_config(self.shape, work.preset, work.dataset.spec))
         counts = {kind: len(images) for kind, images in made.items()}
         balance = torch.bincount(labels, minlength=work.dataset.spec.num_classes).tolist()
