@@ -16,6 +16,7 @@ from mnist_lab.compress.finetune import Duration, Finetuning
 from mnist_lab.compress.levels import Rounding
 from mnist_lab.compress.prune_weights import PruneWeights
 from mnist_lab.compress.qat import Learning, Quantization, TrainQuantized
+from mnist_lab.compress.synthetic import DistilOnImages
 from mnist_lab.compress.train import TrainMoE
 from mnist_lab.data import Augmentation, Split
 from mnist_lab.errors import RunFailed, TrainingDiverged
@@ -39,6 +40,9 @@ ROWS = {
     "MoE": MOE,
     "student": Row("Student", Distil(shape=(8,)), teacher=SMALL),
     "student mixture": Row("Student", DistilMixture(student=SmallMixture(2, 8)), teacher=MOE),
+    "taught on generated images": Row(
+        "Generated", DistilOnImages("generated", 300, (8,)), teacher=SMALL
+    ),  # by two trainings
     "pruned": Row("Pruned", RAMP, source=SMALL),
     "rounded": trained_quantized(SMALL, TrainQuantized(Quantization(Rounding(2, 16)), LEARNING)),
     "rounded by layers": trained_quantized(SMALL, TrainQuantized(Quantization(learn="layers"), LEARNING)),
@@ -76,6 +80,7 @@ def kill_after(epoch: int, monkeypatch: pytest.MonkeyPatch) -> Callable[[], None
 def test_bits_are_those_of_a_training_without_interruption(
     lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, epoch: int
 ) -> None:
+    monkeypatch.setattr("mnist_lab.compress.synthetic.GENERATOR_RECIPE", Recipe(epochs=1, batch_size=64))
     whole, killed = Run(lab, ROWS[name], 5), Run(replace(lab, checkpoints=tmp_path / "other"), ROWS[name], 5)
     ensure_weights(whole)
     for parent in killed.parents.values():

@@ -55,6 +55,7 @@ GROUPS = {
     "softening",
     "mixture",
     "matching",
+    "images",
     "calibration",
     "rounding",
     "method",
@@ -334,6 +335,32 @@ class TestSingleScripts:
         logits_alone = ["--teacher", "ffn", "--router-weight", "0", "--experts-weight", "0"]
         assert finished_bench("kd_mnist", "--student", "moe", *logits_alone).code == 0
 
+    @pytest.mark.parametrize(
+        ("arguments", "name", "members"),
+        [
+            ("--data mixed --num-images 300", "KD_FFN_Student-mixed-n300", ["Sparse_MoE-epochs1-seed0"]),
+            (
+                "--teacher ensemble --ensemble-size 2",
+                "KD_FFN_Student-ensemble2",
+                ["Sparse_MoE-epochs1-seed0", "Sparse_MoE-epochs1-seed1"],
+            ),
+            ("--teacher early-moe", "KD_FFN_Student-early", ["Sparse_MoE_early-epochs1-seed0"]),
+            (
+                "--teacher wide-ffn",
+                "KD_FFN_Student_from_FFN-wide",
+                ["../digits-wide-quick/FFN_baseline-epochs1-seed0"],
+            ),
+        ],
+    )
+    def test_students_of_made_images_and_of_better_teachers(
+        self, finished_bench: Bench, arguments: str, name: str, members: list[str]
+    ) -> None:
+        outcome = finished_bench("kd_mnist", *arguments.split())
+        assert outcome.code == 0, outcome.err
+        metadata = read_metadata(finished_bench.checkpoints / f"{name}-epochs1-seed0.safetensors")
+        assert [parent["file"] for parent in metadata["parents"].values()] == [f"{own}.safetensors" for own in members]
+        assert ("the teacher's classes" in outcome.out) == ("--data" in arguments)
+
     def test_control_needs_no_teacher(self, bench: Bench) -> None:
         assert bench("kd_mnist", "--no-distillation").code == 0
         metadata = read_metadata(bench.checkpoints / "FFN_Student_no_KD-epochs1-seed0.safetensors")
@@ -459,6 +486,17 @@ class TestBadInput:
             ("kd_mnist --student moe --experts-weight nan", "--experts-weight nan"),
             ("kd_mnist --student-experts 2", "--student-experts"),
             ("kd_mnist --router-weight 0", "--router-weight"),
+            ("kd_mnist --no-distillation --data noise", "--data noise"),
+            ("kd_mnist --data mixed --alpha 0.5", "--data mixed"),
+            ("kd_mnist --data words", "words"),
+            ("kd_mnist --num-images 50", "--data"),
+            ("kd_mnist --data noise --num-images 0", "--num-images 0"),
+            ("kd_mnist --data digits", "--data true"),
+            ("kd_mnist --teacher committee", "committee"),
+            ("kd_mnist --ensemble-size 2", "--teacher ensemble"),
+            ("kd_mnist --teacher ensemble --ensemble-size 1", "--ensemble-size 1"),
+            ("kd_mnist --teacher ensemble --seed 4294967295", "--ensemble-size"),
+            ("kd_mnist --teacher wide-moe --preset wide", "--preset wide"),
             ("baseline_mnist --dataset digits --data-dir .", "--data-dir"),
             ("ptq_mnist --model bert", "bert"),
             ("ptq_mnist --runtime pytorch", "onnxruntime"),

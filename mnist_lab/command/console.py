@@ -79,11 +79,14 @@ def use_allowed_cpus() -> None:
     torch.set_num_threads(min(torch.get_num_threads(), usable_cpus()))
 
 
-def make_and_print(run: Run, *, beside: Run | None = None, with_source: bool = False) -> Record:
+def make_and_print(
+    run: Run, *, beside: Run | None = None, with_source: bool = False, with_parents: bool = False
+) -> Record:
     """Make one run, time it (by turns with a finished one to compare with), and print the figures.
 
     Args:
         with_source: make what the run is another form of anew first, and say what it did.
+        with_parents: make what it needs first, too, where that is missing or stale.
 
     Raises:
         UserError: it runs in none of the runtimes asked for; a run that it needs first is missing or stale.
@@ -91,8 +94,9 @@ def make_and_print(run: Run, *, beside: Run | None = None, with_source: bool = F
     lab = run.lab
     _check_runtimes(run)
     first = run.parents["source"] if with_source else run
-    for parent in first.parents.values():
-        _check_parent(parent)
+    if not with_parents:
+        for parent in first.parents.values():
+            _check_parent(parent)
     if with_source:
         print(produce(first).proof["text"], flush=True)
     records = [make(run)]

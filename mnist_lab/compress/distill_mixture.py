@@ -28,7 +28,7 @@ from mnist_lab.compress.train import train
 from mnist_lab.data import DataSpec
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.technique import Made, Work
-from mnist_lab.models import Model, count_parameters
+from mnist_lab.models import count_parameters
 from mnist_lab.models.moe import MAX_EXPERTS, RoutingConfig, SparseMoE, SparseMoEConfig
 from mnist_lab.training import Batch, LossTerms, Objective, StepLoss, Term
 
@@ -53,7 +53,7 @@ class SmallMixture:
                 f"--student-width {self.student_width} must be a multiple of {ALIGNMENT}, at most {MAX_WIDTH:,}"
             )
 
-    def config(self, teacher: Model, data: DataSpec) -> SparseMoEConfig:
+    def config(self, teacher: nn.Module, data: DataSpec) -> SparseMoEConfig:
         """Routed and balanced as the teacher, or if that is no mixture, as mixtures are by default."""
         routing = teacher.config.routing if isinstance(teacher, SparseMoE) else RoutingConfig()
         num, width = self.student_experts, self.student_width

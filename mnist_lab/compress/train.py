@@ -6,7 +6,7 @@ from typing import ClassVar
 from mnist_lab.data import DataSpec
 from mnist_lab.deploy.onnx import stored_bytes
 from mnist_lab.experiments.technique import Made, Work
-from mnist_lab.models import ModelConfig, Preset, Shape, build_skeleton, count_parameters, parameter_bytes
+from mnist_lab.models import Model, ModelConfig, Preset, Shape, build_skeleton, count_parameters, parameter_bytes
 from mnist_lab.models.ffn import FFNConfig
 from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.models.small import SmallShape
@@ -16,10 +16,10 @@ MULTIPLE = 8  # of units: products of other widths are slower, or cannot be grou
 NUM_STEPS = 256  # between a rival's widths and none
 
 
-def train(work: Work, config: ModelConfig, objective: Objective = supervised_loss) -> Made:
-    """Initialise and train a model of this configuration on the whole recipe."""
+def train(work: Work, config: ModelConfig, objective: Objective = supervised_loss, *, budget: float = 1.0) -> Made:
+    """Initialise and train a model of this configuration on the whole recipe, or that share of its epochs."""
     model = work.build(config)
-    curves = work.fit(model, objective)
+    curves = work.fit(model, objective, budget=budget)
     trained = f"{count_parameters(model)[0]:,} parameters trained over {len(curves)} epochs"
     return Made(model, curves, {"text": trained, "epochs": len(curves)})
 
@@ -65,6 +65,18 @@ class TrainMoE:
 
 
 @dataclass(frozen=True)
+class TrainEarlyMoE:
+    """A mixture that stops early, as the teachers of Cho and Hariharan (2019, arXiv:1910.01348) do."""
+
+    label: ClassVar[str] = "early moe"
+    cost: ClassVar[float] = 0.5
+    budget: float = 0.25  # of the recipe's epochs
+
+    def make(self, work: Work) -> Made:
+        return train(work, work.preset.moe(work.dataset.spec), budget=self.budget)
+
+
+@dataclass(frozen=True)
 class TrainLike:
     """The rival of a compressed model, from scratch, with as many epochs as both its trainings had.
 
@@ -77,7 +89,7 @@ class TrainLike:
     budget: float = 1.2  # of the recipe's epochs: the original's, and a fifth of fine-tuning
 
     def make(self, work: Work) -> Made:
-        assert work.teacher is not None  # which gives its size only
+        assert isinstance(work.teacher, Model)  # which gives its size only
         model = work.build(no_larger(work.teacher.config, stored_bytes(work.teacher)))
         curves = work.fit(model, budget=self.budget)
         text = f"{count_parameters(model)[0]:,} parameters trained from scratch over {len(curves)} epochs"

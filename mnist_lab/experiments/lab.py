@@ -36,7 +36,7 @@ class Lab:
     columns: tuple[Column, ...] = COLUMNS
     data_dir: Path | None = None  # where other data sets are looked for
     _computed: dict[tuple[str, str], Any] = field(default_factory=dict, compare=False, repr=False)
-    _other_labs: dict[DatasetName, "Lab"] = field(default_factory=dict, compare=False, repr=False)
+    _other_labs: dict[tuple[DatasetName, PresetName], "Lab"] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def preset(self) -> Preset:
@@ -57,24 +57,36 @@ class Lab:
         """Of checkpoints, that which one run at a time writes: for claims the one around theirs."""
         return self.checkpoints.parent if self.checkpoints.name == CLAIMS_FOLDER else self.checkpoints
 
-    def on(self, name: DatasetName) -> "Lab":
-        """The same preset and recipe on another data set, in its own folders.
+    def on(self, dataset: DatasetName | None = None, preset: PresetName | None = None) -> "Lab":
+        """The same on another data set or with another preset, in its own folders; of what is None, this lab's own.
+
+        What departs from the named recipe departs from the other preset's too.
 
         Raises:
             UserError: the data cannot be had.
         """
-        if name == self.dataset.name:
+        key = dataset or self.dataset.name, preset or self.preset_name
+        if key == (self.dataset.name, self.preset_name):
             return self
-        if name not in self._other_labs:
-            folder = f"{name}-{self.preset_name}-{self.recipe_name}"
-            self._other_labs[name] = replace(
+        if key not in self._other_labs:
+            name, preset_name = key
+            folder = f"{name}-{preset_name}-{self.recipe_name}"
+            data_dir = None if name == "digits" else self.data_dir
+            self._other_labs[key] = replace(
                 self,
-                dataset=load_dataset(name, None if name == "digits" else self.data_dir),
+                dataset=self.dataset if name == self.dataset.name else load_dataset(name, data_dir),
+                preset_name=preset_name,
+                recipe=self._recipe_of(preset_name),
                 checkpoints=_beside(self.checkpoints, folder),
                 results=_beside(self.results, folder),
                 _computed={},
             )
-        return self._other_labs[name]
+        return self._other_labs[key]
+
+    def _recipe_of(self, preset: PresetName) -> Recipe:
+        usual = vars(find_recipe(self.recipe_name, self.preset_name))
+        departing = {name: value for name, value in vars(self.recipe).items() if value != usual[name]}
+        return replace(find_recipe(self.recipe_name, preset), **departing)
 
     def once(self, what: str, file: Path, compute: Callable[[], T]) -> T:
         """What `compute` makes of a file as it is now; for a file that has not changed it is not computed again."""

@@ -25,6 +25,7 @@ def keepers(run: Run) -> Iterator["FileKeeper"]:
         {
             "run": run.metadata(run.output),
             "data": run.lab.dataset.fingerprint,
+            "images": run.images_of.fingerprint if run.images_of is not None else None,
             "threads": torch.get_num_threads(),
             "device": run.lab.device,
             "torch": package_version("torch"),

@@ -7,7 +7,9 @@ from typing import Any, Optional
 
 from mnist_lab.compress.float32 import Float32
 from mnist_lab.compress.prune_weights import PruneWeights
+from mnist_lab.compress.synthetic import DistilOnImages
 from mnist_lab.experiments.technique import Form, Step
+from mnist_lab.models import PresetName
 from mnist_lab.models.small import SmallShape
 from mnist_lab.runtimes import EXTENSIONS, RuntimeName
 from mnist_lab.sources import DatasetName
@@ -23,11 +25,14 @@ class Row:
     teacher: Optional["Row"] = None  # whom it learns from
     form: Form = field(default_factory=Float32)
     variant: str = ""  # names what differs from the family's first row beyond the settings of step and form
+    teacher_seeds: int = 1  # of the teacher, from the row's own upward, that teach together
+    preset: PresetName | None = None  # whose files it is one of, where a row of another preset starts or learns from it
     dataset: DatasetName | None = None  # whose files it is one of, where a row on other data starts or learns from it
 
     def __post_init__(self) -> None:
         is_float32 = type(self.form) is Float32
         assert is_float32 if self.step is not None else self.source is not None and not is_float32
+        assert self.teacher_seeds >= 1 if self.teacher is not None else self.teacher_seeds == 1
         assert all(parent.extension == "safetensors" for parent in self.parents.values())
 
     @property
@@ -39,9 +44,14 @@ class Row:
 
     @property
     def parents(self) -> dict[str, "Row"]:
-        """The rows that must be there first, by role."""
+        """The rows that must be there first, by role; of a teacher of several seeds its row once."""
         roles = {"source": self.source, "teacher": self.teacher}
         return {role: row for role, row in roles.items() if row is not None}
+
+    @property
+    def images_of(self) -> DatasetName | None:
+        """Another data set, whose images its step takes."""
+        return self.step.images_of if isinstance(self.step, DistilOnImages) else None
 
     @property
     def extension(self) -> str:

@@ -1,6 +1,6 @@
 """The rows of the table, in its order."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -20,7 +20,8 @@ from mnist_lab.compress.prune_weights import PruneWeights, WeightPruning
 from mnist_lab.compress.qat import Learning, Quantization, TrainQuantized
 from mnist_lab.compress.qmoe import FusedExperts
 from mnist_lab.compress.share_base import ShareBase, Sharing
-from mnist_lab.compress.train import TrainFFN, TrainLike, TrainMoE
+from mnist_lab.compress.synthetic import DistilOnImages, Images
+from mnist_lab.compress.train import TrainEarlyMoE, TrainFFN, TrainLike, TrainMoE
 from mnist_lab.compress.weight_only import AsTrained, Method, WeightOnly
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.technique import Form
@@ -68,6 +69,33 @@ def small_student(
 def small_from_scratch(shape: SmallShape) -> Row:
     """The same without a teacher."""
     return Row("FFN_small", TrainFFN(shape), variant=shape.name)
+
+
+def student_on_images(taught: Row = STUDENT, images: Images = "synthetic", *, num_images: int | None = None) -> Row:
+    """A dense student on its teacher's classes alone, of images that are made, or of another data set's."""
+    assert isinstance(taught.step, Distil)
+    variant = "-".join(filter(None, [taught.variant, images]))
+    return replace(taught, step=DistilOnImages(images, num_images, taught.step.shape), variant=variant)
+
+
+EARLY_MOE = Row("Sparse_MoE_early", TrainEarlyMoE())
+TeacherName = Literal["moe", "ffn", "ensemble", "wide-moe", "wide-ffn", "early-moe"]
+
+
+def taught_by(teacher: TeacherName, taught: Callable[[Row], Row], ensemble_size: int = 3) -> Row:
+    """What `taught` makes of the MoE or the baseline, taught by several seeds of it, its wide form, or an early one."""
+    own = FFN if teacher in {"ffn", "wide-ffn"} else MOE
+    row = taught(own)
+    if teacher in {"moe", "ffn"}:
+        return row
+    name = f"ensemble{ensemble_size}" if teacher == "ensemble" else teacher.partition("-")[0]
+    better = EARLY_MOE if teacher == "early-moe" else replace(own, preset="wide" if name == "wide" else None)
+    return replace(
+        row,
+        teacher=better,
+        teacher_seeds=ensemble_size if teacher == "ensemble" else 1,
+        variant="-".join(filter(None, [row.variant, name])),
+    )
 
 
 SourceName = Literal["ffn", "moe", "student"]

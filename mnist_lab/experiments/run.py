@@ -2,13 +2,14 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import msgspec
 
+from mnist_lab.data import Dataset
 from mnist_lab.deploy.artifacts import read_onnx_metadata
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.lab import Lab
@@ -17,6 +18,7 @@ from mnist_lab.experiments.technique import Work
 from mnist_lab.files import as_json, reading, sha256
 from mnist_lab.models import Model
 from mnist_lab.models.checkpoints import load_checkpoint, read_metadata
+from mnist_lab.models.ensemble import Ensemble
 from mnist_lab.report.records import Count, Epoch, Parent, record_path
 from mnist_lab.runtimes import RuntimeName
 
@@ -82,8 +84,11 @@ class Run:
 
     @property
     def parents(self) -> dict[str, "Run"]:
-        """The runs that must be there first, by role."""
-        return {role: self._beside(row) for role, row in self.row.parents.items()}
+        """The runs that must be there first, by role: of a teacher of several seeds teacher, teacher+1, ..."""
+        runs = {role: self._beside(row) for role, row in self.row.parents.items()}
+        for ahead in range(1, self.row.teacher_seeds):
+            runs[f"teacher+{ahead}"] = replace(runs["teacher"], seed=self.seed + ahead)
+        return runs
 
     @property
     def original(self) -> "Run":
@@ -91,13 +96,22 @@ class Run:
         return self if self.row.source is None else self.parents["source"].original
 
     def _beside(self, row: Row) -> "Run":
-        """Another row's run of the same seed, on its own data set where it names one."""
-        return Run(self.lab if row.dataset is None else self.lab.on(row.dataset), row, self.seed)
+        """Another row's run of the same seed, on its own data set and of its own preset where it names them."""
+        return Run(self.lab.on(row.dataset, row.preset), row, self.seed)
 
     @property
     def weights(self) -> "Run":
         """The run whose checkpoint this one's files are written from: its own, or for a form its source."""
         return self if self.row.step is not None else self.parents["source"]
+
+    @property
+    def images_of(self) -> Dataset | None:
+        """The other data set whose images its step takes.
+
+        Raises:
+            UserError: it cannot be had.
+        """
+        return None if self.row.images_of is None else self.lab.on(self.row.images_of).dataset
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -109,6 +123,8 @@ class Run:
                 "preset": asdict(self.lab.preset),
                 "data": asdict(self.lab.dataset.spec),
             }
+        if self.images_of is not None:
+            settings["images_of"] = asdict(self.images_of.spec)
         decoded: dict[str, Any] = as_json(settings)
         return decoded
 
@@ -158,7 +174,7 @@ class Run:
                 return f"stale: {parent.model} is {reason}"
             if role not in found.parents or found.parents[role]["sha256"] != sha256(parent.output):
                 return f"stale: {parent.model} has changed since"
-        if found.config != self.settings:
+        if found.config != self.settings or found.parents.keys() != self.parents.keys():
             return "stale: made with other settings"
         threads = self.lab.train_threads
         if self.row.step is not None and threads is not None and found.train_threads != threads:
@@ -196,8 +212,11 @@ class Run:
 
     def work(self, parents: Mapping[str, Model] = MappingProxyType({})) -> Work:
         """What its technique may see."""
-        lab, source, teacher = self.lab, parents.get("source"), parents.get("teacher")
-        return Work(lab.dataset, lab.preset, lab.recipe, self.seed, lab.device, self.model, source, teacher)
+        lab, source = self.lab, parents.get("source")
+        teachers = [model for role, model in parents.items() if role != "source"]
+        teacher = Ensemble(teachers) if len(teachers) > 1 else next(iter(teachers), None)
+        basis = lab.dataset, lab.preset, lab.recipe, self.seed, lab.device, self.model
+        return Work(*basis, source, teacher, self.images_of)
 
 
 def read_provenance(file: Path) -> Provenance:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mnist_lab.data import Dataset, calibration_pixels
 from mnist_lab.models import Model, ModelConfig, Preset, build_model
+from mnist_lab.models.ensemble import Ensemble
 from mnist_lab.runtimes import Precision, RuntimeName
 from mnist_lab.training import EpochMetrics, Keeper, Objective, Recipe, fit, supervised_loss
 
@@ -33,7 +34,8 @@ class Work:
     device: str
     name: str
     source: Model | None = None  # whose weights it starts from; its own copy
-    teacher: Model | None = None  # whom it learns from
+    teacher: Model | Ensemble | None = None  # whom it learns from
+    images_of: Dataset | None = None  # another data set, whose images it takes
     keepers: Iterator[Keeper] | None = None  # of each training in turn, so that a killed one goes on
 
     def build(self, config: ModelConfig) -> Model:

@@ -229,8 +229,10 @@ def _bins(model: Model, key: str) -> Values:
 
 
 def _teacher_of(model: Model) -> str:
-    parents = model.runs[0].parents
-    return parents["teacher"]["model"] if "teacher" in parents else ""
+    """The one model beside it that it learned from; empty where there are several, or it lies elsewhere."""
+    teachers = [parent for role, parent in model.runs[0].parents.items() if role != "source"]
+    is_beside = len(teachers) == 1 and "/" not in teachers[0]["file"]
+    return teachers[0]["model"] if is_beside else ""
 
 
 def _draw_confidences(axes: Axes, model: Model, title: str) -> None:

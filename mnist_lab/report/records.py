@@ -297,8 +297,8 @@ def usable_records(
         if differing := [name for name in own | its if own.get(name) != its.get(name)]:
             return f"made with other {' and '.join(differing)} than {reference.run_name}; make it again"
         for parent in record.parents.values():
-            parent_name = f"{parent['model']}-seed{record.seed}"
-            here = by_name.get(parent_name)  # or it is of another data set's folder
+            parent_name = Path(parent["file"]).stem
+            here = by_name.get(parent_name)  # or it is of another folder
             is_left_out = here is not None and here.checkpoint["file"] == parent["file"] and why_not(parent_name)
             if is_left_out or is_other(parent):
                 return f"{parent_name}, from which it was made, is left out, gone or changed since"

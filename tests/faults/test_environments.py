@@ -298,6 +298,9 @@ OPTIONS = {
         "--student-width": NUMBERS,
         "--router-weight": ["", "abc", "nan", "inf", "-1"],
         "--experts-weight": ["", "abc", "nan", "inf", "-1"],
+        "--data": NAMES,
+        "--num-images": ["", "abc", "1"],
+        "--ensemble-size": NUMBERS,
     },
     "ptq_mnist": {"--calibration-size": NUMBERS, "--calibration-method": NAMES, "--model": NAMES, "--mode": NAMES},
     "run_all_experiments": {
