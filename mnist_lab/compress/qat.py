@@ -21,11 +21,12 @@ from mnist_lab.data import Split
 from mnist_lab.errors import RunFailed, UserError
 from mnist_lab.experiments.technique import Made, Work
 from mnist_lab.models import Model
+from mnist_lab.models.ffn import FFN
 from mnist_lab.training import Batch, EpochMetrics, Objective, StepLoss
 
 Learn = Literal["task", "layers"]
 RATE = 0.4  # of the recipe's learning rate
-BUDGET_OF_FEW_LEVELS = 0.5  # of the recipe's epochs
+BUDGET_OF_FEW = 0.5  # levels or weights, of the recipe's epochs
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Learning(Finetuning):
     """For how long a model learns with rounded weights, and from whom."""
 
     finetune_epochs: int | None = field(default=None, metadata={"tag": "ft"})
-    """Passes over the training images, 0 for none; when not given, a fifth of the recipe's, of ternary weights and
-    those of 1 bit half."""
+    """Passes over the training images, 0 for none; when not given, a fifth of the recipe's, of ternary weights, those
+    of 1 bit, and small students half."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class TrainQuantized:
 
     def _train(self, work: Work, model: Model, before: Model) -> list[EpochMetrics]:
         config = self.quantization
-        budget = BUDGET_OF_FEW_LEVELS if config.rounding.bits in {"ternary", 1} else BUDGET
+        is_small = isinstance(model, FFN) and model.config.is_small
+        budget = BUDGET_OF_FEW if config.rounding.bits in {"ternary", 1} or is_small else BUDGET
         training = replace(self.training, finetune_epochs=self.training.num_epochs(work, budget))
         wrap = partial(with_rounded_weights, activation_bits=config.activation_bits)
         if config.learn == "layers":
