@@ -258,9 +258,7 @@ def _check_order(chain: Chain, technique: Step | Form) -> None:
     if chain.last.step is None:
         raise UserError(f"nothing can follow a form, and the link before makes {chain.last.form.precision} files")
     if isinstance(chain.last.step, TrainQuantized) and not hasattr(technique, "make"):
-        raise UserError(
-            "the weights before it learned in few bits, and are deployed in those: leave one of the two out"
-        )
+        raise UserError("what learned in few bits is deployed in those, and in no other form: leave one of the two out")
 
 
 def _advance(chain: Chain, technique: Step | Form) -> Chain:

@@ -90,17 +90,18 @@ def curve(results: Results) -> Figure | None:
     figure, (axes,) = make_figure(results.records, "Accuracy against bytes", size=(12.5, 6.6))
     fronts = _find_fronts(results.models, num_bytes)
     numbers = _number([fronts])
-    handles = _draw_rows(axes, results.models, fronts, numbers)
-    shown, notes = _errors(fronts), [CHOSEN]
-    if results.records[0].dataset == PUBLISHED_ON:
-        printed = {num_bytes(mixture) / ratio: 100 - accuracy for ratio, accuracy in PRINTED.items()}
+    printed = {num_bytes(mixture) / ratio: 100 - accuracy for ratio, accuracy in PRINTED.items()}
+    is_published_on = results.records[0].dataset == PUBLISHED_ON
+    published = [*printed.values(), *(100 - accuracy for anchor in ANCHORS for _, accuracy in anchor.points)]
+    limits = _limits([*_errors(fronts), *(published if is_published_on else [])])
+    handles, notes = _draw_rows(axes, results.models, fronts, numbers, limits), [CHOSEN]
+    if is_published_on:
         (handles[AS_PRINTED],) = axes.plot([*printed], [*printed.values()], ":", color=PUBLISHED, linewidth=2)
         handles |= _draw_anchors(axes)
-        shown += [*printed.values(), *(100 - accuracy for anchor in ANCHORS for _, accuracy in anchor.points)]
         notes.append("crosses: other networks, as published")
     make_logarithmic(axes, "x", "deployed file (bytes)")
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
-    notes += _show_errors([axes], results.models, shown)
+    notes += _show_errors([axes], results.models, limits)
     _place_legend(figure, handles, numbers)
     write_footnote(figure, conditions(results, results.models, notes=notes))
     return figure
@@ -118,13 +119,12 @@ def curve_latency(results: Results) -> Figure | None:
         results.records, "Accuracy against latency, the best of each", columns=2, size=(15, 6.6), sharey=True
     )
     fronts = [_find_fronts(models, _cost_of(column)) for column, models in timed.items()]
-    numbers = _number(fronts)
+    numbers, limits = _number(fronts), _limits([error for own in fronts for error in _errors(own)])
     handles: dict[str, Line2D] = {}
     for axes, own, (column, models) in zip(panels, fronts, timed.items(), strict=True):
-        handles |= _draw_rows(axes, models, own, numbers)
+        handles |= _draw_rows(axes, models, own, numbers, limits)
         make_logarithmic(axes, "x", f"latency of a batch of {batches[column]:,} (ms)")
-    shown = [error for own in fronts for error in _errors(own)]
-    notes = [CHOSEN, *_show_errors(panels, results.models, shown)]
+    notes = [CHOSEN, *_show_errors(panels, results.models, limits)]
     _place_legend(figure, handles, numbers)
     write_footnote(figure, conditions(results, results.models, latency=True, notes=notes))
     return figure
@@ -192,12 +192,24 @@ def _ends(model: Model) -> list[float]:
 
 
 def _errors(fronts: Fronts) -> list[float]:
-    """What must be seen of them."""
-    ends = [end for model in fronts.best for end in _ends(model)]
-    return [*ends, *(_error(model.row["test_acc"]) for model in fronts.rivals)]
+    return [_error(model.row["test_acc"]) for model in (*fronts.best, *fronts.rivals)]
 
 
-def _draw_rows(axes: Axes, models: Sequence[Model], fronts: Fronts, numbers: Mapping[str, int]) -> dict[str, Line2D]:
+class Limits(NamedTuple):
+    """Of the axis of errors, in %."""
+
+    low: float
+    high: float
+
+
+def _limits(errors: Sequence[float]) -> Limits:
+    """With room for intervals, the longest of which are cut off."""
+    return Limits(0.6 * min(errors), 1.25 * max(errors))
+
+
+def _draw_rows(
+    axes: Axes, models: Sequence[Model], fronts: Fronts, numbers: Mapping[str, int], limits: Limits
+) -> dict[str, Line2D]:
     """Every row as a dot, the best as steps with numbers; the lines by name."""
     handles: dict[str, Line2D] = {}
 
@@ -221,7 +233,7 @@ def _draw_rows(axes: Axes, models: Sequence[Model], fronts: Fronts, numbers: Map
         place = np.mean([math.log(fronts.cost(model)) for model in near])
         axes.annotate(
             ", ".join(str(numbers[model.label]) for model in near),
-            (math.exp(place), min(_ends(model)[1] for model in near)),
+            (math.exp(place), max(limits.low, min(_ends(model)[1] for model in near))),
             (0, 4),
             textcoords="offset points",
             ha="center",
@@ -267,17 +279,16 @@ def _draw_anchors(axes: Axes) -> dict[str, Line2D]:
     return handles
 
 
-def _show_errors(panels: Sequence[Axes], models: Sequence[Model], shown: Sequence[float]) -> list[str]:
+def _show_errors(panels: Sequence[Axes], models: Sequence[Model], limits: Limits) -> list[str]:
     """A logarithmic axis of errors, told as accuracy, as long as what matters; a note of rows that it leaves out."""
-    low, high = 0.8 * min(shown), 1.25 * max(shown)
     for axes in panels:
-        axes.set_ylim(low, high)
+        axes.set_ylim(*limits)
         make_logarithmic(axes, "y", "")
         axes.yaxis.set_major_formatter(lambda value, _: f"{100 - value:.10g}")
-        axes.set_ylim(high, low)  # the better, the higher
+        axes.set_ylim(*reversed(limits))  # the better, the higher
     panels[0].set_ylabel(ACCURACY_LABEL)
-    num_below = sum(_error(model.row["test_acc"]) > high for model in models)
-    return [f"{num_below} rows lie below"] if num_below else []
+    num_below = sum(_error(model.row["test_acc"]) > limits.high for model in models)
+    return [f"{num_below} row{'s lie' if num_below > 1 else ' lies'} below"] if num_below else []
 
 
 def find_chains(models: Sequence[Model]) -> list[list[Model]]:
