@@ -108,12 +108,12 @@ class Mask(nn.Module):
 
 @contextlib.contextmanager
 def zeros_kept(model: nn.Module) -> Iterator[None]:
-    """Matrices with weights at zero keep those there within, but for the ones that a technique holds itself."""
+    """Matrices of products with weights at zero keep those there, but for the ones that a technique holds itself."""
     masked = []
     for name, weight in [*model.named_parameters()]:
         room, _, own = name.rpartition(".")
-        is_held = "parametrizations" in name
-        if weight.ndim > 1 and not is_held and bool((weight == 0).any()):
+        is_multiplied = weight.ndim > 1 and not own.startswith("bias") and own != "noise"
+        if is_multiplied and "parametrizations" not in name and bool((weight == 0).any()):
             masked.append((model.get_submodule(room), own))
             parametrize.register_parametrization(*masked[-1], Mask((weight != 0).to(weight.dtype)))
     try:
