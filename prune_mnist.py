@@ -102,8 +102,7 @@ class ExpertOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_experts(RoutingConfig().num_experts, self.pruning)
-        if self.train == "router" and self.pruning.keep == 1:
-            raise UserError("--train router: the one expert of --keep 1 needs none")
+        self.row  # noqa: B018
 
     @property
     def row(self) -> Row:

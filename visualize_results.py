@@ -95,13 +95,17 @@ def draw(folder: Path, records: list[Record]) -> Iterator[Path]:
     """The figures of a results folder; one of claims has its own."""
     # Imported once there is something to draw: the rows, which give the order, bring torch.
     from mnist_lab.experiments.rows import ORDER
+    from mnist_lab.report.curve import write_curve
     from mnist_lab.report.figures import draw_all
     from mnist_lab.report.results import Results
     from mnist_lab.studies.claims.draw import SUITES, draw_claims
 
     if folder.absolute().name == CLAIMS_FOLDER:
         return draw_claims(folder, records, *SUITES)
-    return draw_all(folder, Results(records, ORDER))
+    results = Results(records, ORDER)
+    if curve := write_curve(folder, results):
+        print(f"curve: {curve}", flush=True)
+    return draw_all(folder, results)
 
 
 def main(options: PlotOptions) -> None:

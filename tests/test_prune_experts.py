@@ -166,8 +166,8 @@ def test_router_alone_is_trained_towards_what_the_mixture_was() -> None:
     changed = {n for n, w in made.model.named_parameters() if not torch.equal(w, untrained.get_parameter(n))}
     assert changed == {"router.gate", "router.noise"}
     assert "distillation" in made.curves[0].train_terms
-    with pytest.raises(RunFailed, match="no router"):
-        replace(step, pruning=ExpertPruning(1)).make(make_work(make_moe()))
+    with pytest.raises(UserError, match="--train router"):
+        replace(step, pruning=ExpertPruning(1))
 
 
 def test_experts_to_which_nothing_comes_are_no_loss_and_so_an_error() -> None:

@@ -262,10 +262,14 @@ def write_results(lab: Lab, records: Sequence[Record], *, order: Sequence[str]) 
         print(f"\ndistillation:\n{distillation}")
     print(f"\ntable: {lab.results / 'table.csv'} and table.md", flush=True)
     # Imported when the table is safe: matplotlib takes a second, and may be broken.
+    from mnist_lab.report.curve import write_curve
     from mnist_lab.report.figures import draw_all
     from mnist_lab.report.results import Results
 
-    for path in draw_all(lab.results, Results(records, order, lab.columns)):
+    results = Results(records, order, lab.columns)
+    if curve := write_curve(lab.results, results):
+        print(f"curve: {curve}", flush=True)
+    for path in draw_all(lab.results, results):
         print(f"plot: {path}", flush=True)
 
 

@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from mnist_lab.compress.distill import DistillationConfig, distil_from
 from mnist_lab.errors import UserError
@@ -78,10 +79,49 @@ def finetune(
     epochs = config.num_epochs(work)
     if epochs == 0:
         return []
-    objective = wrap(objective_of(work, before, config))
-    learning_rate = rate * work.recipe.learning_rate * min(1, num_steps(work, epochs) / RECOVERY_STEPS)
     with _training_only(model, only):
+        return recover(work, model, wrap(objective_of(work, before, config)), epochs=epochs, rate=rate)
+
+
+def recover(work: Work, model: Model, objective: Objective, *, epochs: int, rate: float = 1.0) -> list[EpochMetrics]:
+    """Train `model` in place at the recipe's rate of learning, at less of it over few steps; the learning curves.
+
+    Weights that an earlier step left at zero stay zero.
+    """
+    learning_rate = rate * work.recipe.learning_rate * min(1, num_steps(work, epochs) / RECOVERY_STEPS)
+    with zeros_kept(model):
         return work.fit(model, objective, epochs=epochs, learning_rate=learning_rate)
+
+
+class Mask(nn.Module):
+    """Multiplies a parameter wherever it is used; part of the model while it trains, and of its state."""
+
+    mask: Tensor
+
+    def __init__(self, mask: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("mask", mask)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.mask
+
+
+@contextlib.contextmanager
+def zeros_kept(model: nn.Module) -> Iterator[None]:
+    """Matrices of products with weights at zero keep those there, but for the ones that a technique holds itself."""
+    masked = []
+    for name, weight in [*model.named_parameters()]:
+        room, _, own = name.rpartition(".")
+        is_multiplied = weight.ndim > 1 and not own.startswith("bias") and own != "noise"
+        if is_multiplied and "parametrizations" not in name and bool((weight == 0).any()):
+            masked.append((model.get_submodule(room), own))
+            parametrize.register_parametrization(*masked[-1], Mask((weight != 0).to(weight.dtype)))
+    try:
+        yield
+    finally:
+        for module, own in masked:
+            if parametrize.is_parametrized(module, own):
+                parametrize.remove_parametrizations(module, own, leave_parametrized=True)
 
 
 def objective_of(work: Work, before: Model, config: Finetuning) -> Objective:

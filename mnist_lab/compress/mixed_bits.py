@@ -66,6 +66,8 @@ class MixedBits:
 
     def __post_init__(self) -> None:
         check_budget(self.size_budget, self.mean_bits)
+        if self.size_budget is not None and self.mean_bits != MixedBits.mean_bits:
+            raise UserError("--size-budget and --mean-bits are two ways to say the same: drop one of them")
 
     def write(self, model: Model, file: Path, work: Work, metadata: Mapping[str, Any]) -> None:
         """As every form.

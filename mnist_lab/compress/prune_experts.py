@@ -186,6 +186,10 @@ class PruneExperts:
     train: Literal["all", "router"] = field(default="all", metadata={"tag": ""})
     finetuning: Finetuning = field(default_factory=Finetuning)
 
+    def __post_init__(self) -> None:
+        if self.train == "router" and self.pruning.keep == 1:
+            raise UserError("--train router: the one expert of --keep 1 needs none")
+
     def make(self, work: Work) -> Made:
         before = work.source
         assert isinstance(before, SparseMoE)
@@ -196,8 +200,6 @@ class PruneExperts:
             raise RunFailed(f"{work.name}: no image comes to the experts that would go")
         smaller = copy.deepcopy(with_experts(before, kept))
         model = as_dense(smaller) if len(kept) == 1 else smaller
-        if self.train == "router" and len(kept) == 1:
-            raise RunFailed(f"{work.name}: one expert needs no router that could be trained")
         curves = finetune(
             work,
             model,

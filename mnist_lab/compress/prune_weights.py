@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from mnist_lab.compress.finetune import Finetuning, Wrap, as_it_is, check_ratio, finetune, num_steps
+from mnist_lab.compress.finetune import Finetuning, Mask, Wrap, as_it_is, check_ratio, finetune, num_steps
 from mnist_lab.data import Split
 from mnist_lab.deploy.onnx import build_onnx
 from mnist_lab.deploy.sparse import bytes_by_form, describe_storage, store_sparsely
@@ -202,19 +202,6 @@ def _with_one_pruned(model: SparseMoE, expert: int, kept: float) -> SparseMoE:
     return pruned
 
 
-class _Mask(nn.Module):
-    """Multiplies a parameter wherever it is used; part of the model while it trains, and of its state."""
-
-    mask: Tensor
-
-    def __init__(self, like: Tensor) -> None:
-        super().__init__()
-        self.register_buffer("mask", torch.ones_like(like))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        return weight * self.mask
-
-
 class Pruner:
     """Masks on matrices of a model, which it cuts, and in the end folds into the weights.
 
@@ -230,7 +217,7 @@ class Pruner:
         self.parameters = list(dict.fromkeys(matrix.parameter for matrix in self.kept_shares))
         for name in self.parameters:
             module, weight = self._place(name)
-            parametrize.register_parametrization(module, weight, _Mask(getattr(module, weight)))
+            parametrize.register_parametrization(module, weight, Mask(torch.ones_like(getattr(module, weight))))
         model.register_buffer("pruning_step", torch.zeros((), dtype=torch.int64))
 
     def _place(self, parameter: str) -> tuple[nn.Module, str]:

@@ -13,7 +13,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from mnist_lab.compress.fake_quant import RoundedActivations, fold, round_in_training, roundings
-from mnist_lab.compress.finetune import BUDGET, Finetuning, finetune, num_steps, objective_of
+from mnist_lab.compress.finetune import BUDGET, Finetuning, finetune, num_steps, objective_of, zeros_kept
 from mnist_lab.compress.gptq import CALIBRATION_SIZE
 from mnist_lab.compress.layer_by_layer import layer_objective
 from mnist_lab.compress.levels import ActivationBits, Bits, Rounding, RouterBits, name_of, on_levels
@@ -84,10 +84,11 @@ class TrainQuantized:
         before, config = work.source, self.quantization
         assert before is not None
         model = copy.deepcopy(before) if config.start == "trained" else work.build(before.config)
-        for weight, rounding in roundings(model, config.rounding, config.router_bits):
-            round_in_training(weight, rounding, as_int8=config.is_int8)
-        curves = self._train(work, model, before)
-        fold(model)
+        with zeros_kept(model):
+            for weight, rounding in roundings(model, config.rounding, config.router_bits):
+                round_in_training(weight, rounding, as_int8=config.is_int8)
+            curves = self._train(work, model, before)
+            fold(model)
         on_levels_of = count_on_levels(model, config)
         how = "the task" if config.learn == "task" else "their layers' outputs before"
         counted = ", ".join(f"{num:,} of {name_of(bits)}" for bits, num in on_levels_of.items())

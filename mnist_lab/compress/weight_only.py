@@ -34,7 +34,7 @@ from mnist_lab.compress.levels import (
 from mnist_lab.compress.round_activations import CALIBRATION_SIZE as ACTIVATION_SAMPLE
 from mnist_lab.compress.round_activations import bytes_to_and_from_experts, count_rounded, round_activations
 from mnist_lab.deploy.artifacts import read_artifact, read_onnx, save_onnx
-from mnist_lab.deploy.onnx import build_onnx, layout_metadata
+from mnist_lab.deploy.onnx import Layout, build_onnx, layout_metadata
 from mnist_lab.errors import WrongPrecision
 from mnist_lab.experiments.technique import Proof, Work
 from mnist_lab.measure import Array, decibels
@@ -86,7 +86,7 @@ class WeightOnly:
         plan = uniform_plan(graph, self.rounding, self.method.router_bits)
         rounded = round_products(graph, plan.items(), self.method, work)
         put_in(graph, plan, {name: rounded[name, rounding] for name, rounding in plan.items()})
-        _save(graph, model, file, metadata)
+        _save(graph, file, {**metadata, **layout_metadata(model)})
 
     def prove(self, model: Model, file: Path) -> Proof:
         return prove_rounded(model, file)
@@ -107,7 +107,10 @@ class AsTrained:
         return PRECISIONS[self.rounding.bits]
 
     def write(self, model: Model, file: Path, work: Work, metadata: Mapping[str, Any]) -> None:
-        graph = build_rounding(model, self.activation_bits, work)
+        layout: Layout | None = (
+            "sparse" if isinstance(model, SparseMoE) else None
+        )  # where experts have their own scales
+        graph = build_rounding(model, self.activation_bits, work, layout=layout)
         plan = uniform_plan(graph, self.rounding, self.router_bits)
         products = products_of(graph)
         found = {name: on_levels(weight_of(graph, products[name]), rounding) for name, rounding in plan.items()}
@@ -115,24 +118,24 @@ class AsTrained:
         if left := sorted(plan.keys() - rounded.keys()):
             raise WrongPrecision(f"the weights of {', '.join(left)} do not lie on their levels")
         put_in(graph, plan, rounded)
-        _save(graph, model, file, metadata)
+        _save(graph, file, {**metadata, **layout_metadata(model, layout)})
 
     def prove(self, model: Model, file: Path) -> Proof:
         return prove_rounded(model, file)
 
 
-def _save(graph: onnx.ModelProto, model: Model, file: Path, metadata: Mapping[str, Any]) -> None:
+def _save(graph: onnx.ModelProto, file: Path, metadata: Mapping[str, Any]) -> None:
     """Write a graph; that of a small student with as few bytes beside the weights as will do."""
     is_small = is_small_student(graph.graph)
     if is_small:
         graph.graph.name = "g"
         graph.ClearField("producer_name")
-    save_onnx(graph, file, {**metadata, **layout_metadata(model)}, packed=is_small)
+    save_onnx(graph, file, metadata, packed=is_small)
 
 
-def build_rounding(model: Model, bits: ActivationBits, work: Work) -> onnx.ModelProto:
+def build_rounding(model: Model, bits: ActivationBits, work: Work, *, layout: Layout | None = None) -> onnx.ModelProto:
     """The graph of a model with activations of so many bits."""
-    graph = build_onnx(model)
+    graph = build_onnx(model, layout=layout)
     if bits is not None:
         round_activations(graph, bits, work.calibration(ACTIVATION_SAMPLE).numpy())
     return graph

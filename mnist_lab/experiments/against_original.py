@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mnist_lab import measure
 from mnist_lab.experiments.experts import Experts, routes_of_artifacts
-from mnist_lab.experiments.run import Run
+from mnist_lab.experiments.run import Run, read_provenance
 from mnist_lab.experiments.technique import Proof
 from mnist_lab.memory import measure_peak
 from mnist_lab.models import Model, count_parameters, inference_parameters, parameter_bytes
@@ -28,7 +28,7 @@ def compare_with_original(
     Args:
         model: that its files were written from.
         stored: the model with the weights of the run's own file, where that holds a PyTorch model.
-        proof: of what was done; "kept" names the experts that stay.
+        proof: of what was done; "kept" names the experts that stay, of those of its source.
         logits: (N, C) of the test images in the run's own runtime, and
         reference: those of its original in PyTorch.
     """
@@ -55,8 +55,16 @@ def compare_with_original(
         for name, model in (("activations_mib_before", before), ("activations_mib", stored)):
             figures[name] = peak_activations(model, run.lab.test.pixels[:NUM_IMAGES]) / measure.MIB
     if isinstance(before, SparseMoE) and isinstance(stored, SparseMoE) and run.row.step is not None:
-        figures |= compare_routing(before, stored, run.lab.test.pixels[:NUM_IMAGES], proof.get("kept"))
+        figures |= compare_routing(before, stored, run.lab.test.pixels[:NUM_IMAGES], kept_experts(run, proof))
     return figures
+
+
+def kept_experts(run: Run, proof: Proof) -> list[int] | None:
+    """Which of the original's experts a run has, in its own order; None where no step of its chain took any out."""
+    own: list[int] | None = proof.get("kept")
+    source = run.parents.get("source")
+    before = kept_experts(source, read_provenance(source.output).proof) if source is not None else None
+    return own if before is None else before if own is None else [before[expert] for expert in own]
 
 
 def compare_artifacts(before: Experts, after: Experts, is_other: npt.NDArray[np.bool_], *, num_experts: int) -> Figures:

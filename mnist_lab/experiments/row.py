@@ -37,10 +37,20 @@ class Row:
 
     @property
     def name(self) -> str:
-        """The family, then what departs from the defaults, its parents' departures last."""
-        parts = [self.variant, *departures(self.step), *departures(self.form)]
-        inherited = [parent.name.removeprefix(parent.family).lstrip("-") for parent in self.parents.values()]
-        return "-".join([self.family, *filter(None, [*parts, *inherited])])
+        """The family, then what departs from the defaults, its parents' departures last.
+
+        Those of a step that follows another are told apart from what it inherits by "+": a chain's first step stands
+        last, and one with no departures leaves its place empty.
+        """
+        own = "".join(f"-{part}" for part in [self.variant, *departures(self.step), *departures(self.form)] if part)
+        inherited = "".join(parent.name.removeprefix(parent.family) for parent in self.parents.values())
+        if inherited and self._follows_a_step:
+            inherited = "+" + inherited.removeprefix("-")
+        return self.family + own + inherited
+
+    @property
+    def _follows_a_step(self) -> bool:
+        return self.step is not None and self.source is not None and self.source.source is not None
 
     @property
     def parents(self) -> dict[str, "Row"]:

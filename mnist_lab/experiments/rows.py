@@ -19,6 +19,7 @@ from mnist_lab.compress.prune_router import PruneRouter
 from mnist_lab.compress.prune_weights import PruneWeights, WeightPruning
 from mnist_lab.compress.qat import Learning, Quantization, TrainQuantized
 from mnist_lab.compress.qmoe import FusedExperts
+from mnist_lab.compress.refine import Refine
 from mnist_lab.compress.share_base import ShareBase, Sharing
 from mnist_lab.compress.synthetic import DistilOnImages, Images
 from mnist_lab.compress.train import TrainEarlyMoE, TrainFFN, TrainLike, TrainMoE
@@ -27,7 +28,7 @@ from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.technique import Form
 from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.models.small import SmallShape
-from mnist_lab.report.records import BASELINE, CONTROL, RIVAL
+from mnist_lab.report.records import BASELINE, CONTROL, MIXTURE, RIVAL
 from mnist_lab.sources import DatasetName
 
 FFN = Row(BASELINE, TrainFFN())
@@ -36,7 +37,7 @@ STUDENT_WITHOUT_TEACHER = Row(CONTROL, TrainFFN("student"))
 
 def sparse_moe(routing: RoutingConfig = RoutingConfig()) -> Row:
     """The noisy top-K mixture of experts."""
-    return Row("Sparse_MoE", TrainMoE(routing))
+    return Row(MIXTURE, TrainMoE(routing))
 
 
 MOE = sparse_moe()
@@ -179,6 +180,18 @@ def shared_base(step: ShareBase, source: Row = MOE) -> Row:
 def pruned_experts(step: PruneExperts, source: Row = MOE) -> Row:
     """The mixture with fewer experts."""
     return Row(f"{source.family}_fewer_experts", step, source=source)
+
+
+def refined(source: Row, teacher: Row, step: Refine = Refine()) -> Row:
+    """A row that learns on from another one, most often its original."""
+    name = next((name for name, row in SOURCES.items() if row == teacher), teacher.name)
+    variant = "" if teacher == original_of(source) else name
+    return Row(f"{source.family}_refined", step, source=source, teacher=teacher, variant=variant)
+
+
+def original_of(row: Row) -> Row:
+    """The first of the chain of sources."""
+    return row if row.source is None else original_of(row.source)
 
 
 def adapted(source: Row, dataset: DatasetName, step: AdaptLowRank | FinetuneAll = AdaptLowRank()) -> Row:

@@ -166,9 +166,9 @@ def _short_forms(name: str) -> Iterator[str]:
 
 
 class _Wrapper(textwrap.TextWrapper):
-    """Breaks lines between words, and before the hyphens in names."""
+    """Breaks lines between words, and before what joins the parts of names."""
 
-    wordsep_re = re.compile(r"(\s+)|(?=-)")
+    wordsep_re = re.compile(r"(\s+)|(?=[-_+])")
 
 
 def wrap(text: str, inches: float, points: float) -> str:

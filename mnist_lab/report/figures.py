@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 
 from mnist_lab.report.compression_figures import COMPRESSION_FIGURES
+from mnist_lab.report.curve_figures import CURVE_FIGURES
 from mnist_lab.report.drawing import (
     COLORS,
     MARKERS,
@@ -266,7 +267,7 @@ def latency_by_runtime(results: Results) -> Figure | None:
     return figure
 
 
-OF_COMPRESSED = COMPRESSION_FIGURES | FEW_BITS_FIGURES
+OF_COMPRESSED = COMPRESSION_FIGURES | FEW_BITS_FIGURES | CURVE_FIGURES
 FIGURES: dict[str, Callable[[Results], Figure | None]] = {
     draw.__name__: draw
     for draw in (

@@ -26,6 +26,7 @@ from mnist_lab.runtimes import Precision, RuntimeName
 
 SCHEMA = 4
 BASELINE = "FFN_baseline"
+MIXTURE = "Sparse_MoE"
 CONTROL = "FFN_Student_no_KD"
 RIVAL = "_rival"  # ends the families of models that are as large as a compressed one, and from scratch
 RECORD_PATTERN = "[!.]*.json"  # not what an interrupted write left
