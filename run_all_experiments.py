@@ -4,6 +4,7 @@ python run_all_experiments.py                               # asks: train or loa
 python run_all_experiments.py --mode load                   # uses what is there, trains the rest
 python run_all_experiments.py --mode train --recipe quick   # everything anew in less than a minute
 python run_all_experiments.py --mode load --suite compression   # pruned and merged models beside rivals of their size
+python run_all_experiments.py --mode load --suite curve     # how small, at what accuracy: less than an hour a seed
 python run_all_experiments.py --mode load --pipeline "experts keep=2 > neurons 0.5 > distil self > qat 4"
 python run_all_experiments.py --mode load --seeds 5         # means and 95 % intervals, a few minutes a seed
 
@@ -20,6 +21,7 @@ from mnist_lab.command.entry import run_script
 from mnist_lab.command.options import Options, seeds_from
 from mnist_lab.compress.bfloat16 import has_bfloat16
 from mnist_lab.errors import UserError
+from mnist_lab.experiments.curve_rows import CURVE
 from mnist_lab.experiments.pipeline import parse_pipelines
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import COMPRESSION, MODELS, TABLE
@@ -29,9 +31,9 @@ from mnist_lab.experiments.rows import COMPRESSION, MODELS, TABLE
 class RunOptions(Options):
     mode: Mode | None = None
     """train makes every model anew; load uses up-to-date checkpoints and trains the rest; when not given, asks."""
-    suite: Literal["models", "compression"] | None = None
-    """Which rows: the nine models, with BF16 where the CPU has it; or pruned models, their rivals, and fewer bits.
-    When neither this nor --pipeline is given, models."""
+    suite: Literal["models", "compression", "curve"] | None = None
+    """Which rows: the nine models, with BF16 where the CPU has it; pruned models, their rivals, and fewer bits; or the
+    curve of accuracy against bytes, down to 1,000 times smaller. When neither this nor --pipeline is given, models."""
     pipeline: UseAppendAction[tuple[str, ...]] = ()
     """In place of a suite, a chain of rows, "link > link > ..." (docs/pipelines.md); may be given again, to compare."""
     seeds: int = 1
@@ -49,6 +51,8 @@ class RunOptions(Options):
             return parse_pipelines(self.pipeline)
         if self.suite == "compression":
             return COMPRESSION
+        if self.suite == "curve":
+            return CURVE
         return TABLE if has_bfloat16() else MODELS
 
 

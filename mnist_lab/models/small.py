@@ -77,3 +77,22 @@ def parse_windows(text: str) -> Windows:
     if found is None:
         raise UserError(f"--windows {text} must be channels, x, size, s and stride, as 8x5s2")
     return Windows(*map(int, found.groups()))
+
+
+def parse_shape(name: str) -> SmallShape:
+    """The shape of that name, as `SmallShape.name` gives it.
+
+    Raises:
+        UserError: there is no such shape.
+    """
+    parts: dict[str, list[str]] = {"pool": [], "w": [], "h": []}
+    for part in name.split("-"):
+        kind = next((kind for kind in parts if part.startswith(kind)), None)
+        if kind is None:
+            raise UserError(f"{name} is no shape: {part} must begin with pool, w or h, as in pool2-w8x5s2-h32")
+        parts[kind].append(part.removeprefix(kind))
+    try:
+        (pool,) = map(int, parts["pool"] or ["1"])
+        return SmallShape(tuple(map(int, parts["h"])), pool, tuple(map(parse_windows, parts["w"])))
+    except ValueError as error:
+        raise UserError(f"{name} is no shape as pool2-w8x5s2-h32 is") from error
