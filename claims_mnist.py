@@ -4,6 +4,7 @@ python claims_mnist.py --recipe quick       # minutes
 python claims_mnist.py                      # the standard recipe, within an hour: expect 6 of 14 supported
 python claims_mnist.py --suite compression  # claims 15 to 19, about pruning a mixture, in claims_compression.md
 python claims_mnist.py --suite few-bits     # claims 20 to 23, about fewer bits, in claims_few_bits.md
+python claims_mnist.py --suite distillation # claims 25 to 28, about small mixtures and techniques together
 python claims_mnist.py --suite transfer --dataset fashion-mnist  # claim 24, of MNIST's models, in claims_transfer.md
 """
 
@@ -22,8 +23,9 @@ from mnist_lab.studies.claims.transfer import source_for
 @dataclass(frozen=True)
 class ClaimOptions(Options):
     suite: SuiteName = "models"
-    """Which claims: the usual ones about the table's models, those about pruning a mixture, about fewer bits, or about
-    a model that becomes one of --dataset: MNIST's, or for MNIST Fashion-MNIST's."""
+    """Which claims: the usual ones about the table's models, those about pruning a mixture, about fewer bits, about
+    distilling it and techniques together, or about a model that becomes one of --dataset: MNIST's, or for MNIST
+    Fashion-MNIST's."""
     seeds: int = 5
     """Number of seeds, from --seed upward; the grid of temperature and alpha takes up to three, on quick."""
 

@@ -106,4 +106,4 @@ def test_classes_and_image_size_are_known_to_the_data_alone() -> None:
             28,
             784,
         }
-        assert not numbers or path.name == "sources.py", path
+        assert not numbers or path.name == "sources.py" or path.parent.name == "claims", path  # whose numbers they are

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from mnist_lab.report.curve import find_mixture, front, has_curve, is_from_scratch, num_bytes
+from mnist_lab.report.curve import PRINTED, find_mixture, front, has_curve, is_from_scratch, num_bytes
 from mnist_lab.report.drawing import (
     COLORS,
     MUTED,
@@ -58,7 +58,6 @@ ANCHORS = (
     Anchor("dense on shared windows, NF4", "BitNetMCU", ((8.1 * KIB, 99.25), (9.7 * KIB, 99.37))),
     Anchor("CNN, 2 bits", "BitNetMCU", ((5.4 * KIB, 99.06), (7.3 * KIB, 99.28), (11 * KIB, 99.55))),
 )
-PRINTED = {1: 98.0, 2: 97.5, 4: 96.0, 8: 93.0, 16: 88.0}  # % by how many times smaller, as a published text has it
 PUBLISHED_ON = "mnist"
 LEAST_ERROR = 0.01  # %, one image of 10,000; a model without errors is drawn there
 CHOSEN = "blue: the best at each cost, chosen on validation images; numbers from left to right"

@@ -14,7 +14,7 @@ from mnist_lab.studies.claims.few_bits import ROUTER_LEARNED
 from mnist_lab.studies.claims.few_bits_figures import FEW_BITS_CLAIM_FIGURES
 from mnist_lab.studies.claims.figures import CLAIM_FIGURES
 
-SuiteName = Literal["models", "compression", "few-bits", "transfer"]
+SuiteName = Literal["models", "compression", "few-bits", "transfer", "distillation"]
 
 
 class Suite(NamedTuple):
@@ -24,7 +24,7 @@ class Suite(NamedTuple):
     figures: Mapping[str, Callable[[Evidence], Figure | None]]
 
 
-SUITES: dict[SuiteName, Suite] = {  # but for transfer, of which nothing is drawn
+SUITES: dict[SuiteName, Suite] = {  # of the others nothing is drawn
     "models": Suite(CONTROL, CLAIM_FIGURES),
     "compression": Suite(ZEROS[0.5].after.name, PRUNING_CLAIM_FIGURES),
     "few-bits": Suite(ROUTER_LEARNED.name, FEW_BITS_CLAIM_FIGURES),
@@ -39,7 +39,7 @@ def draw_claims(folder: Path, records: Sequence[Record], *suites: SuiteName) -> 
         RunFailed: as `write_figures`.
     """
     drawings: dict[str, Callable[[], Figure | None]] = {}
-    for suite in suites:
+    for suite in filter(SUITES.__contains__, suites):
         anchor, figures = SUITES[suite]
         evidence = Evidence.in_folder(folder, records, anchor)
         drawings |= {name: partial(draw, evidence) for name, draw in figures.items()}

@@ -19,6 +19,7 @@ from mnist_lab.experiments.run import Run
 from mnist_lab.machine import cpu_model
 from mnist_lab.report.records import Record
 from mnist_lab.studies.claims.compression import compression_rows, settle_compression
+from mnist_lab.studies.claims.distillation import TIMED_STUDENTS, distillation_rows, settle_distillation
 from mnist_lab.studies.claims.draw import SuiteName, draw_claims
 from mnist_lab.studies.claims.evidence import Evidence
 from mnist_lab.studies.claims.few_bits import few_bits_rows, settle_few_bits
@@ -80,11 +81,18 @@ class Suite(NamedTuple):
     title: str
     rows: Callable[[], Sequence[Row]]
     settle: Callable[[Evidence], list[Finding]]
+    timed: tuple[Row, ...] = ()
 
 
 SUITES: dict[SuiteName, Suite] = {
     "compression": Suite("Claims about pruning, tested", compression_rows, settle_compression),
     "few-bits": Suite("Claims about fewer bits, tested", few_bits_rows, settle_few_bits),
+    "distillation": Suite(
+        "Claims about distilling a mixture and techniques together, tested",
+        distillation_rows,
+        settle_distillation,
+        timed=TIMED_STUDENTS,
+    ),
 }
 
 
@@ -94,6 +102,8 @@ def run_suite(name: SuiteName, table: Doors, *, seeds: range) -> None:
     with table.open() as table_lab:
         lab = _plan(table_lab, seeds)
         records = _make(lab, table, suite.rows(), seeds)
+        timed = {row.name for row in suite.timed}
+        measure_latencies(lab, [(record, "onnxruntime") for record in records if record.row in timed])
         findings = suite.settle(Evidence(lab.results, records, seeds))
         file = f"claims_{name.replace('-', '_')}"
         _report(table_lab, findings, seeds, title=suite.title, notes=[f"{_measured_on(records)}."], name=file)
