@@ -24,16 +24,19 @@ from mnist_lab.errors import UserError
 from mnist_lab.experiments.curve_rows import CURVE
 from mnist_lab.experiments.pipeline import parse_pipelines
 from mnist_lab.experiments.row import Row
-from mnist_lab.experiments.rows import COMPRESSION, MODELS, TABLE
+from mnist_lab.experiments.rows import COMPRESSION, MODELS, STUDENTS, TABLE
+
+SUITES: dict[str, tuple[Row, ...]] = {"compression": COMPRESSION, "students": STUDENTS, "curve": CURVE}
 
 
 @dataclass(frozen=True)
 class RunOptions(Options):
     mode: Mode | None = None
     """train makes every model anew; load uses up-to-date checkpoints and trains the rest; when not given, asks."""
-    suite: Literal["models", "compression", "curve"] | None = None
-    """Which rows: the nine models, with BF16 where the CPU has it; pruned models, their rivals, and fewer bits; or the
-    curve of accuracy against bytes, down to 1,000 times smaller. When neither this nor --pipeline is given, models."""
+    suite: Literal["models", "compression", "students", "curve"] | None = None
+    """Which rows: the nine models, with BF16 where the CPU has it; pruned models, their rivals, and fewer bits; other
+    teachers, other images for students, and small mixtures; or the curve of accuracy against bytes, down to 1,000
+    times smaller. When neither this nor --pipeline is given, models."""
     pipeline: UseAppendAction[tuple[str, ...]] = ()
     """In place of a suite, a chain of rows, "link > link > ..." (docs/pipelines.md); may be given again, to compare."""
     seeds: int = 1
@@ -49,11 +52,8 @@ class RunOptions(Options):
     def rows(self) -> tuple[Row, ...]:
         if self.pipeline:
             return parse_pipelines(self.pipeline)
-        if self.suite == "compression":
-            return COMPRESSION
-        if self.suite == "curve":
-            return CURVE
-        return TABLE if has_bfloat16() else MODELS
+        usual = TABLE if has_bfloat16() else MODELS
+        return usual if self.suite is None else SUITES.get(self.suite, usual)
 
 
 def main(options: RunOptions) -> None:

@@ -9,10 +9,11 @@ from mnist_lab.compress.levels import Rounding
 from mnist_lab.compress.weight_only import Method, WeightOnly
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.curve_rows import CURVE, DENSE, TINY, WINDOWS, in_four_bits
-from mnist_lab.experiments.rows import MOE, small_from_scratch
+from mnist_lab.experiments.rows import MOE, STUDENTS, small_from_scratch
 from mnist_lab.experiments.run import Run
 from mnist_lab.models import build_model
 from mnist_lab.models.small import SmallShape, parse_shape
+from run_all_experiments import RunOptions
 
 KILOBYTES = dict(zip((*WINDOWS, *DENSE), (2.9, 4.1, 5.7, 8.3, 11.4, 22.9, 45.7, 9.5, 15.5), strict=True))
 
@@ -42,3 +43,11 @@ def test_name_of_a_shape_says_all_of_it(shape: SmallShape) -> None:
 def test_other_names_are_refused(name: str) -> None:
     with pytest.raises(UserError):
         parse_shape(name)
+
+
+def test_suites_have_rows_of_their_own() -> None:
+    for suite in (CURVE, STUDENTS):
+        assert len({row.name for row in suite}) == len(suite)
+    assert RunOptions(suite="curve").rows == CURVE
+    assert RunOptions(suite="students").rows == STUDENTS
+    assert RunOptions(suite="models").rows == RunOptions().rows

@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from typing import Literal
+from typing import Literal, get_args
 
 from mnist_lab.compress.adapters import AdaptLowRank, FinetuneAll
 from mnist_lab.compress.bfloat16 import BFloat16
 from mnist_lab.compress.distill import Distil, DistillationConfig
-from mnist_lab.compress.distill_mixture import DistilMixture
+from mnist_lab.compress.distill_mixture import DistilMixture, Matching
 from mnist_lab.compress.finetune import Finetuning
 from mnist_lab.compress.int8 import DynamicInt8, StaticInt8
 from mnist_lab.compress.levels import Rounding
@@ -21,7 +21,7 @@ from mnist_lab.compress.qat import Learning, Quantization, TrainQuantized
 from mnist_lab.compress.qmoe import FusedExperts
 from mnist_lab.compress.refine import Refine
 from mnist_lab.compress.share_base import ShareBase, Sharing
-from mnist_lab.compress.synthetic import DistilOnImages, Images
+from mnist_lab.compress.synthetic import SYNTHETIC, DistilOnImages, Images
 from mnist_lab.compress.train import TrainEarlyMoE, TrainFFN, TrainLike, TrainMoE
 from mnist_lab.compress.weight_only import AsTrained, Method, WeightOnly
 from mnist_lab.experiments.row import Row
@@ -32,6 +32,7 @@ from mnist_lab.report.records import BASELINE, CONTROL, MIXTURE, RIVAL
 from mnist_lab.sources import DatasetName
 
 FFN = Row(BASELINE, TrainFFN())
+FEW_IMAGES = 1000  # for a student that learns on few
 STUDENT_WITHOUT_TEACHER = Row(CONTROL, TrainFFN("student"))
 
 
@@ -285,9 +286,23 @@ def _beside_rival(compressed: Row) -> tuple[Row, Row, Row]:
 COMPRESSION = tuple(_compression())
 
 
+def _students() -> Iterator[Row]:
+    """Who may teach the small FFN, on what it may learn, and small mixtures; beside the control."""
+    yield from (FFN, MOE, STUDENT_WITHOUT_TEACHER)
+    yield from (taught_by(teacher, student) for teacher in get_args(TeacherName))
+    kinds: tuple[Images, ...] = ("true", "synthetic", *SYNTHETIC, "noise")
+    yield from (student_on_images(images=images) for images in kinds)
+    yield student_on_images(images="true", num_images=FEW_IMAGES)
+    for matching in (Matching(), Matching(0, 0)):
+        yield student_mixture(step=DistilMixture(matching=matching))
+
+
+STUDENTS = tuple(_students())
+
+
 def families(rows: Iterable[Row]) -> tuple[str, ...]:
     """The table's order: each family stands where its first row does."""
     return tuple(dict.fromkeys(row.family for row in rows))
 
 
-ORDER = families((*TABLE, *COMPRESSION))
+ORDER = families((*TABLE, *COMPRESSION, *STUDENTS))
