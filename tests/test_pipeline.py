@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from tiny import make_dataset, make_lab
 
+from mnist_lab.compress.distill import Distil, DistillationConfig
 from mnist_lab.compress.finetune import Duration, Finetuning
 from mnist_lab.compress.int8 import Calibration, DynamicInt8, StaticInt8
 from mnist_lab.compress.levels import Rounding
@@ -23,9 +24,11 @@ from mnist_lab.experiments.lab import Lab
 from mnist_lab.experiments.make import load_or_make, make
 from mnist_lab.experiments.pipeline import LINKS, parse_pipeline, parse_pipelines
 from mnist_lab.experiments.row import Row
-from mnist_lab.experiments.rows import COMPRESSION, FFN, MOE, STUDENT
+from mnist_lab.experiments.rows import COMPRESSION, FFN, MOE, STUDENT, small_from_scratch
 from mnist_lab.experiments.run import Run
 from mnist_lab.experiments.technique import Made, Work
+from mnist_lab.models.ffn import Windows
+from mnist_lab.models.small import SmallShape
 
 EXAMPLE = "experts keep=2 > neurons 0.5 > distil self > qat bits=4"
 
@@ -99,9 +102,20 @@ def test_settings_are_those_of_the_dataclasses(link: str, technique: object) -> 
 
 @pytest.mark.parametrize("link", LINKS)
 def test_every_link_alone_follows_the_moe(link: str) -> None:
-    rows = parse_pipeline(link)
+    rows = parse_pipeline(link + (" h8" if link == "small" else ""))
     assert rows[0] == MOE
-    assert rows[1].source == MOE
+    assert MOE in {rows[1].source, rows[1].teacher}
+
+
+def test_small_students_begin_a_chain_or_learn_from_the_model_before() -> None:
+    shape = SmallShape((), 2, (Windows(4, 5, 2),))
+    assert parse_pipeline("pool2-w4x5s2 > qat 4")[0] == small_from_scratch(shape)
+    taught = parse_pipeline("experts 2 > small pool2-w4x5s2 temperature=5 > round 4")[2]
+    assert taught.source is None
+    assert taught.teacher == last("experts 2")
+    assert taught.step == Distil(DistillationConfig(temperature=5.0), shape)
+    assert names("small h8 > qat 4")[1:] == ["KD_small-h8", "KD_small_QAT_FP32-h8", "KD_small_QAT-h8"]
+    assert taught.family == "KD_small_from_Sparse_MoE_fewer_experts"
 
 
 def test_who_teaches_and_where_a_chain_starts() -> None:
@@ -162,6 +176,10 @@ def test_names_of_files_are_short_or_the_pipeline_is_too_long() -> None:
         ("neurons > moe", 'link 2, "moe": moe is a model to start from: it comes first, alone'),
         ("moe 3 > qat", 'link 1, "moe 3": moe is a model to start from'),
         ("experts 2 > neurons 1.5", 'link 2, "neurons 1.5": --ratio 1.5 must lie between 0 and 1, and be neither'),
+        ("small > qat 4", 'link 1, "small": it needs a shape'),
+        ("small x8 > qat 4", 'link 1, "small x8": x8 is no shape'),
+        ("w8 > qat 4", 'link 1, "w8": w8 is no shape'),
+        ("small h8 > experts 2", 'link 2, "experts 2": it takes a mixture'),
         ("neurons many", 'link 1, "neurons many": --ratio many must be a number'),
         ("experts 1.5", 'link 1, "experts 1.5": --keep 1.5 must be a whole number'),
         ("qat 5", 'link 1, "qat 5": --bits 5 must be 8, 4, 3, 2, ternary or 1'),

@@ -4,10 +4,11 @@
 
 Links are separated by ">". A link is a name, the value of its main setting where that is not the default, and
 `key=value` for any other: the fields of its dataclasses, as on the command line. The first link may name the trained
-model to start from, which otherwise is the MoE. docs/pipelines.md lists them all.
+model to start from, or the shape of a small one; otherwise that is the MoE. docs/pipelines.md lists them all.
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -17,6 +18,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 
 from mnist_lab.compress.bfloat16 import BFloat16
+from mnist_lab.compress.distill import Distil
 from mnist_lab.compress.int8 import DynamicInt8, StaticInt8
 from mnist_lab.compress.levels import RouterBits
 from mnist_lab.compress.merge_experts import MergeExperts
@@ -35,9 +37,9 @@ from mnist_lab.experiments import rows
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.technique import Form, Step
 from mnist_lab.models.moe import RoutingConfig
+from mnist_lab.models.small import SmallShape, parse_shape
 
 LONGEST_NAME = 150  # of a row: its files add seed, departures from the recipe and an ending, and stay below 200
-START = "moe"
 Settings = Mapping[str, Any]
 
 
@@ -59,6 +61,12 @@ class Choice:
     kinds: Mapping[str, Kind]  # the first one when it is left out
 
 
+def _small(teacher: Row, step: Distil) -> Row:
+    if not isinstance(step.shape, SmallShape):
+        raise UserError("it needs a shape, as small w8x5s2-w16x3s2-h32")
+    return rows.small_student(step.shape, teacher, step.distillation)
+
+
 LINKS: dict[str, Kind | Choice] = {
     "weights": Kind(PruneWeights, rows.pruned_weights, "ratio"),
     "neurons": Kind(PruneNeurons, rows.pruned_neurons, "ratio"),
@@ -66,6 +74,7 @@ LINKS: dict[str, Kind | Choice] = {
     "experts": Kind(PruneExperts, lambda source, step: rows.pruned_experts(step, source), "keep"),
     "merge": Kind(MergeExperts, lambda source, step: rows.merged_experts(step, source), "keep"),
     "share": Kind(ShareBase, lambda source, step: rows.shared_base(step, source), "rank"),
+    "small": Kind(Distil, _small, "shape"),
     "distil": Choice(
         "teacher",
         {
@@ -113,10 +122,10 @@ def parse_pipeline(text: str) -> tuple[Row, ...]:
         UserError: there is no such link or setting, or a link cannot follow the one before; the message names it.
     """
     links = [" ".join(link.split()) for link in text.split(">")]
-    start = links[0] if links[0] in rows.SOURCES else START
-    first = rows.SOURCES[start]  # type: ignore[index]
+    start = _starts_from(links[0])
+    first = start or rows.MOE
     chain = Chain((first,), RoutingConfig().num_experts if first == rows.MOE else 1)
-    own = list(enumerate(links, start=1))[links[0] in rows.SOURCES :]
+    own = list(enumerate(links, start=1))[start is not None :]
     if not any(link for _, link in own):
         raise UserError(f'--pipeline "{text}" has no link; there are {", ".join(LINKS)}')
     for number, link in own:
@@ -129,6 +138,16 @@ def parse_pipeline(text: str) -> tuple[Row, ...]:
             f'--pipeline "{text}" is too long: its last row would be called {chain.last.name}, and files bear that name'
         )
     return chain.rows
+
+
+def _starts_from(link: str) -> Row | None:
+    """The row that a first link names; None where it names a technique."""
+    if link in rows.SOURCES:
+        return rows.SOURCES[link]
+    if not re.match(r"(pool|w|h)\d", link):
+        return None
+    with _naming(1, link):
+        return rows.small_from_scratch(parse_shape(link))
 
 
 def parse_pipelines(texts: tuple[str, ...]) -> tuple[Row, ...]:
@@ -177,7 +196,7 @@ def _read(link: str) -> tuple[Kind, dict[str, Any]]:
         if which not in found.kinds:
             raise UserError(f"--{found.main} {which} must be {_listed(found.kinds)}")
         found = found.kinds[which]
-    types = dict(_settings_of(found.technique, found.fixed))
+    types = dict(_settings_of(found))
     settings = {}
     for key, value in given.items():
         if key not in types:
@@ -202,13 +221,14 @@ def _split(words: list[str], main: str) -> dict[str, str]:
     return given
 
 
-def _settings_of(technique: type, fixed: Settings) -> Iterator[tuple[str, Any]]:
+def _settings_of(kind: Kind, within: type | None = None) -> Iterator[tuple[str, Any]]:
     """The fields that show in a row's name, down through nested dataclasses, and their types."""
+    technique = within or kind.technique
     types = get_type_hints(technique)
     for one in dataclasses.fields(technique):
         if dataclasses.is_dataclass(types[one.name]):
-            yield from _settings_of(types[one.name], fixed)
-        elif one.metadata.get("tag", one.name) is not None and one.name not in fixed:
+            yield from _settings_of(kind, types[one.name])
+        elif one.name == kind.main or (one.metadata.get("tag", one.name) is not None and one.name not in kind.fixed):
             yield one.name, types[one.name]
 
 
@@ -227,6 +247,8 @@ def _build(technique: type, settings: Settings) -> Any:
 def _convert(key: str, text: str, kind: Any) -> Any:
     if text == "none" and NoneType in get_args(kind):
         return None
+    if SmallShape in get_args(kind):
+        return parse_shape(text)
     try:
         return msgspec.convert(text, kind, strict=False)
     except msgspec.ValidationError as error:
@@ -268,6 +290,8 @@ def _advance(chain: Chain, technique: Step | Form) -> Chain:
         UserError: it cannot be applied to that.
     """
     match technique:
+        case Distil():
+            return replace(chain, num_experts=1, has_base=False, has_widths=False)
         case PruneExperts():
             _check_mixture(chain)
             check_experts(chain.num_experts, technique.pruning)

@@ -45,7 +45,7 @@ MOE = sparse_moe()
 
 
 def _taught_by(teacher: Row, family: str) -> str:
-    return family if teacher.family == MOE.family else f"{family}_from_FFN"
+    return family if teacher.family == MOE.family else f"{family}_from_{'FFN' if teacher == FFN else teacher.family}"
 
 
 def student(teacher: Row = MOE, distillation: DistillationConfig = DistillationConfig()) -> Row:
