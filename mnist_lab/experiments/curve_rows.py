@@ -10,6 +10,7 @@ from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import (
     FFN,
     MOE,
+    STUDENT,
     deployed,
     small_from_scratch,
     small_student,
@@ -60,7 +61,7 @@ def in_four_bits(trained: Row) -> Row:
 
 
 def _curve() -> Iterator[Row]:
-    yield from (FFN, MOE, static_int8(FFN), static_int8(MOE))
+    yield from (FFN, MOE, STUDENT, *map(static_int8, (FFN, MOE, STUDENT)))
     yield from parse_pipelines(PIPELINES)
     small = [small_from_scratch(shape) for shape in (*WINDOWS, *DENSE)]
     small += [small_student(shape) for shape in TAUGHT]
