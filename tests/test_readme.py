@@ -71,6 +71,20 @@ def test_tables_are_the_reference_runs() -> None:
     assert fastest in (DOCS / "latency.md").read_text()
 
 
+def test_curve_is_the_reference_runs() -> None:
+    found = build_table(load_records(DOCS / "reference-run" / "curve")).query("runtime == 'onnxruntime'")
+    table = found.set_index("model")
+    rows = re.findall(r"^\| [^|]*kB \|.*$", (DOCS / "curve.md").read_text(), flags=re.M)
+    assert len(rows) == 7
+    shape = ""
+    for row in rows:
+        best, num_bytes, accuracy, *_ = [cell.strip() for cell in row.split("|")[3:]]
+        shape = best.partition("`")[2].partition("`")[0] or shape
+        model = f"{'KD' if 'taught' in best else 'FFN'}_small_QAT-{shape}"
+        assert f"{100 * table.test_acc[model]:.2f} ± {100 * table.test_acc_ci95[model]:.2f}" == accuracy
+        assert int(num_bytes.replace(",", "")) == pytest.approx(1e6 * table.file_mb[model], abs=100)  # of one seed
+
+
 def test_verdicts_are_the_reference_runs() -> None:
     claims = DOCS / "reference-run" / "claims"
     suites = ("claims", "claims_compression", "claims_few_bits", "claims_transfer")

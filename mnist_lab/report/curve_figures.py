@@ -251,7 +251,7 @@ def _neighbours(fronts: Fronts, models: Sequence[Model]) -> list[list[Model]]:
     groups: list[list[Model]] = []
     for model in fronts.best:
         place = math.log(fronts.cost(model))
-        if groups and place - math.log(fronts.cost(groups[-1][-1])) < NEAR * (max(logs) - min(logs)):
+        if groups and place - math.log(fronts.cost(groups[-1][0])) < NEAR * (max(logs) - min(logs)):
             groups[-1].append(model)
         else:
             groups.append([model])
@@ -269,9 +269,9 @@ def _draw_anchors(axes: Axes) -> dict[str, Line2D]:
     handles = {}
     for letter, anchor in zip(string.ascii_lowercase, ANCHORS, strict=False):
         for size, accuracy in anchor.points:
-            axes.plot([size], [100 - accuracy], "x", color="black", markersize=6, markeredgewidth=1.5)
+            axes.plot([size], [100 - accuracy], "x", color="black", markersize=6, markeredgewidth=1.5, zorder=7)
             axes.annotate(
-                letter, (size, 100 - accuracy), (5, 3), textcoords="offset points", fontsize=9, style="italic"
+                letter, (size, 100 - accuracy), (5, 3), textcoords="offset points", fontsize=9, style="italic", zorder=7
             )
         name = f"{anchor.name} ({anchor.source})"
         handles[name] = Line2D([], [], linestyle="none", marker=f"${letter}$", color="black", markersize=7)
@@ -329,8 +329,10 @@ def _draw_bytes(axes: Axes, chain: Sequence[Model]) -> None:
     for place, size in enumerate(sizes):
         axes.annotate(f"{size:,}", (size, place), (4, 0), textcoords="offset points", va="center", fontsize=8)
     axes.set_xlim(min(sizes) / 3, max(sizes) * 3)
-    make_logarithmic(axes, "x", "deployed file (bytes)")
-    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+    axes.set_xscale("log")
+    axes.set_xlabel("deployed file (bytes, logarithmic)")
+    axes.set_xticks([])  # the numbers stand beside the bars
+    axes.minorticks_off()
 
 
 def _draw_points(axes: Axes, chain: Sequence[Model]) -> None:
