@@ -63,6 +63,7 @@ def test_rows_have_their_teachers_and_ancestors_first_and_no_name_twice() -> Non
     rows = distillation_rows()
     assert len({row.name for row in rows}) == len(rows)
     assert rows[0] == MOE
+    assert all("onnxruntime" in row.runtimes for row in rows)  # where all are compared
     for row in rows:  # no second mixture is trained, and nothing is taught by another model
         assert {ancestor for ancestor in ancestors(row) if not ancestor.parents} <= {MOE}
 

@@ -6,7 +6,6 @@ from mnist_lab.compress.distill import Distil, DistillationConfig
 from mnist_lab.compress.distill_mixture import DistilMixture, Matching, SmallMixture
 from mnist_lab.compress.finetune import Finetuning
 from mnist_lab.compress.levels import Rounding
-from mnist_lab.compress.prune_experts import ExpertPruning, PruneExperts
 from mnist_lab.compress.prune_neurons import NeuronPruning, PruneNeurons
 from mnist_lab.compress.prune_weights import PruneWeights, WeightPruning
 from mnist_lab.compress.qat import Quantization
@@ -14,9 +13,7 @@ from mnist_lab.compress.train import TrainFFN
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import (
     MOE,
-    bfloat16,
     learned,
-    pruned_experts,
     pruned_neurons,
     pruned_weights,
     student_mixture,
@@ -57,9 +54,10 @@ class Sized(NamedTuple):
     row: Row
 
 
+HALF = pruned_neurons(MOE, PruneNeurons(NeuronPruning(0.5), BY_ITSELF))
 COMBINED = Sized(
     "half of the units gone, then 4 bits",
-    learned(pruned_neurons(MOE, PruneNeurons(NeuronPruning(0.5), BY_ITSELF)), Quantization(Rounding(4))),
+    learned(HALF, Quantization(Rounding(4))),
 )
 ALONE = (
     Sized("1 bit", learned(MOE, Quantization(Rounding(1)))),
@@ -71,7 +69,7 @@ FROM_SCRATCH = dense((42,), taught=False)
 # What the printed curve says each size costs, in points; the rows are of no more bytes.
 PRINTED_POINTS = {ratio: accuracy - PRINTED[1] for ratio, accuracy in PRINTED.items() if ratio > 1}
 SMALLER: dict[int, Row] = {
-    2: bfloat16(pruned_experts(PruneExperts(ExpertPruning(2), finetuning=BY_ITSELF))),
+    2: HALF,
     4: learned(MOE, Quantization(Rounding(4))),
     8: learned(MOE, Quantization(Rounding(3))),
     16: learned(MOE, Quantization(Rounding("ternary"))),
