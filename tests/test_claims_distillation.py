@@ -15,6 +15,7 @@ from mnist_lab.studies.claims.distillation import (
     EQUAL_TIME,
     FROM_SCRATCH,
     IN_PART,
+    LARGER,
     LOGITS_ALONE,
     MATCHED,
     SMALLER,
@@ -52,6 +53,7 @@ REPORTED: list[tuple[Row, Change]] = [
     *[(row, points(1.5)) for row in (*IN_PART.values(), UNTAUGHT, FROM_SCRATCH)],
     *[(SMALLER[ratio], points(-3)) for ratio in (2, 4, 8)],
     (EQUAL_TIME, timed(0.5)),
+    (LARGER, points(3)),
 ]
 
 

@@ -13,6 +13,7 @@ from mnist_lab.compress.train import TrainFFN
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import (
     MOE,
+    STUDENT,
     learned,
     pruned_neurons,
     pruned_weights,
@@ -44,7 +45,8 @@ LOGITS_ALONE = mixture(0, 0)
 IN_PART = {"router": mixture(Matching().router_weight, 0), "experts": mixture(0, Matching().experts_weight)}
 UNTAUGHT = student_mixture(MOE, DistilMixture(DistillationConfig(alpha=0), SMALL, Matching(0, 0)))
 EQUAL_BYTES = dense((106,))  # 84,280 parameters beside 84,618
-EQUAL_TIME = dense((256, 128))
+EQUAL_TIME = STUDENT  # for batches; for one image the mixture takes longer than one far larger,
+LARGER = dense((256, 128))
 
 
 class Sized(NamedTuple):
@@ -79,11 +81,11 @@ SMALLER: dict[int, Row] = {
 def distillation_rows() -> tuple[Row, ...]:
     """Everything that these claims compare, parents first."""
     mixtures = [MATCHED, LOGITS_ALONE, *IN_PART.values(), UNTAUGHT]
-    rows = [MOE, *mixtures, EQUAL_BYTES, EQUAL_TIME, COMBINED.row, *(alone.row for alone in ALONE)]
+    rows = [MOE, *mixtures, EQUAL_BYTES, EQUAL_TIME, LARGER, COMBINED.row, *(alone.row for alone in ALONE)]
     return tuple(dict.fromkeys([*rows, FROM_SCRATCH, *SMALLER.values()]))
 
 
-TIMED_STUDENTS = (MATCHED, EQUAL_BYTES, EQUAL_TIME)
+TIMED_STUDENTS = (MATCHED, EQUAL_BYTES, EQUAL_TIME, LARGER)
 
 
 def settle_distillation(evidence: Evidence) -> list[Finding]:
@@ -113,12 +115,18 @@ def _matching(evidence: Evidence) -> list[Finding]:
 
 def _dense_student(evidence: Evidence) -> list[Finding]:
     claim = Claim(26, "A dense student gives up the mixture's advantage")
+    dense_ones = {"equal bytes": EQUAL_BYTES, "no slower": EQUAL_TIME, "no slower for one image": LARGER}
+
+    def accuracies(name: str) -> Accuracies:
+        return _accuracies(evidence, MATCHED, dense_ones[name], f"mixture − dense student, {name}")
+
     return [
-        claim.above(**_accuracies(evidence, MATCHED, EQUAL_BYTES, "mixture − dense student, equal bytes"), bound=0),
-        claim.above(**_accuracies(evidence, MATCHED, EQUAL_TIME, "mixture − dense student, no slower"), bound=0),
+        claim.above(**accuracies("equal bytes"), bound=0),
+        claim.above(**accuracies("no slower"), bound=0),
+        claim.report(**accuracies("no slower for one image")),
         *(
             claim.report(f"file, mixture / dense student, {name}", evidence.file_share(MATCHED.name, row.name), "ratio")
-            for name, row in (("equal bytes", EQUAL_BYTES), ("no slower", EQUAL_TIME))
+            for name, row in dense_ones.items()
         ),
         *(
             claim.report(
@@ -126,7 +134,7 @@ def _dense_student(evidence: Evidence) -> list[Finding]:
                 evidence.time_ratio(MATCHED.name, row.name, batch),
                 "ratio",
             )
-            for name, row in (("equal bytes", EQUAL_BYTES), ("no slower", EQUAL_TIME))
+            for name, row in dense_ones.items()
             for batch in (1, 64)
         ),
     ]
