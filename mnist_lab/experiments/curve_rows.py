@@ -34,7 +34,7 @@ PIPELINES = (
     "qat 4 > neurons 0.75 > distil self > round 4",
 )
 MIXTURE_WIDTHS = (32, 16)
-# In 4 bits, with the graph, of 2.8, 4.0, 5.6, 7.8, 11, 22 and 42 kB: windows alone, or with a hidden layer after them.
+# In 4 bits, with the graph, of 2.8, 4.0, 5.3, 7.8, 11, 22 and 41 kB: windows alone, or with a hidden layer after them.
 WINDOWS = tuple(
     map(
         parse_shape,
@@ -49,7 +49,7 @@ WINDOWS = tuple(
         ),
     )
 )
-DENSE = tuple(map(parse_shape, ("pool2-h64-h32", "pool2-h96-h64")))  # 9.4 and 15 kB
+DENSE = tuple(map(parse_shape, ("pool2-h64-h32", "pool2-h96-h64")))  # 9.0 and 15 kB
 TAUGHT = WINDOWS[:2] + WINDOWS[3:4]  # by the mixture, to see whether that helps where there is little room
 # In FP32 of the sizes that the others have in 4 bits.
 TINY = tuple(map(parse_shape, ("w2x5s2-w4x4s2-w5x3s2", "w4x5s2-w6x3s2-w8x3s2", "w6x5s2-w8x3s2-w12x3s2")))

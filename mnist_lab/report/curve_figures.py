@@ -233,7 +233,7 @@ def _draw_rows(
         axes.annotate(
             ", ".join(str(numbers[model.label]) for model in near),
             (math.exp(place), max(limits.low, min(_ends(model)[1] for model in near))),
-            (0, 4),
+            (0, 14),  # clear of crosses on the line
             textcoords="offset points",
             ha="center",
             color=FRONT,
