@@ -8,14 +8,15 @@ from tiny import make_lab, spec
 from mnist_lab.compress.levels import Rounding
 from mnist_lab.compress.weight_only import Method, WeightOnly
 from mnist_lab.errors import UserError
-from mnist_lab.experiments.curve_rows import CURVE, DENSE, TINY, WINDOWS, in_four_bits
+from mnist_lab.experiments.curve_rows import CURVE, DENSE, FAST, TINY, WINDOWS, in_four_bits
 from mnist_lab.experiments.rows import MOE, STUDENTS, small_from_scratch
 from mnist_lab.experiments.run import Run
 from mnist_lab.models import build_model
 from mnist_lab.models.small import SmallShape, parse_shape
 from run_all_experiments import RunOptions
 
-KILOBYTES = dict(zip((*WINDOWS, *DENSE), (2.9, 4.1, 5.7, 8.3, 11.4, 22.9, 45.7, 9.5, 15.5), strict=True))
+SIZES = (2.9, 4.1, 5.7, 8.3, 11.4, 22.9, 45.7, 2.9, 4.1, 8.3, 8.3, 9.5, 15.5)
+KILOBYTES = dict(zip((*WINDOWS, *FAST, *DENSE), SIZES, strict=True))
 
 
 def test_rows_have_names_of_their_own_and_parents_before_them() -> None:
@@ -34,7 +35,7 @@ def test_small_files_are_as_small_as_the_curve_needs_them(shape: SmallShape, kil
     assert file.stat().st_size <= 1000 * kilobytes
 
 
-@pytest.mark.parametrize("shape", [*WINDOWS, *DENSE, *TINY, SmallShape((8, 4), 2, WINDOWS[0].windows)], ids=str)
+@pytest.mark.parametrize("shape", [*WINDOWS, *FAST, *DENSE, *TINY, SmallShape((8, 4), 2, WINDOWS[0].windows)], ids=str)
 def test_name_of_a_shape_says_all_of_it(shape: SmallShape) -> None:
     assert parse_shape(shape.name) == shape
 

@@ -49,6 +49,8 @@ WINDOWS = tuple(
         ),
     )
 )
+# As fast as the INT8 student or nearly: wide strides compute little.
+FAST = tuple(map(parse_shape, ("w16x7s7", "w16x4s4-w16x3s2", "w16x7s7-h32", "w8x4s4-h32")))
 DENSE = tuple(map(parse_shape, ("pool2-h64-h32", "pool2-h96-h64")))  # 9.0 and 15 kB
 TAUGHT = WINDOWS[:2] + WINDOWS[3:4]  # by the mixture, to see whether that helps where there is little room
 # In FP32 of the sizes that the others have in 4 bits.
@@ -63,7 +65,7 @@ def in_four_bits(trained: Row) -> Row:
 def _curve() -> Iterator[Row]:
     yield from (FFN, MOE, STUDENT, *map(static_int8, (FFN, MOE, STUDENT)))
     yield from parse_pipelines(PIPELINES)
-    small = [small_from_scratch(shape) for shape in (*WINDOWS, *DENSE)]
+    small = [small_from_scratch(shape) for shape in (*WINDOWS, *FAST, *DENSE)]
     small += [small_student(shape) for shape in TAUGHT]
     small += [
         student_mixture(MOE, DistilMixture(student=SmallMixture(student_width=width))) for width in MIXTURE_WIDTHS
