@@ -8,9 +8,9 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +21,7 @@ from mnist_lab.errors import UserError
 from mnist_lab.sources import DOWNLOAD_DIR, NUM_CLASSES, DatasetName, SplitName, advise, download, find_splits
 
 SPLIT_SEED = 20_240_501  # one split for every model and every seed
+Polarity = Literal["light-on-dark", "dark-on-light"]  # what shows, and its ground
 VALIDATION_SHARE = {"digits": 180 / 1437}  # elsewhere 5,000 of 60,000
 
 
@@ -47,10 +48,22 @@ class DataSpec:
     image_size: tuple[int, int]  # height, width
     mean: float  # of the training pixels; models normalise with both
     std: float
+    classes: tuple[str, ...] = ()  # their names, where they are no digits
+    polarity: Polarity = "light-on-dark"
 
     @property
     def num_pixels(self) -> int:
         return math.prod(self.image_size)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return self.classes or tuple(map(str, range(self.num_classes)))
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What a model depends on of it: all, but for what is as in MNIST."""
+        usual = {own.name: own.default for own in fields(self) if own.default is not MISSING}
+        return {name: value for name, value in asdict(self).items() if name not in usual or value != usual[name]}
 
 
 @dataclass(frozen=True, eq=False)

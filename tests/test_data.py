@@ -19,7 +19,7 @@ import torchvision
 from test_idx import write_idx, write_sparse_idx
 
 from mnist_lab import data, sources
-from mnist_lab.data import Augmentation, Split, augment, calibration_pixels, load_dataset
+from mnist_lab.data import Augmentation, DataSpec, Split, augment, calibration_pixels, load_dataset
 from mnist_lab.errors import UserError
 from mnist_lab.sources import DatasetName
 
@@ -38,6 +38,18 @@ def test_digits_have_their_sizes_and_the_contract_of_every_data_set() -> None:
         assert split.labels.dtype == torch.int64
         assert split.pixels.min() == 0
         assert 0.9 < split.pixels.max() <= 1
+
+
+def test_settings_are_those_of_before_where_nothing_departs_from_mnist() -> None:
+    spec = DataSpec(10, (28, 28), 0.13, 0.31)
+    assert spec.settings == {"num_classes": 10, "image_size": (28, 28), "mean": 0.13, "std": 0.31}
+    named = replace(spec, num_classes=2, classes=("cat", "dog"), polarity="dark-on-light")
+    assert named.settings == spec.settings | {
+        "num_classes": 2,
+        "classes": ("cat", "dog"),
+        "polarity": "dark-on-light",
+    }
+    assert (spec.class_names[3], named.class_names) == ("3", ("cat", "dog"))
 
 
 def test_splits_share_no_image() -> None:

@@ -121,10 +121,10 @@ class Run:
             settings |= {
                 "recipe": asdict(self.lab.recipe),
                 "preset": asdict(self.lab.preset),
-                "data": asdict(self.lab.dataset.spec),
+                "data": self.lab.dataset.spec.settings,
             }
         if self.images_of is not None:
-            settings["images_of"] = asdict(self.images_of.spec)
+            settings["images_of"] = self.images_of.spec.settings
         decoded: dict[str, Any] = as_json(settings)
         return decoded
 
