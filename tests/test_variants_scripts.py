@@ -30,21 +30,21 @@ def parents_of(bench: Bench, run_name: str) -> dict[str, str]:  # noqa: F811
 
 
 def test_chain_of_three_from_any_trained_row(bench: Bench) -> None:  # noqa: F811
-    succeed(bench, "moe_mnist", "--num-experts", "8", "--top-k", "1")
-    out = succeed(bench, *"prune_mnist experts --source Sparse_MoE-E8-K1-epochs1 --keep 3".split())
+    succeed(bench, "moe_mnist", "--num-experts", "8", "--top-k", "4")
+    out = succeed(bench, *"prune_mnist experts --source Sparse_MoE-E8-K4-epochs1 --keep 3".split())
     assert "kept expert" in out
-    fewer = "Sparse_MoE_fewer_experts-3-E8-K1-epochs1"
-    assert parents_of(bench, f"{fewer}-seed0") == {"source": "Sparse_MoE-E8-K1-epochs1"}
+    fewer = "Sparse_MoE_fewer_experts-3-E8-K4-epochs1"
+    assert parents_of(bench, f"{fewer}-seed0") == {"source": "Sparse_MoE-E8-K4-epochs1"}
     succeed(bench, "kd_mnist", "--teacher", fewer, "--windows", "4x5s3")
-    taught = "KD_small_from_Sparse_MoE_fewer_experts-w4x5s3-3-E8-K1-epochs1"
+    taught = "KD_small_from_Sparse_MoE_fewer_experts-w4x5s3-3-E8-K4-epochs1"
     assert parents_of(bench, f"{taught}-seed0") == {"teacher": fewer}
     out = succeed(bench, "ptq_mnist", "--source", taught)
-    name = "KD_small_from_Sparse_MoE_fewer_experts_INT8-w4x5s3-3-E8-K1-epochs1"
+    name = "KD_small_from_Sparse_MoE_fewer_experts_INT8-w4x5s3-3-E8-K4-epochs1"
     record = load_record(bench.results / "runs" / f"{name}-seed0.json")
     assert (record.technique, record.original) == ("kd + static ptq", taught)
     assert f"same class as {taught}" in out
     succeed(bench, "qat_mnist", "--source", fewer, "--bits", "2")
-    assert (bench.checkpoints / "Sparse_MoE_fewer_experts_QAT-b2+3-E8-K1-epochs1-seed0.onnx").is_file()
+    assert (bench.checkpoints / "Sparse_MoE_fewer_experts_QAT-b2+3-E8-K4-epochs1-seed0.onnx").is_file()
 
 
 def test_mixtures_are_converted_as_the_moe_is(bench: Bench) -> None:  # noqa: F811
