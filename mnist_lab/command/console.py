@@ -23,7 +23,7 @@ from mnist_lab.experiments.run import Run
 from mnist_lab.experiments.watch import log_records
 from mnist_lab.folders import only_run_in
 from mnist_lab.machine import cpu_model, usable_cpus
-from mnist_lab.report.columns import COMPRESSION
+from mnist_lab.report.columns import COMPRESSION, LATENCIES
 from mnist_lab.report.records import Record, first_in, load_records, usable_records
 from mnist_lab.report.table import build_table, judge_distillation
 from mnist_lab.report.text import SUMMARY_LEGEND, format_compression, format_fastest, format_summary, write_table
@@ -212,7 +212,8 @@ def print_table(table: pd.DataFrame) -> None:
     print(f"\n{format_summary(table, style='simple', width=width)}\n\n{SUMMARY_LEGEND}", flush=True)
     if compression := format_compression(table, style="simple", columns=COMPRESSION[:ON_SCREEN]):
         print(f"\ncompression, against each row's original:\n{compression}", flush=True)
-    if table["model"].duplicated().any():
+    is_timed = bool(table[[column.name for column in LATENCIES]].notna().any(axis=None))
+    if is_timed and table["model"].duplicated().any():
         print(f"\nfastest runtime:\n{format_fastest(table, style='simple')}", flush=True)
 
 
