@@ -36,7 +36,7 @@ FEW = ("FFN_baseline", "FFN_PTQ_INT8", "Sparse_MoE", "Sparse_MoE_INT8", "KD_FFN_
 
 @dataclass(frozen=True, kw_only=True)
 class CompareOptions(DataOptions):
-    model: Positional[Folder]
+    file: Positional[Folder]
     """The ONNX file: one tensor of images in, scores by class out."""
     output: str | None = None
     """Name of the output that holds the scores; when not given, the first."""
@@ -69,7 +69,7 @@ def main(options: CompareOptions) -> None:
     dataset = load_dataset(options.dataset, options.data_dir)
     spec = dataset.spec
     foreign = read_foreign(
-        options.model,
+        options.file,
         options.preparation,
         image_size=spec.image_size,
         num_classes=spec.num_classes,
@@ -92,6 +92,8 @@ def main(options: CompareOptions) -> None:
         print_notice(dataset.notice)
         for line in left_out:
             print(f"not beside it: {line}")
+        if not suite and options.beside != "none":
+            print(f"nothing stands beside it: {suite_lab.results} has no such rows; run_all_experiments.py makes them")
         compare(foreign, lab, suite_lab, suite, seed=options.seed)
         print_notice(dataset.notice)
 

@@ -29,11 +29,11 @@ from mnist_lab.compress.int8 import (
     quiet,
 )
 from mnist_lab.deploy.artifacts import name_nodes
-from mnist_lab.deploy.foreign import ForeignModel
+from mnist_lab.deploy.foreign import ForeignModel, silent_options
 from mnist_lab.files import first_line
 from mnist_lab.measure import Array, take_images
 from mnist_lab.runtimes import Precision
-from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options
+from mnist_lab.runtimes.onnxruntime import PROVIDERS
 
 OLDEST_OPSET = 13  # of which a scale for each channel is known
 # Products, and what lies between them: their results can go from one to the next as bytes.
@@ -51,6 +51,12 @@ class Executed(NamedTuple):
 
     integer: dict[str, int]
     floats: dict[str, int]
+
+    def precision(self, of_integers: Precision) -> Precision:
+        """That of the whole model, where its integer products are of this one."""
+        if not self.integer:
+            return "FP32"
+        return "mixed" if self.floats else of_integers
 
     @property
     def text(self) -> str:
@@ -101,7 +107,7 @@ def quantize_foreign(foreign: ForeignModel, calibration: Array) -> Iterator[Quan
         if not executed.integer:
             yield Unquantized(tag, "no product of it becomes one of integers")
         else:
-            yield Quantized(tag, technique, "mixed" if executed.floats else precision, content, executed)
+            yield Quantized(tag, technique, executed.precision(precision), content, executed)
 
 
 def find_executed(content: bytes) -> Executed:
@@ -119,7 +125,7 @@ def _simplified(model: onnx.ModelProto) -> onnx.ModelProto:
     if model.opset_import[0].version < OLDEST_OPSET:
         model = version_converter.convert_version(model, OLDEST_OPSET)
     with tempfile.TemporaryDirectory() as folder:
-        options = session_options(1)
+        options = silent_options(1)
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
         options.optimized_model_filepath = str(Path(folder) / "simplified.onnx")
         onnxruntime.InferenceSession(model.SerializeToString(), options, providers=PROVIDERS)

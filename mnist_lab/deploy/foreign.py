@@ -25,13 +25,17 @@ MAX_NAME = 80  # characters
 MAX_VALUES = 2**22  # of all results together, for an image
 MAX_MADE = 2**27  # of all results that are made of constants alone
 STANDARD = ("", "ai.onnx")
-OTHER_FLOATS = {TensorProto.FLOAT16: "float16", TensorProto.BFLOAT16: "bfloat16", TensorProto.DOUBLE: "float64"}
+OTHER_FLOATS: dict[int, str] = {
+    TensorProto.FLOAT16: "float16",
+    TensorProto.BFLOAT16: "bfloat16",
+    TensorProto.DOUBLE: "float64",
+}
 QUANTIZED = {
     "QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "QLinearConv", "QLinearMatMul", "MatMulInteger",
     "ConvInteger",
 }  # fmt: skip
 REFUSED = "cannot be compared"
-NO_ADVICE = "See docs/compare.md."
+ADVICE = "See docs/compare.md."
 PROBED = 3  # images on which a model of any batch is held against the same of a fixed one
 
 
@@ -76,7 +80,7 @@ def read_foreign(
         UserError: the file is missing or is no such classifier, or running it could do harm.
     """
     content = read_bytes(path, "no model at {}")
-    with reading(path, NO_ADVICE, verdict=REFUSED):
+    with reading(path, ADVICE, verdict=REFUSED):
         if len(content) > MAX_FILE:
             raise ValueError(f"its {len(content):,} bytes are more than {MAX_FILE:,}")
         model = _parse(content)
@@ -290,7 +294,7 @@ def free_batch(model: onnx.ModelProto, images: ImageInput, fixed: int) -> onnx.M
 
 def _gives_the_same(model: onnx.ModelProto, freed: onnx.ModelProto, images: ImageInput, fixed: int) -> bool:
     """Whether scores of noise in one batch are those of the batches that it takes."""
-    options = session_options(1)
+    options = silent_options(1)
     one, other = (
         onnxruntime.InferenceSession(found.SerializeToString(), options, providers=PROVIDERS)
         for found in (model, freed)
@@ -301,6 +305,13 @@ def _gives_the_same(model: onnx.ModelProto, freed: onnx.ModelProto, images: Imag
     (found,) = other.run(None, {images.name: pixels})
     together = np.concatenate(expected)
     return found.shape == together.shape and np.allclose(found, together, rtol=1e-3, atol=1e-4 * np.abs(together).max())
+
+
+def silent_options(threads: int) -> onnxruntime.SessionOptions:
+    """The suite's, without what ONNX Runtime prints besides raising it."""
+    options = session_options(threads)
+    options.log_severity_level = 4
+    return options
 
 
 def num_parameters(graph: onnx.GraphProto) -> int:

@@ -1,12 +1,17 @@
 """A classifier that was made elsewhere, running in ONNX Runtime on the suite's images."""
 
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import onnxruntime
 
-from mnist_lab.deploy.foreign import ForeignModel
-from mnist_lab.errors import UserError
+from mnist_lab.deploy.foreign import ADVICE, ForeignModel, silent_options
+from mnist_lab.files import reading
 from mnist_lab.measure import Array
-from mnist_lab.runtimes.onnxruntime import PROVIDERS, BoundBatch, OnnxRuntimeSession, bind_batch, session_options
+from mnist_lab.runtimes.onnxruntime import PROVIDERS, BoundBatch, OnnxRuntimeSession, bind_batch
 
 SMALLEST = 1e-12  # that a probability counts as
 
@@ -15,7 +20,7 @@ class ForeignSession:
     """From raw pixels to logits; what becomes of pixels first, and of probabilities last, stands outside the clock.
 
     Raises:
-        UserError: ONNX Runtime cannot load the model, or it gives what is no finite number.
+        UserError: ONNX Runtime cannot load or run the model, or it gives what is no finite number.
     """
 
     runtime = OnnxRuntimeSession.runtime
@@ -23,10 +28,12 @@ class ForeignSession:
 
     def __init__(self, foreign: ForeignModel, content: bytes, *, threads: int, of_probabilities: bool = False) -> None:
         self._foreign, self._of_probabilities = foreign, of_probabilities
-        try:
-            self._session = onnxruntime.InferenceSession(content, session_options(threads), providers=PROVIDERS)
-        except Exception as error:
-            raise UserError(f"{foreign.name} {error}") from error
+        with self._running():
+            self._session = onnxruntime.InferenceSession(content, silent_options(threads), providers=PROVIDERS)
+
+    def _running(self) -> AbstractContextManager[None]:
+        """Whatever ONNX Runtime says of the model inside becomes one line."""
+        return reading(Path(f"{self._foreign.name}.onnx"), ADVICE, verdict="cannot be run")
 
     def prepare(self, pixels: Array) -> list[BoundBatch]:
         """All images together, or as many at a time as the model takes, the last ones again to fill up."""
@@ -40,14 +47,15 @@ class ForeignSession:
         return batch
 
     def predict(self, pixels: Array) -> Array:
-        parts = [bound.logits for bound in self.run(self.prepare(pixels))]
-        scores: Array = np.concatenate(parts)[: len(pixels)]
-        if not np.isfinite(scores).all():
-            raise UserError(f"{self._foreign.name} gives scores that are no finite numbers")
+        with self._running():
+            parts = [bound.logits for bound in self.run(self.prepare(pixels))]
+            scores: Array = np.concatenate(parts)[: len(pixels)]
+            if not np.isfinite(scores).all():
+                raise ValueError("its scores are no finite numbers")
         return np.log(np.maximum(scores, SMALLEST)) if self._of_probabilities else scores
 
 
-def _filled(images: Array, size: int) -> Array:
+def _filled(images: npt.NDArray[Any], size: int) -> npt.NDArray[Any]:
     return images if len(images) == size else np.resize(images, (size, *images.shape[1:]))
 
 

@@ -60,7 +60,7 @@ class ImageInput:
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def prepare(self, pixels: Array) -> npt.NDArray[np.float32] | npt.NDArray[np.uint8]:
+    def prepare(self, pixels: Array) -> npt.NDArray[Any]:
         """Pixels (N, 1, height, width) in [0, 1] as the model takes them; grey ones in each of its channels."""
         images = np.repeat(pixels * np.float32(self.scale), self.channels, axis=1)
         if self.dtype is np.uint8:
