@@ -166,7 +166,7 @@ class TestDoubt:
         others = [*model.graph.node[1:]]
         del model.graph.node[1:]
         model.graph.node.extend([*nodes, *others])
-        model.graph.initializer.append(onnx.numpy_helper.from_array(np.float32(100), "dark"))
+        model.graph.initializer.append(onnx.numpy_helper.from_array(np.array(100, np.float32), "dark"))
         says = self.of(model, lab, tmp_path)
         assert "with --scale 255 --mean 0 --std 1 100.0%" in says
         assert self.of(model, lab, tmp_path, Preparation(scale=255)) == ""
