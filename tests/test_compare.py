@@ -12,7 +12,7 @@ from tiny import make_lab
 
 from mnist_lab import measure
 from mnist_lab.compress.foreign import Quantized, Unquantized, find_executed, quantize_foreign
-from mnist_lab.compress.int8 import Calibration
+from mnist_lab.compress.int8 import Calibration, optimize
 from mnist_lab.deploy.foreign import ForeignModel, read_foreign
 from mnist_lab.deploy.foreign_session import ForeignSession
 from mnist_lab.deploy.images import Preparation
@@ -50,6 +50,8 @@ def test_all_products_of_an_mlp_run_in_integers(operator: str, lab: Lab, tmp_pat
         found = measure.predict(session.predict, pixels)
         expected = measure.predict(ForeignSession(foreign, foreign.content, threads=1).predict, pixels)
         assert 15 < measure.decibels(found, expected) < 60
+        (last,) = (node for node in optimize(form.content).node if "scores" in node.output)
+        assert last.op_type != "DequantizeLinear"  # of bytes, in which classes would tie
 
 
 def test_a_form_with_convolutions_in_float_is_called_mixed(lab: Lab, tmp_path: Path) -> None:
