@@ -59,8 +59,10 @@ def _digest(content: bytes, start: int) -> bytes:
 
 
 @contextlib.contextmanager
-def reading(path: Path, advice: str = "Move it away and make it again.") -> Iterator[None]:
-    """Whatever a library says of a file inside becomes one line: the file is broken.
+def reading(
+    path: Path, advice: str = "Move it away and make it again.", *, verdict: str = "is broken"
+) -> Iterator[None]:
+    """Whatever a library says of a file inside becomes one line: the file is broken, or another verdict.
 
     Raises:
         UserError: something was raised but a UserError, a RunFailed, or that the system gave no more, which pass.
@@ -72,7 +74,7 @@ def reading(path: Path, advice: str = "Move it away and make it again.") -> Iter
     except Exception as error:  # the libraries' errors share no base class
         if why_exhausted(error):  # which says nothing of the file
             raise
-        raise UserError(f"{path} is broken: {first_line(error)}. {advice}") from error
+        raise UserError(f"{path} {verdict}: {first_line(error)}. {advice}") from error
 
 
 def first_line(error: BaseException) -> str:

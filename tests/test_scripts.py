@@ -45,9 +45,12 @@ OPTIONS = {
     "claims_mnist": "ClaimOptions",
     "dark_knowledge_mnist": "DarkKnowledgeOptions",
     "adapt_mnist": "AdaptOptions",
+    "compare_onnx": "CompareOptions",
 }
-# Fields that are options of their own.
+# Fields that are options of their own, or none.
 GROUPS = {
+    "file",
+    "preparation",
     "small",
     "adapters",
     "duration",

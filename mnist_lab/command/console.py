@@ -27,6 +27,7 @@ from mnist_lab.report.columns import COMPRESSION, LATENCIES
 from mnist_lab.report.records import Record, first_in, load_records, usable_records
 from mnist_lab.report.table import build_table, judge_distillation
 from mnist_lab.report.text import SUMMARY_LEGEND, format_compression, format_fastest, format_summary, write_table
+from mnist_lab.report.winner import find_winners, format_winners, write_up_winners
 from mnist_lab.runtimes import RUNTIMES, RuntimeName, why_missing
 
 Mode = Literal["train", "load"]
@@ -302,7 +303,9 @@ def write_results(lab: Lab, records: Sequence[Record], *, order: Sequence[str]) 
     table = build_table(_as_asked(lab, records), order=order, columns=lab.columns)
     distillation = judge_distillation(records)
     title = f"{lab.dataset.name}, {lab.preset_name} models, {lab.recipe_name} recipe"
-    write_table(lab.results, table, title=title, distillation=distillation, columns=lab.columns)
+    winners = find_winners(records)
+    sections = {"What to deploy": write_up_winners(winners, lab.checkpoints)}
+    write_table(lab.results, table, title=title, distillation=distillation, columns=lab.columns, sections=sections)
     print_table(table)
     if distillation:
         print(f"\ndistillation:\n{distillation}")
@@ -317,6 +320,8 @@ def write_results(lab: Lab, records: Sequence[Record], *, order: Sequence[str]) 
         print(f"curve: {curve}", flush=True)
     for path in draw_all(lab.results, results):
         print(f"plot: {path}", flush=True)
+    if winners is not None:
+        print(f"\n{format_winners(winners, lab.checkpoints)}", flush=True)
 
 
 def print_notice(notice: str) -> None:

@@ -287,12 +287,12 @@ def quantize(
             ort_quantization.quantize_dynamic(dense, temporary, op_types_to_quantize=["MatMul", "Gemm"], **common)
         model = onnx.load(temporary)
         if mode == "static":
-            _leave_logits_in_float(model.graph)
+            leave_logits_in_float(model.graph)
         else:
             round_before_sorting(model.graph)
         save_onnx(model, temporary, {**metadata, **notes})
 
-    with _quiet(), tempfile.TemporaryDirectory() as folder:
+    with quiet(), tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense.onnx"  # the converter sees no sparse constants
         onnx.save(read_onnx(artifact), dense)
         write_atomically(output, convert)
@@ -363,7 +363,7 @@ def _quantize_static(dense: Path, output: Path, ranges: calibrate.TensorsData, *
         )
 
 
-def _leave_logits_in_float(graph: onnx.GraphProto) -> None:
+def leave_logits_in_float(graph: onnx.GraphProto) -> None:
     """Drop the rounding of the logits to 8 bits, which the converter adds and nothing after them needs."""
     producers = {output: node for node in graph.node for output in node.output}
     dequantize = producers[graph.output[0].name]
@@ -446,10 +446,15 @@ def _layer_of(node: onnx.NodeProto) -> str:
 
 def optimized_graph(artifact: Path) -> onnx.GraphProto:
     """The graph as ONNX Runtime executes it on this CPU."""
+    return optimize(read_artifact(artifact))
+
+
+def optimize(content: bytes) -> onnx.GraphProto:
+    """The same of a model that is safe to run."""
     with tempfile.TemporaryDirectory() as folder:
         options = session_options(1)
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        onnxruntime.InferenceSession(read_artifact(artifact), options, providers=PROVIDERS)
+        onnxruntime.InferenceSession(content, options, providers=PROVIDERS)
         graph = onnx.load(options.optimized_model_filepath).graph
     name_nodes(graph)
     return graph
@@ -466,7 +471,7 @@ class _CalibrationReader(ort_quantization.CalibrationDataReader):  # type: ignor
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the converter's advice to run a shape inference that these graphs do not need, and its progress."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

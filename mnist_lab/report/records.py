@@ -63,6 +63,16 @@ class Timing(TypedDict):
     num_calls: Count
 
 
+class Conditions(NamedTuple):
+    """Under which latencies were measured: those of others do not compare."""
+
+    cpu: str
+    threads: int | None
+
+    def __str__(self) -> str:
+        return f"{self.threads} thread{'s' if self.threads != 1 else ''}, {self.cpu}"
+
+
 class Epoch(TypedDict):
     """One point of the learning curves, as `training.EpochMetrics`."""
 

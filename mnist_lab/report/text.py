@@ -3,6 +3,7 @@
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 import pandas as pd
@@ -39,15 +40,26 @@ DISPENSABLE = ("x orig", "seeds", "ms b1024", "precision", "ms b1", "MiB", "tech
 
 
 def write_table(
-    folder: Path, table: pd.DataFrame, *, title: str, distillation: str, columns: Sequence[Column] = COLUMNS
+    folder: Path,
+    table: pd.DataFrame,
+    *,
+    title: str,
+    distillation: str,
+    columns: Sequence[Column] = COLUMNS,
+    sections: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write `table.csv` and `table.md`; the latter adds a summary and the comparisons, that of students among them."""
+    """Write `table.csv` and `table.md`; the latter adds a summary and the comparisons, that of students among them.
+
+    Args:
+        sections: further ones after the summary, by heading; an empty one is left out.
+    """
     write_text(folder / "table.csv", table.to_csv(index=False))
     compression = format_compression(table, style="github")
     parts = [
         f"# {title}",
         format_summary(table, style="github"),
         SUMMARY_LEGEND,
+        *(f"## {heading}\n\n{text}" for heading, text in sections.items() if text),
         "## Every column",
         format_table(table, columns=columns),
         "## Against the original and against the baseline",
