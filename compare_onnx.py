@@ -18,7 +18,7 @@ from mnist_lab.command.options import DataOptions, check_count
 from mnist_lab.compress.foreign import Unquantized
 from mnist_lab.data import load_dataset
 from mnist_lab.deploy.foreign import ForeignModel, read_foreign
-from mnist_lab.deploy.images import Preparation
+from mnist_lab.deploy.image_input import Preparation
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.lab import Lab
 from mnist_lab.experiments.rows import ORDER

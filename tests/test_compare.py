@@ -15,7 +15,7 @@ from mnist_lab.compress.foreign import Quantized, Unquantized, find_executed, qu
 from mnist_lab.compress.int8 import Calibration, optimize
 from mnist_lab.deploy.foreign import ForeignModel, read_foreign
 from mnist_lab.deploy.foreign_session import ForeignSession
-from mnist_lab.deploy.images import Preparation
+from mnist_lab.deploy.image_input import Preparation
 from mnist_lab.experiments.lab import Lab
 from mnist_lab.report.records import Record
 from mnist_lab.studies.compare import doubt, measure_forms, time_all, write_original

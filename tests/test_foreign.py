@@ -15,7 +15,7 @@ from tiny import make_dataset
 from mnist_lab import measure
 from mnist_lab.deploy.foreign import ForeignModel, read_foreign
 from mnist_lab.deploy.foreign_session import ForeignSession, are_probabilities
-from mnist_lab.deploy.images import Preparation
+from mnist_lab.deploy.image_input import Preparation
 from mnist_lab.errors import UserError
 
 PIXELS, LABELS = make_dataset().train.numpy()

@@ -15,7 +15,7 @@ import onnx
 import onnxruntime
 from onnx import AttributeProto, TensorProto, helper, numpy_helper
 
-from mnist_lab.deploy.images import ImageInput, Preparation, describe_input, dims_of, format_shape
+from mnist_lab.deploy.image_input import ImageInput, Preparation, describe_input, dims_of, format_shape
 from mnist_lab.files import read_bytes, reading
 from mnist_lab.measure import EVALUATION_BATCH, Array
 from mnist_lab.runtimes.onnxruntime import PROVIDERS, session_options

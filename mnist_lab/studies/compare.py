@@ -11,7 +11,7 @@ from mnist_lab.compress.foreign import Quantized, Unquantized, find_executed, qu
 from mnist_lab.data import calibration_pixels
 from mnist_lab.deploy.foreign import ForeignModel, num_parameters, stored_bytes
 from mnist_lab.deploy.foreign_session import ForeignSession, are_probabilities
-from mnist_lab.deploy.images import ImageInput
+from mnist_lab.deploy.image_input import ImageInput
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.against_original import mean_divergence, worst_class_points
 from mnist_lab.experiments.lab import Lab
