@@ -278,25 +278,36 @@ def draw_png(draw: Callable[[], Figure | None], *, dots_per_inch: int = DOTS_PER
         return content.getvalue()
 
 
-class Vector(NamedTuple):
-    """A figure as SVG, and what it says of itself."""
+class Embedded(NamedTuple):
+    """A figure as an image for a page, and what it says of itself."""
 
-    svg: bytes
+    kind: str  # as it is called on the web
+    content: bytes
     title: str
     footnote: str
 
 
-def draw_svg(draw: Callable[[], Figure | None]) -> Vector | None:
-    """The same as SVG, its text as text; equal figures give equal bytes."""
+def draw_embedded(draw: Callable[[], Figure | None], *, max_svg_bytes: int) -> Embedded | None:
+    """The same as SVG, its text as text; as a bitmap (WebP, lossless) where that would be larger than a page bears.
+
+    Equal figures give equal bytes.
+    """
     with matplotlib.rc_context(_own_settings() | {"svg.fonttype": "none", "svg.hashsalt": "mnist_lab"}):
         figure = draw()
         if figure is None:
             return None
+        texts = [" ".join(text.split()) for text in (figure.get_suptitle(), figure.get_supxlabel())]
         content = io.BytesIO()
         print_svg: Callable[..., None] = FigureCanvasSVG(figure).print_svg
         print_svg(content, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-        texts = (" ".join(text.split()) for text in (figure.get_suptitle(), figure.get_supxlabel()))
-        return Vector(content.getvalue(), *texts)
+        if content.tell() <= max_svg_bytes:
+            return Embedded("image/svg+xml", content.getvalue(), *texts)
+        figure.set_layout_engine("none")  # it is laid out
+        figure.set_dpi(DOTS_PER_INCH)
+        content = io.BytesIO()
+        print_webp: Callable[..., None] = FigureCanvasAgg(figure).print_webp
+        print_webp(content, pil_kwargs={"lossless": True, "method": 4})
+        return Embedded("image/webp", content.getvalue(), *texts)
 
 
 def _own_settings() -> dict[Any, Any]:

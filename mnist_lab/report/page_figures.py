@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import NamedTuple
 
-from mnist_lab.report.drawing import Figure, Vector, draw_png, draw_svg
+from mnist_lab.report.drawing import Figure, draw_embedded
 from mnist_lab.report.results import Results
 
 MAX_SVG_BYTES = 300_000  # of more, a bitmap is smaller
@@ -17,7 +17,8 @@ class Picture(NamedTuple):
 
     name: str
     title: str
-    says: str  # what it shows, and under which conditions
+    caption: str
+    says: str  # to those who do not see it
     source: str  # a data: address
 
 
@@ -25,22 +26,16 @@ def draw_pictures(results: Results, figures: Mapping[str, Callable[[Results], Fi
     """Every figure for which the records have data; one that cannot be drawn is left out, as `draw_all` says which."""
     for name, draw in figures.items():
         try:
-            vector = draw_svg(partial(draw, results))
-            source = vector and _source(vector, partial(draw, results))
+            drawn = draw_embedded(partial(draw, results), max_svg_bytes=MAX_SVG_BYTES)
         except Exception:  # whatever it is, the page does not hang on it
             continue
-        if vector and source:
-            shows = inspect.getdoc(draw) or ""
-            says = f"{' '.join(shows.partition(chr(10) * 2)[0].split())} {vector.footnote}"
-            yield Picture(name, vector.title.partition(" — ")[0], says.strip(), source)
-
-
-def _source(vector: Vector, draw: Callable[[], Figure | None]) -> str:
-    if len(vector.svg) <= MAX_SVG_BYTES:
-        return as_source("svg+xml", vector.svg)
-    return as_source("png", draw_png(draw) or b"")
+        if drawn is not None:
+            title = drawn.title.partition(" — ")[0]
+            caption = " ".join((inspect.getdoc(draw) or "").partition("\n\n")[0].split())
+            says = f"{title}. {caption} {drawn.footnote}".strip()
+            yield Picture(name, title, caption, says, as_source(drawn.kind, drawn.content))
 
 
 def as_source(kind: str, content: bytes) -> str:
     """An image as an address that holds it."""
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

@@ -105,7 +105,7 @@ def describe_experts(
     found = []
     for expert, own in enumerate(pairs.T):
         most = [own_class for own_class in np.argsort(-own, kind="stable")[:3] if own[own_class] > 0]
-        classes = ", ".join(f"{names[own_class]} ({own[own_class] / own.sum():.0%})" for own_class in most)
+        classes = ", ".join(f"{names[own_class]} ({100 * own[own_class] / own.sum():.0f} %)" for own_class in most)
         sources = []
         if images is not None and chosen is not None:
             indices = np.flatnonzero((chosen == expert).any(axis=1))[:NUM_OF_EXPERT]
@@ -123,4 +123,4 @@ def as_png(pixels: npt.NDArray[np.uint8]) -> str:
     content = b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
     )
-    return as_source("png", b"\x89PNG\r\n\x1a\n" + content)
+    return as_source("image/png", b"\x89PNG\r\n\x1a\n" + content)

@@ -44,7 +44,8 @@ def fetch_runtime() -> str | None:
     if npm is None:
         return f"npm is not here to fetch it; put {ADDRESS} into {CACHE}/"
     with tempfile.TemporaryDirectory() as folder:
-        command = [npm, "pack", f"onnxruntime-web@{VERSION}", "--ignore-scripts", "--pack-destination", folder]
+        command = [npm, "pack", f"onnxruntime-web@{VERSION}", "--ignore-scripts", "--fetch-retries=0"]
+        command += ["--pack-destination", folder]
         try:
             done = subprocess.run(
                 command, check=False, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TIMEOUT_S
