@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -89,7 +89,7 @@ def find_commands(records: Sequence[Record]) -> list[str]:
 
 def _departures(records: Sequence[Record]) -> list[str]:
     """The options that depart from the named recipe."""
-    own = next((record.config["recipe"] for record in records if record.config.get("recipe")), {})
+    own: dict[str, Any] = next((record.config["recipe"] for record in records if record.config.get("recipe")), {})
     usual = vars(find_recipe(cast(RecipeName, records[0].recipe), cast(PresetName, records[0].preset)))
     options = {"epochs": "--epochs", "batch_size": "--batch-size"}
     return [f"{option} {own[name]}" for name, option in options.items() if own.get(name, usual[name]) != usual[name]]

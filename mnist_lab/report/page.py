@@ -7,8 +7,9 @@ are named in the page's content security policy by their digest: no other runs, 
 import base64
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from mnist_lab.errors import UserError
 from mnist_lab.files import write_text
+from mnist_lab.report.drawing import Figure
 from mnist_lab.report.figures import FIGURES
 from mnist_lab.report.findings import HEADERS, Finding, cells_of, summarize
 from mnist_lab.report.page_demo import Demo
@@ -63,7 +65,7 @@ class Surroundings:
     demo: Demo | None = None
     demo_missing: str = ""  # why there is none
     commands: Sequence[str] = ()  # that make it all again
-    figures: Mapping[str, Any] = field(default_factory=lambda: FIGURES)
+    figures: Mapping[str, Callable[[Results], Figure | None]] = field(default_factory=lambda: FIGURES)
 
 
 class Cell(NamedTuple):
@@ -222,13 +224,16 @@ def find_mistakes(folder: Path, results: Results, images: TestImages | None) -> 
         return [], []
     names = _class_names(results.records[0])
     missed, divided = choose_images(np.stack([*predicted.values()]), labels)
-    describe = lambda index: describe_mistake(index, predicted, labels, names, images)  # noqa: E731
-    return [describe(index) for index in missed], [describe(index) for index in divided]
+    is_same = images is not None and np.array_equal(images.labels, labels)
+    describe = partial(
+        describe_mistake, predicted=predicted, labels=labels, names=names, images=images if is_same else None
+    )
+    return [*map(describe, missed)], [*map(describe, divided)]
 
 
 def _experts(results: Results, images: TestImages | None) -> list[tuple[str, list[OfExpert]]]:
     """Of the first mixture, and those whose choices are at hand: what each of its experts gets."""
-    found = []
+    found: list[tuple[str, list[OfExpert]]] = []
     for model in results.models:
         record = model.runs[0]
         if record.expert_by_class and (not found or (images and model.name in images.experts)):
@@ -284,9 +289,7 @@ def _facts(results: Results) -> dict[str, str]:
     first = results.records[0]
     seeds = sorted({record.seed for record in results.records})
     images = sum(map(sum, next(iter(first.measurements.values())).confusion))
-    recipe = first.config.get("recipe") or next(
-        (record.config["recipe"] for record in results.records if record.config.get("recipe")), {}
-    )
+    recipe: dict[str, Any] = next((r.config["recipe"] for r in results.records if r.config.get("recipe")), {})
     facts = {
         "CPU": first.machine["cpu"],
         "Cores that may be used": str(first.machine["cores"]),
@@ -295,8 +298,7 @@ def _facts(results: Results) -> dict[str, str]:
         "Threads for training": _all_of(record.train_threads for record in results.records),
         "Data": f"{first.dataset}, {images:,} test images" if images else first.dataset,
         "Preset": first.preset,
-        "Recipe": f"{first.recipe}: "
-        + ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in recipe.items()),
+        "Recipe": f"{first.recipe} {_short(recipe) if recipe else ''}",
         "Seeds": ", ".join(map(str, seeds)),
         "Records": f"{len(results.records)}, of {len(results.models)} models",
     }

@@ -43,7 +43,7 @@ class Answer(NamedTuple):
 class Mistake(NamedTuple):
     """One test image, and what the models say, most of them first."""
 
-    index: int
+    number: int
     label: str
     answers: list[Answer]
     source: str  # the image; empty where it is not at hand
