@@ -19,6 +19,7 @@ from mnist_lab.data import load_dataset
 from mnist_lab.experiments.make import load_or_make
 from mnist_lab.experiments.rows import FFN, MOE, ORDER, dynamic_int8, static_int8
 from mnist_lab.experiments.run import Run
+from mnist_lab.report.drawing import Figure
 from mnist_lab.report.page import Surroundings, write_page
 from mnist_lab.report.page_images import TestImages
 from mnist_lab.report.records import Record, load_predictions
@@ -84,7 +85,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name, accuracy, size in zip(NAMES, accuracies, sizes, strict=True)
     ]
 
-    def wide(results: Results) -> object:
+    def wide(results: Results) -> Figure:
         """Nothing, on much room."""
         figure = small_figure("x")
         figure.set_size_inches(12, 4)

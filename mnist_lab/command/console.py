@@ -272,7 +272,8 @@ def write_results(lab: Lab, records: Sequence[Record], *, order: Sequence[str]) 
         print(f"curve: {curve}", flush=True)
     for path in draw_all(lab.results, results):
         print(f"plot: {path}", flush=True)
-    print(f"report: {write_report(lab.results, results, lab.checkpoints, lambda: lab.test)}", flush=True)
+    if records:
+        print(f"report: {write_report(lab.results, results, lab.checkpoints, lambda: lab.test)}", flush=True)
 
 
 def print_notice(notice: str) -> None:
