@@ -79,7 +79,7 @@ def open_page(browser: "Browser") -> Iterator[Open]:
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A page of three models without a demo."""
     folder = tmp_path_factory.mktemp("plain")
-    accuracies, sizes = (0.9, 0.8, 0.95), (10.0, 9.0, 1.0)
+    accuracies, sizes = (0.9, 0.8, 0.7), (10.0, 9.0, 1.0)
     records = [
         make_record(name, onnxruntime=make_measurement(accuracy, size))
         for name, accuracy, size in zip(NAMES, accuracies, sizes, strict=True)
@@ -97,21 +97,21 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def names_in_order(page: "Page") -> list[str]:
-    return page.locator("#table-columns tbody th").all_inner_texts()
+    return page.locator("#table-comparison tbody th:visible").all_inner_texts()
 
 
 def test_tables_sort_as_numbers_by_mouse_and_keyboard(plain: Path, open_page: Open) -> None:
     page = open_page(plain)
-    size = page.locator("#table-columns thead th", has=page.get_by_text("size_mib", exact=True))
-    size.get_by_role("button").click()
-    assert size.get_attribute("aria-sort") == "ascending"
-    assert names_in_order(page) == [NAMES[2], NAMES[1], NAMES[0]]
+    points = page.locator("#table-comparison thead th", has=page.get_by_text("acc vs baseline", exact=True))
+    points.get_by_role("button").click()
+    assert points.get_attribute("aria-sort") == "ascending"
+    assert names_in_order(page) == [NAMES[2], NAMES[1], NAMES[0]]  # -20, -10, 0
     page.keyboard.press("Enter")
-    assert size.get_attribute("aria-sort") == "descending"
+    assert points.get_attribute("aria-sort") == "descending"
     assert names_in_order(page) == [NAMES[0], NAMES[1], NAMES[2]]
-    assert page.locator("#table-columns [aria-sort=descending]").count() == 1
+    assert page.locator("#table-comparison [aria-sort=descending]").count() == 1
     page.get_by_label("Rows that contain").fill("ptq")
-    assert page.locator("#table-columns tbody th:visible").all_inner_texts() == [NAMES[1]]
+    assert names_in_order(page) == [NAMES[1]]
     assert page.locator("#filtered").inner_text() == "1 of 3 rows"
 
 
