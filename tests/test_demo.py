@@ -110,12 +110,13 @@ def fake_npm(folder: Path, monkeypatch: pytest.MonkeyPatch, script: str) -> None
 
 
 def test_engine_is_fetched_once_and_checked(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "package").write_bytes(make_package())
+    package = make_package()  # once: it holds the time
+    (tmp_path / "package").write_bytes(package)
     copies = f'for last; do :; done; cp {tmp_path / "package"} "$last/{PACKAGE}"'
     fake_npm(tmp_path / "bin", monkeypatch, copies)
     assert "is not onnxruntime-web" in (fetch_runtime() or "")
     assert find_runtime() is None
-    digest = base64.b64encode(hashlib.sha512(make_package()).digest()).decode()
+    digest = base64.b64encode(hashlib.sha512(package).digest()).decode()
     monkeypatch.setattr(onnxruntime_web, "INTEGRITY", digest)
     assert fetch_runtime() is None
     (tmp_path / "bin" / "npm").unlink()
