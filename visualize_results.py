@@ -3,13 +3,14 @@
 python visualize_results.py                                           # every folder below results/
 python visualize_results.py --results results/mnist-compact-standard  # one folder: expect 11 plots a folder
 python visualize_results.py --dataset mnist --recipe quick            # those that fit
+python visualize_results.py --report                                  # report.html too, with a live demo (make report)
 """
 
 import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from mnist_lab.command.entry import Folder, run_script
 from mnist_lab.errors import FolderInUse, RunFailed, UserError
@@ -36,6 +37,11 @@ class PlotOptions:
     """Draw only this set of architectures."""
     recipe: RecipeName | None = None
     """Draw only this training budget."""
+    report: bool = False
+    """Write report.html too. The models it runs need npm once, which fetches an engine for browsers into .cache/."""
+    data_dir: Folder | None = None
+    """For the images of the report: folder that holds MNIST/raw/ and the like; when not given, $MNIST_LAB_DATA, else
+    ./data (downloaded into)."""
 
     def admits(self, record: Record) -> bool:
         """Whether a record passes every filter that is given."""
@@ -108,8 +114,32 @@ def draw(folder: Path, records: list[Record]) -> Iterator[Path]:
     return draw_all(folder, results)
 
 
+def report(folder: Path, records: list[Record], options: PlotOptions) -> Path:
+    """One page of a results folder."""
+    from mnist_lab.command.report import write_report
+    from mnist_lab.data import load_dataset
+    from mnist_lab.experiments.rows import ORDER
+    from mnist_lab.report.results import Results
+
+    checkpoints, dataset = options.checkpoints / folder.absolute().name, cast(DatasetName, records[0].dataset)
+    data_dir = None if dataset == "digits" else options.data_dir
+    return write_report(
+        folder, Results(records, ORDER), checkpoints, lambda: load_dataset(dataset, data_dir).load_test()
+    )
+
+
+def fetch_engine() -> None:
+    """Says why there will be no demo."""
+    from mnist_lab.runtimes.onnxruntime_web import fetch_runtime
+
+    if reason := fetch_runtime():
+        print(f"reports without a demo: {reason}", flush=True)
+
+
 def main(options: PlotOptions) -> None:
     folders = find_folders(options.results)
+    if options.report:
+        fetch_engine()
     failures: list[UserError | RunFailed] = []
     is_any_admitted = False
     for folder in folders:
@@ -118,8 +148,11 @@ def main(options: PlotOptions) -> None:
             if records:
                 is_any_admitted = True
                 with alone_where_possible(folder):
-                    for path in draw(folder, choose_records(folder, records, options.checkpoints)):
+                    chosen = choose_records(folder, records, options.checkpoints)
+                    for path in draw(folder, chosen):
                         print(f"plot: {path}", flush=True)
+                    if options.report and folder.absolute().name != CLAIMS_FOLDER:
+                        print(f"report: {report(folder, chosen, options)}", flush=True)
         except (UserError, RunFailed) as error:  # the other folders do not hang on it
             failures.append(error)
     if failures:

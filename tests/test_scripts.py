@@ -160,6 +160,13 @@ class TestWholeSuite:
         drawn = {path.stem for path in (finished / "results" / FOLDER / "plots").glob("*.png")}
         assert drawn == figures.FIGURES.keys() - figures.OF_COMPRESSED.keys()
 
+    def test_report_has_all_of_it_but_the_demo(self, finished: Path) -> None:
+        page = (finished / "results" / FOLDER / "report.html").read_text()
+        assert page.count("<figure id=") == len(figures.FIGURES) - len(figures.OF_COMPRESSED)
+        assert "Missed by most models" in page
+        assert "Expert 3" in page
+        assert "No live demo in this page: `make report` fetches" in page
+
     def test_every_file_is_what_its_record_says(self, finished: Path) -> None:
         records = load_records(finished / "results" / FOLDER)
         assert {record.row for record in records} == {row.name for row in TABLE}

@@ -142,6 +142,23 @@ def test_script_draws_results_whose_checkpoints_are_not_here_of_one_cpu_and_like
     assert left_out in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_script_writes_the_report_where_it_is_asked(
+    tmp_path: Path, drawn: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mnist_lab.runtimes.onnxruntime_web.fetch_runtime", lambda: "no network")
+    monkeypatch.setattr(figures, "FIGURES", {})
+    for folder in ("one", "one/claims"):
+        save_runs(tmp_path / "r" / folder, None, replace(make_record(), dataset="digits"))
+    visualize_results.main(PlotOptions(tmp_path / "r", tmp_path / "c"))
+    assert not list(tmp_path.rglob("report.html"))
+    visualize_results.main(PlotOptions(tmp_path / "r", tmp_path / "c", report=True))
+    assert list(tmp_path.rglob("report.html")) == [tmp_path / "r" / "one" / "report.html"]
+    lines = capsys.readouterr().out.splitlines()
+    assert "reports without a demo: no network" in lines
+    assert f"report: {tmp_path / 'r' / 'one' / 'report.html'}" in lines
+
+
 def test_script_draws_the_seeds_that_the_table_holds(tmp_path: Path, drawn: dict[str, list[str]]) -> None:
     folder, current = tmp_path / "r" / "one", replace(make_record(seed=1), versions={"torch": "1"})
     save_runs(folder, None, make_record(), current, replace(current, seed=2))

@@ -295,7 +295,7 @@ def _read_line() -> str:
 
 
 def write_results(lab: Lab, records: Sequence[Record], *, order: Sequence[str]) -> None:
-    """Table and plots.
+    """Table, plots and report.
 
     Args:
         order: the families, first one first.
@@ -311,6 +311,7 @@ def write_results(lab: Lab, records: Sequence[Record], *, order: Sequence[str]) 
         print(f"\ndistillation:\n{distillation}")
     print(f"\ntable: {lab.results / 'table.csv'} and table.md", flush=True)
     # Imported when the table is safe: matplotlib takes a second, and may be broken.
+    from mnist_lab.command.report import write_report
     from mnist_lab.report.curve import write_curve
     from mnist_lab.report.figures import draw_all
     from mnist_lab.report.results import Results
@@ -320,6 +321,8 @@ def write_results(lab: Lab, records: Sequence[Record], *, order: Sequence[str]) 
         print(f"curve: {curve}", flush=True)
     for path in draw_all(lab.results, results):
         print(f"plot: {path}", flush=True)
+    if records:
+        print(f"report: {write_report(lab.results, results, lab.checkpoints, lambda: lab.test)}", flush=True)
     if winners is not None:
         print(f"\n{format_winners(winners, lab.checkpoints)}", flush=True)
 
