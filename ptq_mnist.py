@@ -3,6 +3,7 @@
 python ptq_mnist.py                                 # the FFN, static: expect 99.29 ± 0.08 %, 0.230 MiB
 python ptq_mnist.py --model moe                     # the MoE, dynamic: expect 99.19 ± 0.07 %, 0.718 MiB
 python ptq_mnist.py --model moe --mode static       # the contrast: expect 99.21 ± 0.07 %, 0.735 MiB
+python ptq_mnist.py --target-cpu any                # weights of 7 bits, right also where 8 overflow (no VNNI)
 python ptq_mnist.py --mode weight-only --bits 4     # weights of 4 bits, a scale for each output
 python ptq_mnist.py --mode weight-only --model moe --size-budget 235    # of 2, 3, 4 or 8 bits, as fits into 235 KiB
 python ptq_mnist.py --mode fused --model moe --bits 8   # for one image at a time: the experts as one operator
@@ -25,6 +26,7 @@ from mnist_lab.experiments.rows import (
     SOURCES,
     SourceName,
     dynamic_int8,
+    for_any_cpu,
     fused_experts,
     mixed_bits,
     static_int8,
@@ -44,6 +46,9 @@ class PTQOptions(Options):
     fused: an MoE's experts in --bits 8 or 4 as one operator of ONNX Runtime, the fastest for one image at a time. When
     not given, static for the dense models and dynamic for the MoE."""
     calibration: Calibration = field(default_factory=Calibration)
+    target_cpu: Literal["this", "any"] = "this"
+    """With --mode static or dynamic: on which CPUs the file must be right. Those like this one; or any, also x86
+    without VNNI, where products of 8-bit weights overflow: they get 7 bits."""
     bits: Literal[8, 4, 3, 2] | None = None
     """Of a weight, with --mode weight-only (when not given, 4) or fused (8 or 4; when not given, 4)."""
     group_size: GroupSize = "channel"
@@ -66,6 +71,8 @@ class PTQOptions(Options):
             raise UserError(
                 f"--calibration-size and --calibration-method are for --mode static, and this is {self.chosen_mode}"
             )
+        if self.target_cpu == "any" and self.chosen_mode not in {"static", "dynamic"}:
+            raise UserError(f"--target-cpu any is for --mode static and dynamic, and this is {self.chosen_mode}")
         has_rounding = self.rounding != Rounding() or self.bits is not None
         if self.mixed is None:
             if self.allocation != "sensitivity":
@@ -122,9 +129,9 @@ class PTQOptions(Options):
         if self.chosen_mode == "weight-only":
             form = self.mixed
             return mixed_bits(source, form) if form else weight_only(source, WeightOnly(self.rounding, self.method))
-        return (
-            dynamic_int8(source) if self.chosen_mode == "dynamic" else static_int8(source, StaticInt8(self.calibration))
-        )
+        is_dynamic = self.chosen_mode == "dynamic"
+        row = dynamic_int8(source) if is_dynamic else static_int8(source, StaticInt8(self.calibration))
+        return for_any_cpu(row) if self.target_cpu == "any" else row
 
 
 def _check_calibration_size(size: int, num_images: int) -> None:
