@@ -305,7 +305,13 @@ OPTIONS = {
         "--num-images": ["", "abc", "1"],
         "--ensemble-size": NUMBERS,
     },
-    "ptq_mnist": {"--calibration-size": NUMBERS, "--calibration-method": NAMES, "--model": NAMES, "--mode": NAMES},
+    "ptq_mnist": {
+        "--calibration-size": NUMBERS,
+        "--calibration-method": NAMES,
+        "--model": NAMES,
+        "--mode": NAMES,
+        "--target-cpu": NAMES,
+    },
     "run_all_experiments": {
         "--seeds": NUMBERS,
         "--mode": NAMES,
