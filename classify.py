@@ -5,6 +5,7 @@ python classify.py photo.jpg scan.png --model checkpoints/mnist-compact-standard
 
 import sys
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import tyro
@@ -34,10 +35,16 @@ class ClassifyOptions:
 def main(options: ClassifyOptions) -> None:
     card, session = describe(options.model), OnnxRuntimeSession(options.model, threads=1)
     interface, failed = card.interface, 0
-    how = {"image_size": interface.image_size, "polarity": interface.polarity, "as_is": options.as_is}
+    take = partial(
+        prepare,
+        image_size=interface.image_size,
+        polarity=interface.polarity,
+        is_centred=card.dataset in CENTRED,
+        as_is=options.as_is,
+    )
     for path in options.images:
         try:
-            pixels = prepare(path, is_centred=card.dataset in CENTRED, **how)
+            pixels = take(path)
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
             failed += 1

@@ -217,7 +217,7 @@ def test_only_products_of_bytes_need_vnni(tmp_path: Path) -> None:
 @pytest.mark.parametrize("flags", [set(), {"avx512_vnni"}])
 def test_rows_for_any_cpu(flags: set[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(int8, "cpu_flags", lambda: flags)
-    monkeypatch.setattr(int8.platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
     names = {"FFN_PTQ_INT8": static_int8(FFN, StaticInt8()), "Sparse_MoE_INT8": dynamic_int8(MOE)}
     names |= {"FFN_PTQ_INT8-dynamic": dynamic_int8(FFN)}
     for name, row in names.items():

@@ -43,6 +43,14 @@ class Interface:
     outputs: tuple[str, ...] = ("logits",)
 
 
+class Origin(TypedDict):
+    """A file that another was made from."""
+
+    model: str
+    file: str
+    sha256: str
+
+
 class Accuracy(TypedDict):
     """Share of a split's images whose class is right, and where that was measured."""
 
@@ -69,7 +77,7 @@ class Card:
     recipe: str = ""
     seed: int | None = None
     accuracy: dict[str, Accuracy] = field(default_factory=dict)  # by split; "test, one by one": a batch an image
-    parents: dict[str, dict[str, str]] = field(default_factory=dict)  # by role: model, file, SHA-256
+    parents: dict[str, Origin] = field(default_factory=dict)  # by role
 
 
 def card_path(artifact: Path) -> Path:

@@ -12,7 +12,7 @@ import onnxruntime
 from onnx import TensorProto, helper
 
 from mnist_lab.deploy.artifacts import is_packed, read_artifact, read_onnx, read_onnx_metadata, save_onnx
-from mnist_lab.deploy.card import Card, card_path, describe, save_card
+from mnist_lab.deploy.card import Card, Origin, card_path, describe, save_card
 from mnist_lab.errors import RunFailed, UserError
 from mnist_lab.files import sha256, write_atomically
 from mnist_lab.measure import Array, log_softmax
@@ -47,7 +47,7 @@ def copy_artifact(artifact: Path, output: Path, *, probabilities: bool) -> Card:
         _check(artifact, temporary, card)
 
     write_atomically(output, write)
-    original = {"model": card.model, "file": artifact.name, "sha256": card.sha256}
+    original = Origin(model=card.model, file=artifact.name, sha256=card.sha256)
     card = replace(
         card,
         file=output.name,

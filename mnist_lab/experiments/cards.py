@@ -31,7 +31,7 @@ def ensure_card(run: Run, record: Record) -> None:
         recipe=record.recipe,
         seed=record.seed,
         accuracy=_accuracy(run, record),
-        parents={role: dict(parent) for role, parent in record.parents.items()},
+        parents={**record.parents},
     )
     save_card(run.artifact, card)
 
@@ -53,7 +53,6 @@ def _accuracy(run: Run, record: Record) -> dict[str, Accuracy]:
 
 
 def _tested(record: Record) -> tuple[RuntimeName, Measurement]:
-    measured = record.measurements
-    runtime = next((name for name in measured if measured[name].file["file"] == record.artifact["file"]), None)
-    name = runtime or next(iter(measured))
-    return name, measured[name]
+    measured = list(record.measurements.items())
+    of_artifact = (pair for pair in measured if pair[1].file["file"] == record.artifact["file"])
+    return next(of_artifact, measured[0])
