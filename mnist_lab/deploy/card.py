@@ -106,13 +106,20 @@ def load_card(artifact: Path) -> Card | None:
         UserError: it is damaged, or was edited.
     """
     path = card_path(artifact)
-    if not path.exists():
-        return None
+    card = read_card(path) if path.exists() else None
+    return card if card is not None and card.sha256 == sha256(artifact) else None
+
+
+def read_card(path: Path) -> Card:
+    """What a card says, whatever it is of.
+
+    Raises:
+        UserError: it is missing, damaged, or was edited.
+    """
     content = read_bytes(path)
     with reading(path, "Delete it."):
         check_seal(content)
-        card = msgspec.json.decode(content, type=Card)
-    return card if card.sha256 == sha256(artifact) else None
+        return msgspec.json.decode(content, type=Card)
 
 
 def describe(artifact: Path) -> Card:

@@ -5,7 +5,6 @@ from mnist_lab.deploy.card import CENTRED, PREPARATIONS, Accuracy, Card, depends
 from mnist_lab.deploy.onnx import interface_of
 from mnist_lab.experiments.run import Run
 from mnist_lab.report.records import Measurement, Record
-from mnist_lab.runtimes import RuntimeName
 
 
 def ensure_card(run: Run, record: Record) -> None:
@@ -52,7 +51,7 @@ def _accuracy(run: Run, record: Record) -> dict[str, Accuracy]:
     return found
 
 
-def _tested(record: Record) -> tuple[RuntimeName, Measurement]:
+def _tested(record: Record) -> tuple[str, Measurement]:
     measured = list(record.measurements.items())
     of_artifact = (pair for pair in measured if pair[1].file["file"] == record.artifact["file"])
     return next(of_artifact, measured[0])
