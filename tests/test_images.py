@@ -108,7 +108,7 @@ def test_kind_of_file_does_not_matter(tmp_path: Path, kind: str) -> None:
 def test_noise_is_no_ink(tmp_path: Path) -> None:
     noise = np.random.default_rng(0).normal(0, 12, (150, 200))
     noisy = Image.fromarray((np.asarray(draw(at=(70, 20))) * 0.6 + 50 + noise).clip(0, 255).astype(np.uint8))
-    assert np.abs(digit(save(tmp_path, noisy)) - digit(save(tmp_path, draw(at=(70, 20))))).mean() < 0.08
+    assert np.abs(digit(save(tmp_path, noisy)) - digit(save(tmp_path, draw(at=(70, 20))))).mean() < 0.04
 
 
 def test_model_that_takes_dark_on_light_gets_it(tmp_path: Path) -> None:
@@ -166,14 +166,10 @@ def test_digits_of_mnist_are_recognised_when_they_are_redrawn(mnist: Dataset, tm
 
 def bad(folder: Path, kind: str) -> Path:
     path = folder / "x.png"
-    whole = io.BytesIO()
-    draw().save(whole, "JPEG")
-    contents = {
-        "empty": b"",
-        "text": b"hello",
-        "cut short": whole.getvalue()[:500],
-        "a program": b"%!PS-Adobe-3.0 EPSF-3.0\n",
-    }
+    photo, program = io.BytesIO(), io.BytesIO()
+    draw().save(photo, "JPEG")
+    draw().save(program, "EPS")
+    contents = {"empty": b"", "text": b"hello", "cut short": photo.getvalue()[:500], "a program": program.getvalue()}
     if kind in contents:
         path.write_bytes(contents[kind])
     elif kind == "a folder":
