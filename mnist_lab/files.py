@@ -18,6 +18,7 @@ TEMPORARY = ".tmp-"  # how the names of unfinished files begin
 BLANK = f"sha256:{'0' * 64}"  # where a file's own digest goes
 DIGEST = re.compile(rb"sha256:([0-9a-f]{64})")
 MAX_BYTES = 2**31  # of a file that is read whole; ONNX allows no more
+MAX_VALUES = 2**16  # that a file's windows may make of an image, as their weights do not bound them
 # What fsync says where a file system has no such thing; whatever else it says means lost data.
 NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EBADF, errno.EROFS}
 

@@ -67,6 +67,7 @@ GROUPS = {
     "training",
 }
 OF_SUBCOMMANDS = {"prune_mnist": "PruneOptions"}
+OF_FILES = {"classify": "ClassifyOptions", "deploy_mnist": "DeployOptions"}
 FOLDER = "digits-compact-quick"
 QUICK = ["--dataset", "digits", "--recipe", "quick", "--epochs", "1"]
 pytestmark = pytest.mark.slow
@@ -114,7 +115,7 @@ def run(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> i
         monkeypatch.setattr(module, "has_bfloat16", lambda: True)  # torch emulates it where the CPU has none
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(SystemExit) as exit_info:
-        run_script(module.main, getattr(module, (OPTIONS | OF_SUBCOMMANDS)[script]), module.__doc__ or "")
+        run_script(module.main, getattr(module, (OPTIONS | OF_SUBCOMMANDS | OF_FILES)[script]), module.__doc__ or "")
     return int(exit_info.value.code or 0)
 
 

@@ -232,6 +232,9 @@ def print_proof(record: Record) -> None:
     print(f"{record.run_name}: {record.proof['text']}")
     for runtime, measurement in record.measurements.items():
         print(f"same class as {record.original} on {measurement.same_class:.2%} of the test images in {runtime}")
+        if measurement.other_class_b1 is not None:
+            others = f"{measurement.other_class_b1:.2%} have another class"
+            print(f"one image at a time, test accuracy is {measurement.test_acc_b1:.2%}, and {others} than in a batch")
 
 
 def run_table(options: Options, rows: Sequence[Row], *, mode: Mode | None, seeds: range) -> None:

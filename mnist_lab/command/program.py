@@ -18,6 +18,9 @@ SCRIPTS = {
     "adapt": "adapt_mnist",
     "claims": "claims_mnist",
     "dark-knowledge": "dark_knowledge_mnist",
+    "compare": "compare_onnx",
+    "deploy": "deploy_mnist",
+    "classify": "classify",
     "visualize": "visualize_results",
 }
 

@@ -23,12 +23,13 @@ from onnxruntime import quantization as ort_quantization
 from onnxruntime.quantization import calibrate
 
 from mnist_lab.deploy.artifacts import name_nodes, read_artifact, read_onnx, read_onnx_metadata, save_onnx
+from mnist_lab.deploy.card import features_needed
 from mnist_lab.deploy.inside import count_rows, isolate_experts
 from mnist_lab.deploy.onnx import build_onnx, write_onnx
 from mnist_lab.errors import UserError, WrongPrecision
 from mnist_lab.experiments.technique import Proof, Work
 from mnist_lab.files import write_atomically
-from mnist_lab.machine import cpu_flags
+from mnist_lab.machine import VNNI, cpu_flags
 from mnist_lab.measure import Array
 from mnist_lab.models import Model
 from mnist_lab.runtimes import FLOAT_PRODUCTS, Precision, RuntimeName
@@ -119,7 +120,7 @@ def needs_reduced_range() -> bool:
 
     x86 without VNNI adds two 8-bit products in a saturating 16-bit register.
     """
-    return platform.machine().lower() in {"x86_64", "amd64"} and not cpu_flags() & {"avx512_vnni", "avx_vnni"}
+    return platform.machine().lower() in {"x86_64", "amd64"} and not cpu_flags() & {*VNNI}
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ def _prove_int8(model: Model, file: Path, *, reduced_range: bool, calibration: C
     counted = prove_integer(file, fp32, keep_float=keep_float)
     products = ", ".join(f"{count} {name}" for name, count in counted.integer_products.items())
     floats = ", ".join(counted.float_products) or "none"
-    weights = "7-bit weights, as this CPU has no VNNI" if reduced_range else "8-bit weights"
+    weights = "7-bit weights, for any CPU" if reduced_range else "8-bit weights, for which x86 needs VNNI"
     notes = _describe_calibration(says["calibration"], calibration) if calibration else []
     text = "; ".join([f"integer products: {products}", f"in float: {floats}", weights, *notes])
     return asdict(counted) | {"reduced_range": reduced_range, "text": text}
@@ -290,6 +291,7 @@ def quantize(
             leave_logits_in_float(model.graph)
         else:
             round_before_sorting(model.graph)
+        notes["cpu_features"] = features_needed(model.graph)
         save_onnx(model, temporary, {**metadata, **notes})
 
     with quiet(), tempfile.TemporaryDirectory() as folder:

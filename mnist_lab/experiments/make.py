@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from mnist_lab.errors import RunFailed
+from mnist_lab.experiments.cards import ensure_card
 from mnist_lab.experiments.measure_run import find_known, measure_run
 from mnist_lab.experiments.resume import forget, keepers
 from mnist_lab.experiments.run import Run
@@ -57,6 +58,7 @@ def load_or_measure(run: Run) -> Record:
     ensure_files(run)
     record = find_known(run)
     if record is not None and record.measurements.keys() >= set(run.runtimes):
+        ensure_card(run, record)
         return record
     return measure_run(run, known=record)
 

@@ -105,6 +105,8 @@ class Measurement:
     largest_gap: Amount  # between its logits and those of the original in PyTorch, on the test images
     threads: Annotated[int, Meta(ge=1)] | None = None  # of the latencies
     latency_ms: dict[str, Timing] = field(default_factory=dict)  # by batch
+    test_acc_b1: Share | None = None  # one image at a time, where an artifact takes scales from the whole batch
+    other_class_b1: Share | None = None  # of test images whose class is then another than in batches of 1000
     latency_session: str = ""  # latencies of one session were measured by turns, and compare
 
 

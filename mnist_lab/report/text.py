@@ -33,7 +33,8 @@ COMPRESSION_LEGEND = (
     "of them with another class and with the same, the gate's KL, margin between the last expert chosen "
     "and the next, coefficient of variation of the load, experts with less than a tenth of an even share, and linear "
     "CKA between experts' outputs (1: alike). Memory in PyTorch: of the parameters once loaded, zeros in full, and of "
-    "a pass of 1,000 images at its peak. Images per second in batches of 1,024; seconds that the technique took."
+    "a pass of 1,000 images at its peak. Images per second in batches of 1,024; seconds that the technique took. Where "
+    "scales are the batch's: test accuracy one image at a time, and images whose class is then another."
 )
 # What a narrow terminal can do without, first what it misses least.
 DISPENSABLE = ("x orig", "seeds", "ms b1024", "precision", "ms b1", "MiB", "technique", "runtime")

@@ -317,6 +317,7 @@ OPTIONS = {
         "--model": NAMES,
         "--source": [*NAMES, "FFN_baseline", "*", "a/b", "é"],
         "--mode": NAMES,
+        "--target-cpu": NAMES,
     },
     "qat_mnist": {"--source": NAMES, "--bits": NAMES, "--model": NAMES},
     "run_all_experiments": {
