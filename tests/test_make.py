@@ -245,8 +245,8 @@ def test_time_left_weighs_runs_by_their_cost(lab: Lab, capsys: pytest.CaptureFix
     assert lines[-1].startswith("[10/10, ")
     assert "about 0 s left" in lines[-1]
     # Five epochs and a measurement against nine measurements: what is left takes 1.5 times what was done.
-    assert make_module._cost(Run(lab, OTHER, 0)) == pytest.approx(6)
-    assert sum(make_module._cost(run) for run in forms) == pytest.approx(9)
+    assert make_module.cost_of(Run(lab, OTHER, 0)) == pytest.approx(6)
+    assert sum(make_module.cost_of(run) for run in forms) == pytest.approx(9)
 
 
 def test_interrupted_run_leaves_what_was_finished(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

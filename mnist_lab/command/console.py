@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pandas as pd
@@ -23,7 +23,7 @@ from mnist_lab.experiments.run import Run
 from mnist_lab.folders import only_run_in
 from mnist_lab.machine import cpu_model, usable_cpus
 from mnist_lab.report.columns import COMPRESSION
-from mnist_lab.report.records import Record, first_in, load_records, usable_records
+from mnist_lab.report.records import Record, first_in, load_records, timed_on, usable_records
 from mnist_lab.report.table import build_table, judge_distillation
 from mnist_lab.report.text import SUMMARY_LEGEND, format_compression, format_fastest, format_summary, write_table
 from mnist_lab.runtimes import RUNTIMES, RuntimeName, why_missing
@@ -51,14 +51,17 @@ def open_lab(options: Options) -> Iterator[Lab]:
         print_notice(notice)
 
 
-def find_lab(options: Options) -> Lab:
+def find_lab(options: Options, like: Lab | None = None) -> Lab:
     """The same for a process of a run that has the folders already. Torch gets no more threads than CPUs may be used.
+
+    Args:
+        like: another of the same data and runtimes, where there is one.
 
     Raises:
         UserError: the data cannot be had.
     """
     use_allowed_cpus()
-    dataset = load_dataset(options.dataset, options.data_dir)
+    dataset = like.dataset if like else load_dataset(options.dataset, options.data_dir)
     folder = f"{dataset.name}-{options.preset}-{options.recipe}"
     return Lab(
         dataset=dataset,
@@ -69,9 +72,20 @@ def find_lab(options: Options) -> Lab:
         results=options.results / folder,
         device=options.device,
         threads=options.threads,
-        runtimes=_find_runtimes(options),
+        runtimes=like.runtimes if like else _find_runtimes(options),
         data_dir=options.data_dir,
     )
+
+
+@dataclass(frozen=True)
+class FindLab:
+    """Finds the lab of these options, in another process too."""
+
+    options: Options
+    train_threads: int | None = None
+
+    def __call__(self, like: Lab | None = None) -> Lab:
+        return replace(find_lab(self.options, like), train_threads=self.train_threads)
 
 
 def use_allowed_cpus() -> None:
@@ -196,11 +210,23 @@ def run_rows(lab: Lab, rows: Sequence[Row], *, mode: Mode | None, seeds: range) 
     print_checkpoints(runs)
     load_records(lab.results)  # a broken one stops the run now, not after hours of work
     records = make_all(runs, make if (mode or ask_mode()) == "train" else load_or_make)
-    usable, left_out = usable_records(load_records(lab.results), lab.checkpoints, cpu_model(), current=records)
-    for line in left_out:
-        print(f"not in the table: {line}")
+    finish_table(lab, records, rows)
+
+
+def finish_table(lab: Lab, made: Sequence[Record], rows: Sequence[Row]) -> list[Record]:
+    """Time what the results folder holds, and write its table and plots; the records that are in the table.
+
+    Args:
+        made: the records just made, of
+        rows: whose families come first.
+    """
+    usable, left_out = usable_records(load_records(lab.results), lab.checkpoints, cpu_model(), current=made)
     measure_latencies(lab, first_in(usable, lab.runtimes))
+    usable, not_timed = timed_on(cpu_model(), usable)
+    for line in [*left_out, *not_timed]:
+        print(f"not in the table: {line}")
     write_results(lab, usable, order=tuple(dict.fromkeys([*families(rows), *ORDER])))
+    return usable
 
 
 def print_checkpoints(runs: Sequence[Run]) -> None:
