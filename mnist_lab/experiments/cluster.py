@@ -104,7 +104,7 @@ class Cluster:
 
     def _check(self) -> None:
         if self._client.status != "running":
-            raise RunFailed(f"--cluster {self.address}: the scheduler is gone; run again to go on")
+            raise self._is_gone()
         is_missed = not self._num_threads()
         if is_missed and not self._is_missed:
             print(f"--cluster {self.address}: no worker is there; waiting for one", flush=True)
@@ -118,11 +118,16 @@ class Cluster:
         """
         import distributed
 
-        error = future.exception() if future.status == "error" else None
+        if future.status != "error":
+            raise self._is_gone()
+        error = future.exception()
         if isinstance(error, distributed.KilledWorker):
             return RunFailed("several workers died while they made it; run again to go on")
-        reason = f"{type(error).__name__}: {first_line(error)}" if error else f"it {future.status} what was asked of it"
+        reason = f"{type(error).__name__}: {first_line(error)}"
         raise RunFailed(f"--cluster {self.address}: {reason}. Are scheduler and workers started in the suite's folder?")
+
+    def _is_gone(self) -> RunFailed:
+        return RunFailed(f"--cluster {self.address}: the scheduler is gone; run again to go on")
 
 
 @dataclass(frozen=True)
@@ -165,13 +170,19 @@ def unpack(job: Job, files: Files) -> None:
     """Put the files of a run that was made elsewhere in their places, the record last.
 
     Raises:
-        RunFailed: they are not what was asked for.
+        RunFailed: they are not what was asked for, and are gone again.
     """
-    for path in _files_of(job.run):
-        if path.name in files:
-            _write(path, files[path.name])
-    if reason := job.run.why_stale():
-        raise RunFailed(f"{job.name}: what a worker made of it is {reason}")
+    paths = [path for path in _files_of(job.run) if path.name in files]
+    for path in paths:
+        _write(path, files[path.name])
+    try:
+        reason = job.run.why_stale()
+    except UserError as error:
+        reason = str(error)
+    if reason:
+        for path in paths:
+            path.unlink()
+        raise RunFailed(f"{job.name}, as a worker made it, is not what was asked for: {reason}")
 
 
 def move(lab: Lab, folder: Path) -> Lab:
