@@ -25,7 +25,14 @@ from mnist_lab.machine import cpu_model, usable_cpus
 from mnist_lab.report.columns import COMPRESSION
 from mnist_lab.report.records import Record, first_in, load_records, timed_on, usable_records
 from mnist_lab.report.table import build_table, judge_distillation
-from mnist_lab.report.text import SUMMARY_LEGEND, format_compression, format_fastest, format_summary, write_table
+from mnist_lab.report.text import (
+    SUMMARY_LEGEND,
+    format_compression,
+    format_fastest,
+    format_summary,
+    title_of,
+    write_table,
+)
 from mnist_lab.runtimes import RUNTIMES, RuntimeName, why_missing
 
 Mode = Literal["train", "load"]
@@ -281,7 +288,7 @@ def write_results(lab: Lab, records: Sequence[Record], *, order: Sequence[str]) 
     """
     table = build_table(_as_asked(lab, records), order=order, columns=lab.columns)
     distillation = judge_distillation(records)
-    title = f"{lab.dataset.name}, {lab.preset_name} models, {lab.recipe_name} recipe"
+    title = title_of(lab.dataset.name, lab.preset_name, lab.recipe_name)
     write_table(lab.results, table, title=title, distillation=distillation, columns=lab.columns)
     print_table(table)
     if distillation:

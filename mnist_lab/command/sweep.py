@@ -92,6 +92,7 @@ def run_sweep(options: SweepOptions) -> None:
         cells = _find_cells(options, labs, rows)
         for folder in {lab.results for lab in labs}:
             load_records(folder)  # a broken one stops the sweep now, not after hours of work
+        print(f"{len(cells)} runs: {len(rows.settings)} rows, {len(options.grid.seeds)} seeds, in {len(labs)} settings")
         records, failures = _make(cells, options)
         _write(cells, records, list(rows.settings), options.results)
         print_notice(notice)

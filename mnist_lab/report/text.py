@@ -39,6 +39,11 @@ COMPRESSION_LEGEND = (
 DISPENSABLE = ("x orig", "seeds", "ms b1024", "precision", "ms b1", "MiB", "technique", "runtime")
 
 
+def title_of(dataset: str, preset: str, recipe: str) -> str:
+    """What a table is headed by."""
+    return f"{dataset}, {preset} models, {recipe} recipe"
+
+
 def write_table(
     folder: Path, table: pd.DataFrame, *, title: str, distillation: str, columns: Sequence[Column] = COLUMNS
 ) -> None:
