@@ -28,6 +28,8 @@ class ClaimOptions(Options):
     Fashion-MNIST's."""
     seeds: int = 5
     """Number of seeds, from --seed upward; the grid of temperature and alpha takes up to three, on quick."""
+    cluster: str | None = None
+    """Address of a Dask scheduler (tcp://host:8786), whose workers make what is missing (docs/sweeps.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -48,7 +50,7 @@ def main(options: ClaimOptions) -> None:
 
 
 def doors(options: ClaimOptions) -> Doors:
-    return Doors(partial(open_lab, options), FindLab(options))
+    return Doors(partial(open_lab, options), FindLab(options), options.cluster)
 
 
 if __name__ == "__main__":

@@ -45,9 +45,11 @@ OPTIONS = {
     "claims_mnist": "ClaimOptions",
     "dark_knowledge_mnist": "DarkKnowledgeOptions",
     "adapt_mnist": "AdaptOptions",
+    "sweep": "SweepOptions",
 }
 # Fields that are options of their own.
 GROUPS = {
+    "grid",
     "small",
     "adapters",
     "duration",

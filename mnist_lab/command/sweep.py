@@ -12,11 +12,11 @@ from mnist_lab.command.console import FindLab, finish_table, print_notice
 from mnist_lab.command.grid import OF_ALL, Grid, Rows
 from mnist_lab.command.options import Options, check_count
 from mnist_lab.errors import RunFailed, UserError
-from mnist_lab.experiments.cluster import Cluster
+from mnist_lab.experiments.cluster import find_workers
 from mnist_lab.experiments.lab import Lab
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.run import Run
-from mnist_lab.experiments.workers import Here, Job, Processes, Workers, make_side_by_side
+from mnist_lab.experiments.workers import Job, make_side_by_side
 from mnist_lab.folders import only_run_in
 from mnist_lab.machine import usable_cpus
 from mnist_lab.models import PresetName
@@ -92,7 +92,7 @@ def run_sweep(options: SweepOptions) -> None:
         cells = _find_cells(options, labs, rows)
         for folder in {lab.results for lab in labs}:
             load_records(folder)  # a broken one stops the sweep now, not after hours of work
-        print(f"{len(cells)} runs: {len(rows.settings)} rows, {len(options.grid.seeds)} seeds, in {len(labs)} settings")
+        print(f"runs: {len(cells)}, of {options.train_threads} training thread(s) each", flush=True)
         records, failures = _make(cells, options)
         _write(cells, records, list(rows.settings), options.results)
         print_notice(notice)
@@ -127,19 +127,13 @@ def _make(cells: Sequence[Cell], options: SweepOptions) -> tuple[dict[Path, Reco
     """The records by the runs' files, and a line for each run that failed."""
     records: dict[Path, Record] = {}
     failures = []
-    with _workers(options) as workers:
+    with find_workers(options.num_workers, options.cluster) as workers:
         for run, record, error in make_side_by_side([cell.job for cell in cells], workers):
             if record is None:
                 failures.append(f"{run.name}: {error}")
             else:
                 records[run.output] = record
     return records, failures
-
-
-def _workers(options: SweepOptions) -> Workers:
-    if options.cluster is not None:
-        return Cluster(options.cluster)
-    return Processes(options.num_workers) if options.num_workers > 1 else Here()
 
 
 def _write(cells: Sequence[Cell], records: Mapping[Path, Record], rows: Sequence[Row], results: Path) -> None:

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import os
 import queue
+import re
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -23,7 +24,18 @@ from mnist_lab.errors import RunFailed, UserError
 from mnist_lab.experiments.lab import Lab
 from mnist_lab.experiments.make import ensure_parents, files_of
 from mnist_lab.experiments.run import Run
-from mnist_lab.experiments.workers import Done, Job, Task, attempt, find_once, finish, make_or_load
+from mnist_lab.experiments.workers import (
+    Done,
+    Here,
+    Job,
+    Processes,
+    Task,
+    Workers,
+    attempt,
+    find_once,
+    finish,
+    make_or_load,
+)
 from mnist_lab.files import first_line, write_atomically
 from mnist_lab.machine import package_versions
 from mnist_lab.report.records import predictions_path
@@ -61,6 +73,8 @@ class Cluster:
             import distributed
         except ImportError as error:
             raise UserError("--cluster needs Dask: pip install -r requirements-cluster.txt") from error
+        if not re.fullmatch(r"[a-z]+://\S+", self.address):  # Dask would start workers here where there is none
+            raise UserError(f"--cluster '{self.address}' must be an address, as tcp://host:8786")
         try:
             self._client = distributed.Client(self.address, timeout=CONNECT_S, set_as_default=False)
         except (OSError, ValueError) as error:
@@ -128,6 +142,13 @@ class Cluster:
 
     def _is_gone(self) -> RunFailed:
         return RunFailed(f"--cluster {self.address}: the scheduler is gone; run again to go on")
+
+
+def find_workers(num: int, cluster: str | None = None) -> Workers:
+    """A scheduler's, where an address is given; else so many processes of this machine, or this one alone."""
+    if cluster is not None:
+        return Cluster(cluster)
+    return Processes(num) if num > 1 else Here()
 
 
 @dataclass(frozen=True)

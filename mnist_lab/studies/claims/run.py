@@ -10,12 +10,13 @@ import torch
 
 from mnist_lab.compress.distill import DistillationConfig
 from mnist_lab.errors import RunFailed
+from mnist_lab.experiments.cluster import find_workers
 from mnist_lab.experiments.lab import Lab
 from mnist_lab.experiments.latencies import measure_latencies, profile_routing
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import MOE, student
 from mnist_lab.experiments.run import Run
-from mnist_lab.experiments.workers import Finder, Here, Job, Processes, make_side_by_side
+from mnist_lab.experiments.workers import Finder, Job, make_side_by_side
 from mnist_lab.machine import cpu_model
 from mnist_lab.report.records import Record
 from mnist_lab.studies.claims.compression import compression_rows, settle_compression
@@ -47,6 +48,7 @@ class Doors(NamedTuple):
 
     open: Callable[[], AbstractContextManager[Lab]]  # for this run alone
     find: Finder  # for a process of a run that has opened it
+    cluster: str | None = None  # address of the Dask scheduler whose workers make what is missing
 
 
 def run_claims(table: Doors, grid: Doors, *, seeds: range) -> None:
@@ -142,10 +144,9 @@ def _make(lab: Lab, doors: Doors, rows: Sequence[Row], seeds: range) -> list[Rec
     runs = [Run(lab, row, seed) for seed in seeds for row in rows]
     due = sorted({run.seed for run in runs if run.why_stale()})
     print(f"{lab.results.parent.name}: {len(runs)} models, {len(due)} of {len(seeds)} seeds to make", flush=True)
-    num_workers = _num_workers(lab, seeds)
     find = FindClaimsLab(doors.find, lab.train_threads)
     records: dict[Path, Record] = {}
-    with Processes(num_workers) if num_workers > 1 else Here() as workers:
+    with find_workers(_num_workers(lab, seeds), doors.cluster) as workers:
         for run, record, error in make_side_by_side([Job(run, find) for run in runs], workers):
             if record is None:
                 raise RunFailed(f"{run.name}: {error}")
@@ -189,8 +190,9 @@ def _settle_other_files(results: Path, dataset: str) -> tuple[list[Finding], lis
 
 
 def _measured_on(records: Sequence[Record]) -> str:
-    machine = records[0].machine
-    return f"Measured on {machine['cpu']}, {machine['cores']} cores"
+    """The machines of accuracies; latencies are this one's."""
+    machines = dict.fromkeys(f"{record.machine['cpu']}, {record.machine['cores']} cores" for record in records)
+    return f"Measured on {' and '.join(machines)}" + (f"; latency on {cpu_model()}" if len(machines) > 1 else "")
 
 
 def _report(
