@@ -123,6 +123,7 @@ def test_scripts_headers_name_the_reference_runs_results() -> None:
         "prune_mnist": [", ".join(f"{text} {points(f'Sparse_MoE_{row}-self')}" for text, row in pruned.items())],
         "adapt_mnist": [],  # no reference run has its rows
         "qat_mnist": [],
+        "sweep": [],
         "visualize_results": [f"{len(FIGURES) - len(OF_COMPRESSED)} plots a folder"],
     }
     assert {path.stem for path in ROOT.glob("*.py")} == set(expected)
