@@ -126,6 +126,7 @@ def test_scripts_headers_name_the_reference_runs_results() -> None:
         "classify": [],
         "deploy_mnist": [],
         "qat_mnist": [],
+        "sweep": [],
         "visualize_results": [f"{len(FIGURES) - len(OF_COMPRESSED)} plots a folder"],
     }
     assert {path.stem for path in ROOT.glob("*.py")} == set(expected)

@@ -46,11 +46,13 @@ OPTIONS = {
     "dark_knowledge_mnist": "DarkKnowledgeOptions",
     "adapt_mnist": "AdaptOptions",
     "compare_onnx": "CompareOptions",
+    "sweep": "SweepOptions",
 }
 # Fields that are options of their own, or none.
 GROUPS = {
     "file",
     "preparation",
+    "grid",
     "small",
     "adapters",
     "duration",

@@ -16,6 +16,7 @@ SCRIPTS = {
     "prune": "prune_mnist",
     "qat": "qat_mnist",
     "adapt": "adapt_mnist",
+    "sweep": "sweep",
     "claims": "claims_mnist",
     "dark-knowledge": "dark_knowledge_mnist",
     "compare": "compare_onnx",

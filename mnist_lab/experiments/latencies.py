@@ -12,6 +12,7 @@ from mnist_lab import measure
 from mnist_lab.deploy.inside import time_by_job
 from mnist_lab.experiments.lab import Lab
 from mnist_lab.files import sha256
+from mnist_lab.machine import cpu_model
 from mnist_lab.report.records import Record, Timing, save_record
 from mnist_lab.runtimes import EXTENSIONS, RuntimeName, Session, bind, open_session
 from mnist_lab.training import progress_bar
@@ -38,6 +39,7 @@ def measure_latencies(lab: Lab, timed: Sequence[tuple[Record, RuntimeName]]) -> 
             measurement = record.measurements[runtime]
             measurement.latency_ms = measured[record.run_name, runtime]
             measurement.threads, measurement.latency_session = lab.threads, session_id
+            measurement.latency_cpu = cpu_model()
             save_record(lab.results, record)
 
 

@@ -133,12 +133,15 @@ def _figures(run: Run, stored: Model | None) -> dict[str, float | None]:
 
 
 def find_known(run: Run) -> Record | None:
-    """What is known of this very checkpoint on this machine: its record with the measurements that still hold.
+    """What is known of this very checkpoint: its record with the measurements that still hold.
 
     Those do not that are of other files or library versions, or lack a figure; none does where the record lacks one.
+    They may be of another machine, which the record names: what INT8 makes of an image hangs on the CPU, and a row's
+    accuracy is then that of the CPU which measured it. All of a record's are of one machine: where one of another's
+    must be made again, all are.
     """
     record = load_record(run.record) if run.record.exists() else None
-    if record is None or record.checkpoint["sha256"] != sha256(run.output) or record.machine["cpu"] != cpu_model():
+    if record is None or record.checkpoint["sha256"] != sha256(run.output):
         return None
     is_whole = (
         not is_lacking(record)
@@ -154,9 +157,10 @@ def find_known(run: Run) -> Record | None:
         return not is_lacking(measurement) and not is_lacking_alone and _is_there(file, measurement.file)
 
     measured = [runtime for runtime in RUNTIMES if runtime in record.measurements]
-    return replace(
-        record, measurements={name: record.measurements[name] for name in measured if is_whole and holds(name)}
-    )
+    held: dict[str, Measurement] = {name: record.measurements[name] for name in measured if is_whole and holds(name)}
+    if record.machine["cpu"] != cpu_model() and not held.keys() >= set(run.runtimes):
+        held = {}
+    return replace(record, measurements=held)
 
 
 def _differs_alone(run: Run, runtime: RuntimeName) -> bool:

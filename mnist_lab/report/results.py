@@ -134,7 +134,7 @@ class Results:
 
     def _conditions_of(self, model: str, runtime: str) -> Conditions:
         record = self.runs[model, runtime][0]
-        return Conditions(record.machine["cpu"], record.measurements[runtime].threads)
+        return Conditions(record.timed_on(runtime), record.measurements[runtime].threads)
 
     @cached_property
     def timed_under(self) -> Conditions | None:

@@ -15,7 +15,8 @@ from mnist_lab.report.columns import COLUMNS, COMPRESSION, Column
 from mnist_lab.report.table import compare, find_fastest
 
 Style = Literal["simple", "github"]
-TEXT_COLUMNS = {"model", "technique", "precision", "runtime", *(f"fastest b{batch}" for batch in TABLE_BATCHES)}
+WHERE = {"dataset", "preset", "recipe"}
+TEXT_COLUMNS = {*WHERE, "model", "technique", "precision", "runtime", *(f"fastest b{batch}" for batch in TABLE_BATCHES)}
 SUMMARY_LEGEND = (
     "acc: test accuracy in %, ± 95 % interval over seeds; ms b64: median milliseconds for a batch of 64; "
     "x orig: speed-up at batch 64 over the row's original, the first model of its chain, in the same runtime."
@@ -38,6 +39,11 @@ COMPRESSION_LEGEND = (
 )
 # What a narrow terminal can do without, first what it misses least.
 DISPENSABLE = ("x orig", "seeds", "ms b1024", "precision", "ms b1", "MiB", "technique", "runtime")
+
+
+def title_of(dataset: str, preset: str, recipe: str) -> str:
+    """What a table is headed by."""
+    return f"{dataset}, {preset} models, {recipe} recipe"
 
 
 def write_table(

@@ -74,7 +74,7 @@ class Candidate:
     @property
     def conditions(self) -> Conditions:
         """Of its latencies: those of others do not compare."""
-        return Conditions(self.runs[0].machine["cpu"], self.first.threads)
+        return Conditions(self.runs[0].timed_on(RUNTIME), self.first.threads)
 
     def timing(self, batch: int) -> Timing | None:
         return self.first.latency_ms.get(str(batch))

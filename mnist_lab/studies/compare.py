@@ -245,4 +245,4 @@ def time_all(original: Original, own: Sequence[Record], suite_lab: Lab, suite: S
     for model, (record, _) in timed.items():
         measurement = record.measurements[RUNTIME]
         measurement.latency_ms, measurement.latency_session = measured[model], session_id
-        measurement.threads = lab.threads
+        measurement.threads, measurement.latency_cpu = lab.threads, cpu_model()

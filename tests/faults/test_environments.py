@@ -341,6 +341,17 @@ OPTIONS = {
     },
     "claims_mnist": {"--suite": NAMES, "--seeds": NUMBERS, "--runtime": ["pytorch", "abc"]},
     "dark_knowledge_mnist": {"--seeds": NUMBERS, "--epochs": NUMBERS, "--device": ["abc"]},
+    "sweep": {
+        "--seeds": ["", "abc", "3-1", "-1", "0-4294967296", "1.5", "1,,2"],
+        "--num-experts": ["abc", "0", "4,0", "4,", "1.5", "99999999999999999999"],
+        "--top-k": ["0", "8", "2,abc"],
+        "--temperature": ["3", "nan"],
+        "--model": NAMES,
+        "--balance": NAMES,
+        "--workers": NUMBERS,
+        "--train-threads": NUMBERS,
+        "--cluster": ["", "abc", "tcp://", "tcp://127.0.0.1:1", "nowhere://x"],
+    },
     "visualize_results": {"--preset": NAMES, "--recipe": NAMES, "--dataset": NAMES},
     "compare_onnx": {
         "--layout": NAMES,
