@@ -19,7 +19,6 @@ from mnist_lab.report.page_demo import Demo
 from mnist_lab.report.page_images import TestImages
 from mnist_lab.report.records import Record
 from mnist_lab.report.results import Results
-from mnist_lab.report.winner import find_winners, headline
 from mnist_lab.runtimes.onnxruntime_web import find_runtime
 from mnist_lab.training import RecipeName, find_recipe
 
@@ -38,9 +37,7 @@ def write_report(folder: Path, results: Results, checkpoints: Path, load_test: C
         RunFailed: it cannot be written.
     """
     demo, why_none = _make_demo(results, checkpoints)
-    winners = find_winners(results.records)
     surroundings = Surroundings(
-        winner=[headline(winners), *winners.notes] if winners is not None else [],
         findings=load_findings(folder),
         images=_find_images(results, checkpoints, load_test),
         demo=demo,

@@ -49,6 +49,7 @@ from mnist_lab.report.text import (
     format_cell,
     summary,
 )
+from mnist_lab.report.winner import find_winners, headline
 
 TEMPLATES = Path(__file__).parent / "templates"
 OF_TRAINING, OF_EXPERTS = ("training_curves",), ("expert_load",)  # figures with a section of their own
@@ -60,7 +61,6 @@ class Surroundings:
     """What the page shows beside the records, as far as it is at hand."""
 
     findings: Sequence[Finding] = ()
-    winner: Sequence[str] = ()  # who wins and why, a sentence each
     images: TestImages | None = None
     demo: Demo | None = None
     demo_missing: str = ""  # why there is none
@@ -114,14 +114,14 @@ def build_page(folder: Path, results: Results, surroundings: Surroundings) -> st
     )
     scripts = [_read("page.js"), *([_read("demo.js")] if surroundings.demo else [])]
     pictures = list(draw_pictures(results, surroundings.figures))
-    first = results.records[0]
+    first, winners = results.records[0], find_winners(results.records)
     return environment.get_template("report.html").render(
         title=f"{first.dataset}, {first.preset} models, {first.recipe} recipe",
         style=_read("page.css"),
         scripts=scripts,
         policy=_policy(scripts),
-        tiles=find_tiles(results),
-        winner=surroundings.winner,
+        tiles=find_tiles(winners),
+        winner=[headline(winners), *winners.notes] if winners is not None else [],
         sentences=find_sentences(results, surroundings.findings),
         conditions=conditions(results, results.models, latency=True, bars=False),
         sheets=make_sheets(results),

@@ -7,10 +7,11 @@ import pandas as pd
 
 from mnist_lab.report.figures import pareto_set, within_noise
 from mnist_lab.report.findings import Finding, summarize
-from mnist_lab.report.results import MAX_LISTED, Model, Results, listed, rows_of, with_latency
+from mnist_lab.report.results import MAX_LISTED, Results, listed, rows_of, with_latency
 from mnist_lab.report.table import compare, judge_distillation
+from mnist_lab.report.winner import BATCHES, SMALLEST, Candidate, Winners, fastest_at
 
-ONE_IMAGE, BATCH = "latency_ms_b1", "latency_ms_b64"
+BATCH = "latency_ms_b64"
 
 
 class Tile(NamedTuple):
@@ -22,30 +23,26 @@ class Tile(NamedTuple):
     beside: str  # what else is to be known of it
 
 
-def find_tiles(results: Results) -> list[Tile]:
-    """The most accurate model, the smallest that is as accurate within noise, and the fastest."""
-    models = results.models
-    if not models:
+def find_tiles(winners: Winners | None) -> list[Tile]:
+    """Who wins what, by how much, and with which file."""
+    if winners is None:
         return []
-    best = max(models, key=lambda model: model.row["test_acc"])
-    alike = next((group for group in within_noise(models) if best in group), [best])
-    smallest = min(alike, key=lambda model: model.row["file_mb"])
-    seeds = f"{len(best.runs)} seed{'s' if len(best.runs) > 1 else ''}"
-    tiles = [
-        Tile("Most accurate", _accuracy(best), best.short_name, f"{seeds}, {best.row['file_mb']:.3g} MB"),
+    return [
         Tile(
-            "Smallest as accurate within noise",
-            f"{smallest.row['file_mb']:.3g} MB",
-            smallest.short_name,
-            _accuracy(smallest),
-        ),
+            prize.capitalize(),
+            _figure(prize, winner),
+            winner.name,
+            f"{winner.test_acc} % on test images, {winner.file}",
+        )
+        for prize, winner in winners.by_prize.items()
     ]
-    for column, what in ((ONE_IMAGE, "Fastest for one image"), (BATCH, "Fastest for a batch of 64")):
-        timed = with_latency(models, column)
-        if timed:
-            fastest = min(timed, key=lambda model: model.row[column])
-            tiles.append(Tile(what, f"{fastest.row[column]:.3g} ms", fastest.label, _accuracy(fastest)))
-    return tiles
+
+
+def _figure(prize: str, winner: Candidate) -> str:
+    for batch in BATCHES:
+        if prize == fastest_at(batch) and (timing := winner.timing(batch)) is not None:
+            return f"{timing['median_ms']:.3g} ms"
+    return f"{winner.first.file_mb:.3g} MB" if prize == SMALLEST else f"{winner.test_acc.mean:.2f} %"
 
 
 def find_sentences(results: Results, findings: Sequence[Finding]) -> list[str]:
@@ -92,8 +89,3 @@ def _of_derived(results: Results) -> list[str]:
             parts.append(f"{speedup:.2f} times the speed at batch 64")
         sentences.append(f"{model.label} against {model.runs[0].original}: {', '.join(parts)}.")
     return sentences
-
-
-def _accuracy(model: Model) -> str:
-    accuracy, half_width = 100 * model.row["test_acc"], 100 * model.row["test_acc_ci95"]
-    return f"{accuracy:.2f} %" if pd.isna(half_width) else f"{accuracy:.2f} ± {half_width:.2f} %"

@@ -21,6 +21,7 @@ RUNTIME = "onnxruntime"  # which runs the file that is deployed
 MARGIN = 0.1  # percentage points below the best
 ROUNDING = 1e-9  # of accuracies that are sums of floats
 BATCHES = (1, 64)
+MOST_ACCURATE, SMALLEST = "most accurate", "smallest"
 HEADERS = ("winner", "row", "below best", "test acc", "MB", *(f"ms b{batch}" for batch in BATCHES), "file")
 LEGEND = (
     "Winners are of the rows whose mean accuracy on validation images is within {margin} points of the best. The mean "
@@ -111,13 +112,18 @@ def find_winners(records: Iterable[Record]) -> Winners | None:
         return None
     best = min(rows, key=_preference)
     within = tuple(row for row in rows if points_below(best, row).mean <= MARGIN + ROUNDING)
-    by_prize = {"most accurate": best, "smallest": min(within, key=lambda row: (row.first.file_mb, *_preference(row)))}
+    by_prize = {MOST_ACCURATE: best, SMALLEST: min(within, key=lambda row: (row.first.file_mb, *_preference(row)))}
     timed, conditions = _timed_alike(rows)
     for batch in BATCHES:
         if fastest := _fastest([row for row in within if row in timed], batch):
-            by_prize[f"fastest at batch {batch}"] = fastest
+            by_prize[fastest_at(batch)] = fastest
     left_out = [row for row in within if row.first.latency_ms and row not in timed]
     return Winners(by_prize, best, within, len(rows), tuple(_notes(best, by_prize, left_out, conditions)))
+
+
+def fastest_at(batch: int) -> str:
+    """The prize for the fastest."""
+    return f"fastest at batch {batch}"
 
 
 def points_below(best: Candidate, row: Candidate) -> Points:
