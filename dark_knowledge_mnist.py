@@ -43,7 +43,7 @@ class DarkKnowledgeOptions(DataOptions):
 
 def main(options: DarkKnowledgeOptions) -> None:
     use_allowed_cpus()
-    dataset = load_dataset(options.dataset, options.data_dir)
+    dataset = load_dataset(options.dataset, options.data_dir, options.height_and_width)
     name = f"{dataset.name}-dark-knowledge" + ("" if options.epochs is None else f"-epochs{options.epochs}")
     results = options.results / name
     recipe = find_recipe("standard", "compact")  # its rows bring their own

@@ -58,7 +58,7 @@ def find_lab(options: Options) -> Lab:
         UserError: the data cannot be had.
     """
     use_allowed_cpus()
-    dataset = load_dataset(options.dataset, options.data_dir)
+    dataset = load_dataset(options.dataset, options.data_dir, options.height_and_width)
     folder = f"{dataset.name}-{options.preset}-{options.recipe}"
     return Lab(
         dataset=dataset,

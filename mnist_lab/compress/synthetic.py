@@ -16,13 +16,13 @@ from mnist_lab.data import DataSpec, Split, augment
 from mnist_lab.errors import RunFailed, UserError
 from mnist_lab.experiments.technique import Made, Work
 from mnist_lab.measure import EVALUATION_BATCH
-from mnist_lab.sources import DatasetName
-from mnist_lab.training import STRONG, Batch, Recipe, StepLoss, Term, progress_bar, torch_predictor
+from mnist_lab.progress import progress_bar
+from mnist_lab.sources import DATASETS, DatasetName
+from mnist_lab.training import STRONG, Batch, Recipe, StepLoss, Term, torch_predictor
 
 Synthetic = Literal["augmented", "mixed", "ascended", "generated"]
 Images = Literal["synthetic", Synthetic, "noise", "true", DatasetName]
 SYNTHETIC: tuple[Synthetic, ...] = get_args(Synthetic)
-DATASETS: tuple[DatasetName, ...] = get_args(DatasetName)
 MAX_IMAGES = 10**6
 
 ASCENT_STEPS = 40
@@ -48,10 +48,10 @@ def taken(pixels: Tensor, num_images: int, generator: torch.Generator) -> Tensor
     return pixels[order[torch.arange(num_images) % len(pixels)]]
 
 
-def augmented(pixels: Tensor, num_images: int, generator: torch.Generator) -> Tensor:
-    """Images with a strong random map each, affine and elastic."""
-    chosen = taken(pixels, num_images, generator)
-    return torch.cat([augment(part, STRONG, generator) for part in chosen.split(EVALUATION_BATCH)]).clamp_(0, 1)
+def augmented(pixels: Tensor, num_images: int, generator: torch.Generator, *, ground: float = 0.0) -> Tensor:
+    """Images with a strong random map each, affine and elastic, `ground` outside."""
+    parts = taken(pixels, num_images, generator).split(EVALUATION_BATCH)
+    return torch.cat([augment(part, STRONG, generator, ground=ground) for part in parts]).clamp_(0, 1)
 
 
 def mixed(images: Split, num_images: int, generator: torch.Generator) -> Tensor:
@@ -199,7 +199,7 @@ def make_images(work: Work, images: Images, num_images: int) -> dict[Images, Ten
     for place, one in enumerate(kinds):
         num = num_images * (place + 1) // len(kinds) - num_images * place // len(kinds)
         if one == "augmented":
-            made[one] = augmented(source, num, generator)
+            made[one] = augmented(source, num, generator, ground=work.dataset.spec.ground)
         elif one == "mixed":
             made[one] = mixed(named, num, generator)
         elif one == "ascended":
