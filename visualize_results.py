@@ -6,20 +6,23 @@ python visualize_results.py --dataset mnist --recipe quick            # those th
 """
 
 import contextlib
+import functools
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mnist_lab.command.entry import Folder, run_script
+from mnist_lab.command.entry import DatasetText, Folder, run_script
 from mnist_lab.errors import FolderInUse, RunFailed, UserError
 from mnist_lab.folders import only_run_in
 from mnist_lab.machine import cpu_model
+from mnist_lab.own_data import DATASET_TEXTS, find_own, is_filed_name
 from mnist_lab.report.records import CLAIMS_FOLDER, RECORD_PATTERN, Record, load_records, usable_records
 from mnist_lab.report.text import read_run_names
+from mnist_lab.sources import DATASETS
 
-# As in data.py, models/ and training.py, which import torch.
-DatasetName = Literal["mnist", "fashion-mnist", "kmnist", "qmnist", "digits"]
+# As in models/ and training.py, which import torch.
 PresetName = Literal["compact", "wide"]
 RecipeName = Literal["quick", "standard", "best"]
 
@@ -30,17 +33,33 @@ class PlotOptions:
     """A results folder, or a folder that holds several."""
     checkpoints: Folder = Path("checkpoints")
     """Folder for trained and converted models. Where it has none of a results folder's, they are not checked."""
-    dataset: DatasetName | None = None
-    """Draw only this data set."""
+    dataset: DatasetText | None = None
+    """Draw only this data set; own data by where it lies, or by the name that it is filed under."""
     preset: PresetName | None = None
     """Draw only this set of architectures."""
     recipe: RecipeName | None = None
     """Draw only this training budget."""
 
+    def __post_init__(self) -> None:
+        name = self.dataset
+        if name is not None and name not in DATASETS and find_own(name) is None and not is_filed_name(name):
+            raise UserError(f"--dataset {name} is none of {', '.join(DATASET_TEXTS)}, or a name that own data has")
+
     def admits(self, record: Record) -> bool:
         """Whether a record passes every filter that is given."""
-        wanted = ((self.dataset, record.dataset), (self.preset, record.preset), (self.recipe, record.recipe))
-        return all(want in {None, have} for want, have in wanted)
+        wanted = ((self.preset, record.preset), (self.recipe, record.recipe))
+        return self._is_of(record.dataset) and all(want in {None, have} for want, have in wanted)
+
+    def _is_of(self, dataset: str) -> bool:
+        """Whether data of that name is what --dataset names; own data also where its images were resized."""
+        if self._own_name is None:
+            return self.dataset in {None, dataset}
+        return re.fullmatch(rf"{re.escape(self._own_name)}(-\d+x\d+)?", dataset) is not None
+
+    @functools.cached_property
+    def _own_name(self) -> str | None:
+        own = find_own(self.dataset) if self.dataset else None
+        return None if own is None else own.find_name()
 
     @property
     def filters(self) -> str:

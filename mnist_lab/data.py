@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from mnist_lab.errors import UserError
-from mnist_lab.own_data import OwnSource, find_own, is_ground_light, read_own
+from mnist_lab.own_data import DATASET_TEXTS, OwnSource, find_own, is_ground_light, read_own
 from mnist_lab.sources import (
     DATASETS,
     DOWNLOAD_DIR,
@@ -133,7 +133,7 @@ def load_dataset(
         if data_dir is not None:
             raise UserError(f"--data-dir {data_dir} has no use with --dataset digits, which comes with scikit-learn")
         return _load_digits()
-    wanted = find_known(name or "mnist")
+    wanted = find_known("mnist" if name is None else name)
     if data_dir is not None:
         return _load_given(wanted, data_dir, f"--data-dir {data_dir}")
     if variable := os.environ.get("MNIST_LAB_DATA"):
@@ -164,7 +164,7 @@ def find_known(name: str) -> DatasetName:
     for known in DATASETS:
         if known == name:
             return known
-    raise UserError(f"there is no data set {name}: known are {', '.join(DATASETS)}, folder:DIR, idx:DIR and csv:FILE")
+    raise UserError(f"--dataset {name} is none of {', '.join(DATASET_TEXTS)}")
 
 
 def iterate_batches(num_rows: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:

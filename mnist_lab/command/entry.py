@@ -17,8 +17,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from mnist_lab.command.ending import Stopped, ignore_signals, why_failed
 from mnist_lab.errors import RunFailed, UserError
 from mnist_lab.folders import own_temporary_folder
-from mnist_lab.own_data import KINDS, find_own
-from mnist_lab.sources import DATASETS
+from mnist_lab.own_data import DATASET_TEXTS
 
 T = TypeVar("T")
 PIPE_CLOSED = 141  # as a shell gives it for a program that SIGPIPE ends
@@ -64,20 +63,13 @@ Folder = Annotated[
 ]
 
 
-def _check_dataset(given: list[str]) -> str:
-    if given[0] not in DATASETS and find_own(given[0]) is None:
-        raise ValueError(f"{given[0]} is none of {', '.join(DATASET_NAMES)}")
-    return given[0]
-
-
-# A data set's name, or where own data lies.
-DATASET_NAMES = (*DATASETS, *(f"{kind}:{place}" for kind, (place, *_) in KINDS.items()))
+# The name of a data set, or where own data lies; checked where it is loaded.
 DatasetText = Annotated[
     str,
     PrimitiveConstructorSpec(
         nargs=1,
-        metavar=f"{{{','.join(DATASET_NAMES)}}}",
-        instance_from_str=_check_dataset,
+        metavar=f"{{{','.join(DATASET_TEXTS)}}}",
+        instance_from_str=lambda given: given[0],
         is_instance=lambda value: isinstance(value, str),
         str_from_instance=lambda value: [value],
     ),

@@ -86,7 +86,7 @@ def noise(pixels: Tensor, num_images: int, generator: torch.Generator) -> Tensor
 def ascended(
     teacher: nn.Module, data: DataSpec, num_images: int, generator: torch.Generator, *, device: str = "cpu"
 ) -> Tensor:
-    """Images x that rise in logit_c(x) − λ₁·TV(x) − λ₂·‖x‖², from smoothed noise; evenly many of each class c.
+    """Images x that rise in logit_c(x) − λ₁·TV(x) − λ₂·‖x − ground‖², from smoothed noise; evenly many of each class c.
 
     The norm is Simonyan et al.'s prior (2013, arXiv:1312.6034), the total variation Mahendran and Vedaldi's (2014,
     arXiv:1412.0035). Each image has steps of a length of its own, along the gradient, so that some come to where the
@@ -101,17 +101,21 @@ def ascended(
         batches = list(zip(*(each.split(EVALUATION_BATCH) for each in (coarse, classes, lengths)), strict=True))
         for start, wanted, length in progress.track(batches, description="images by ascent"):
             smooth = F.interpolate(start.to(device), size=data.image_size, mode="bicubic", align_corners=False)
-            parts.append(
-                _ascend(teacher, (2 * data.mean * smooth).clamp_(0, 1), wanted.to(device), length.to(device)).cpu()
-            )
+            parts.append(_ascend(teacher, _onto(data, smooth), wanted.to(device), length.to(device), data.ground).cpu())
     return torch.cat(parts)
 
 
-def _ascend(teacher: nn.Module, pixels: Tensor, wanted: Tensor, length: Tensor) -> Tensor:
+def _onto(data: DataSpec, noise: Tensor) -> Tensor:
+    """Noise, even in [0, 1], as strokes on the ground of a data set, of its mean."""
+    strokes = (2 * abs(data.mean - data.ground) * noise).clamp_(0, 1)
+    return 1 - strokes if data.ground else strokes
+
+
+def _ascend(teacher: nn.Module, pixels: Tensor, wanted: Tensor, length: Tensor, ground: float) -> Tensor:
     for _ in range(ASCENT_STEPS):
         pixels.requires_grad_()
         variation = pixels.diff(dim=2).abs().sum() + pixels.diff(dim=3).abs().sum()
-        prior = VARIATION_WEIGHT * variation + NORM_WEIGHT * pixels.square().sum()
+        prior = VARIATION_WEIGHT * variation + NORM_WEIGHT * (pixels - ground).square().sum()
         logits = teacher(pixels).gather(1, wanted.unsqueeze(1))
         (slope,) = torch.autograd.grad(logits.sum() - prior, pixels)
         norm = slope.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)

@@ -16,11 +16,11 @@ import numpy.typing as npt
 from mnist_lab.errors import UserError
 from mnist_lab.own_data.folder import digest_folder, is_ground_light, read_folder
 from mnist_lab.own_data.idx_files import digest_idx_files, read_idx_files
-from mnist_lab.own_data.parts import ImageSize, Labels, Part, Reading, natural_key, show
+from mnist_lab.own_data.parts import ImageSize, Labels, Part, Reading, show
 from mnist_lab.own_data.table import digest_table, read_table
-from mnist_lab.sources import MIN_IMAGES, SPLIT_SEED
+from mnist_lab.sources import DATASETS, MIN_IMAGES, SPLIT_SEED
 
-__all__ = ["KINDS", "OwnData", "OwnSource", "find_own", "is_ground_light", "natural_key", "read_own"]
+__all__ = ["DATASET_TEXTS", "OwnData", "OwnSource", "find_own", "is_filed_name", "is_ground_light", "read_own"]
 
 
 class _Kind(NamedTuple):
@@ -34,6 +34,7 @@ KINDS = {
     "idx": _Kind("DIR", read_idx_files, digest_idx_files),
     "csv": _Kind("FILE", read_table, digest_table),
 }
+DATASET_TEXTS = (*DATASETS, *(f"{kind}:{own.place}" for kind, own in KINDS.items()))  # that name data
 TEST_SHARE = 0.2  # of each class
 VALIDATION_SHARE = 0.125  # of what is left of it
 MAX_FILED_NAME = 40  # characters
@@ -82,6 +83,11 @@ def find_own(text: str) -> OwnSource | None:
         return OwnSource(kind, Path(place).expanduser())
     except RuntimeError as error:
         raise UserError(f"{text}: there is no such user's home folder") from error
+
+
+def is_filed_name(name: str) -> bool:
+    """Whether own data may be filed under that name."""
+    return re.fullmatch(r"[A-Za-z0-9._-]+-[0-9a-f]{8}(-\d+x\d+)?", name) is not None
 
 
 def read_own(source: OwnSource, size: ImageSize | None = None) -> OwnData:
