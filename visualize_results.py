@@ -6,7 +6,6 @@ python visualize_results.py --dataset mnist --recipe quick            # those th
 """
 
 import contextlib
-import functools
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -45,21 +44,21 @@ class PlotOptions:
         if name is not None and name not in DATASETS and find_own(name) is None and not is_filed_name(name):
             raise UserError(f"--dataset {name} is none of {', '.join(DATASET_TEXTS)}, or a name that own data has")
 
-    def admits(self, record: Record) -> bool:
+    def find_data(self) -> re.Pattern[str]:
+        """The names of data sets that pass; of own data those of any size of its images.
+
+        Raises:
+            UserError: own data cannot be read.
+        """
+        own = find_own(self.dataset) if self.dataset else None
+        if own is not None:
+            return re.compile(rf"{re.escape(own.find_name())}(-\d+x\d+)?")
+        return re.compile(".*" if self.dataset is None else re.escape(self.dataset))
+
+    def admits(self, record: Record, data: re.Pattern[str]) -> bool:
         """Whether a record passes every filter that is given."""
         wanted = ((self.preset, record.preset), (self.recipe, record.recipe))
-        return self._is_of(record.dataset) and all(want in {None, have} for want, have in wanted)
-
-    def _is_of(self, dataset: str) -> bool:
-        """Whether data of that name is what --dataset names; own data also where its images were resized."""
-        if self._own_name is None:
-            return self.dataset in {None, dataset}
-        return re.fullmatch(rf"{re.escape(self._own_name)}(-\d+x\d+)?", dataset) is not None
-
-    @functools.cached_property
-    def _own_name(self) -> str | None:
-        own = find_own(self.dataset) if self.dataset else None
-        return None if own is None else own.find_name()
+        return data.fullmatch(record.dataset) is not None and all(want in {None, have} for want, have in wanted)
 
     @property
     def filters(self) -> str:
@@ -128,12 +127,12 @@ def draw(folder: Path, records: list[Record]) -> Iterator[Path]:
 
 
 def main(options: PlotOptions) -> None:
-    folders = find_folders(options.results)
+    folders, data = find_folders(options.results), options.find_data()
     failures: list[UserError | RunFailed] = []
     is_any_admitted = False
     for folder in folders:
         try:
-            records = [record for record in load_records(folder) if options.admits(record)]
+            records = [record for record in load_records(folder) if options.admits(record, data)]
             if records:
                 is_any_admitted = True
                 with alone_where_possible(folder):

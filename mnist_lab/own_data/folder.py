@@ -70,10 +70,10 @@ def read_folder(root: Path, size: ImageSize | None) -> Reading:
     """
     files, ignored = find_images(root)
     names = {split: {file.class_name for file in files if file.split == split} for split in {f.split for f in files}}
+    classes = check_classes({file.class_name for file in files}, show(root))
     if "test" in names and names["test"] != names["train"]:
         alone = min(names["test"] ^ names["train"], key=natural_key)
         raise UserError(f"{show(root)} has the class {alone} in only one of train and test")
-    classes = check_classes({file.class_name for file in files}, show(root))
     place_of = {name: place for place, name in enumerate(classes)}
     digests: list[bytes] = []
     pixels = _read_all(root, [file.path for file in files], size, digests)
@@ -196,9 +196,8 @@ def _lay_on_ground(pixels: Pixels, alphas: dict[int, Pixels]) -> None:
 
 def is_ground_light(pixels: Pixels) -> bool:
     """Whether half of the pixels along the borders of images (N, height, width) are lighter than mid-grey."""
-    borders = (pixels[:, [0, -1]], pixels[:, 1:-1, [0, -1]])
-    counts = sum(np.bincount(border.ravel(), minlength=256) for border in borders)
-    return bool(counts[128:].sum() > counts[:128].sum())
+    border = np.concatenate([pixels[:, [0, -1]].ravel(), pixels[:, 1:-1, [0, -1]].ravel()])
+    return bool((border > 127).mean() > 0.5)
 
 
 def _track(paths: Sequence[Path], what: str) -> Iterator[Path]:

@@ -12,12 +12,12 @@ from mnist_lab.errors import UserError
 from mnist_lab.files import reading
 from mnist_lab.own_data.parts import ImageSize, Pixels, check_regular, show
 
-FORMATS = ("PNG", "JPEG", "MPO", "BMP", "GIF", "TIFF", "WEBP", "PPM")
+FORMATS = ("PNG", "JPEG", "BMP", "GIF", "TIFF", "WEBP", "PPM")
 SUFFIXES = {
     ".png", ".jpg", ".jpeg", ".jpe", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pbm", ".pgm", ".ppm", ".pnm"
 }  # fmt: skip
 MAX_IMAGE_PIXELS = 2**26  # of one file before it is resized: more than any telephone takes
-MAX_IMAGE_BYTES = 2**28
+MAX_IMAGE_BYTES = 256 * 2**20
 ADVICE = "Remove it, or save it anew."
 
 
@@ -56,8 +56,9 @@ def decode(content: bytes, path: Path, size: ImageSize | None = None) -> Grey:
                 raise UserError(
                     f"{shown} has {image.width:,}x{image.height:,} pixels, more than {MAX_IMAGE_PIXELS:,}. {ADVICE}"
                 )
-            if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # whose second frame is a preview
-                raise UserError(f"{shown} holds {image.n_frames} images, as an animation does. {ADVICE}")
+            num_frames = getattr(image, "n_frames", 1)
+            if num_frames > 1 and image.format != "MPO":  # whose second frame is a preview
+                raise UserError(f"{shown} holds {num_frames} images, as an animation does. {ADVICE}")
             image.load()
             grey = _to_grey(ImageOps.exif_transpose(image))
         return _split_alpha(grey if size is None else _resize(grey, size))

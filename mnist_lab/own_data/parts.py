@@ -65,17 +65,17 @@ def check_classes(names: Iterable[str], where: str) -> tuple[str, ...]:
         UserError: there are too few or too many, or one is no text that can be shown.
     """
     classes = tuple(sorted(names, key=natural_key))
-    if len(classes) < 2:
-        found = f"the one class {classes[0]}" if classes else "no class"
-        raise UserError(f"{where} has {found}, and at least two are needed")
-    if len(classes) > MAX_CLASSES:
-        raise UserError(f"{where} has {len(classes):,} classes, and at most {MAX_CLASSES} are possible")
     for name in classes:
         if not name.isprintable() or len(name) > MAX_NAME:
             raise UserError(
                 f"{where} has a class called {ascii(name)[:200]}: rename it, to at most {MAX_NAME} characters that can "
                 "be shown"
             )
+    if len(classes) < 2:
+        found = f"the one class {classes[0]}" if classes else "no class"
+        raise UserError(f"{where} has {found}, and at least two are needed")
+    if len(classes) > MAX_CLASSES:
+        raise UserError(f"{where} has {len(classes):,} classes, and at most {MAX_CLASSES} are possible")
     return classes
 
 

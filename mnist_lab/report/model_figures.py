@@ -186,8 +186,8 @@ def confusion_matrices(results: Results) -> Figure | None:
         for true, predicted in np.argwhere(matrix > 1) if num_classes <= MANY_CLASSES else ():
             count = matrix[true, predicted]
             color = "white" if count > 0.6 * highest else "black"
-            size = min(6.5, 110 / num_classes)
-            text = axes.text(predicted, true, str(count), ha="center", va="center", fontsize=size, color=color)
+            points = min(6.5, 110 / num_classes)
+            text = axes.text(predicted, true, str(count), ha="center", va="center", fontsize=points, color=color)
             text.set_in_layout(False)  # hundreds of texts inside their cells, which no layout need measure
         classes, names = range(num_classes), _class_names(model.runs[0], num_classes)
         axes.set_xticks(*((classes, names) if place + columns >= len(models) else ([], [])))
