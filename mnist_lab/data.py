@@ -64,6 +64,10 @@ class DataSpec:
     classes: tuple[str, ...] = ()  # their names, where they are no digits
     polarity: Polarity = "light-on-dark"
 
+    def __post_init__(self) -> None:
+        if self.classes and len(self.classes) != self.num_classes:
+            raise ValueError(f"{len(self.classes)} names are not of {self.num_classes} classes")
+
     @property
     def num_pixels(self) -> int:
         return math.prod(self.image_size)
@@ -277,7 +281,10 @@ def describe_pixels(pixels_u8: Tensor, num_classes: int) -> DataSpec:
 
 def _load_own(source: OwnSource, image_size: tuple[int, int] | None) -> Dataset:
     """The classes are called as in the source; light or dark ground is that of the training images' borders."""
-    own = read_own(source, image_size)
+    try:
+        own = read_own(source, image_size)
+    except UserError as error:
+        raise UserError(f"--dataset {source}: {error}") from error
     test = (torch.from_numpy(own.test.pixels), torch.from_numpy(own.test.labels))
     train, validation = (
         _to_split(f"{source}'s {use}", torch.from_numpy(part.pixels), torch.from_numpy(part.labels))

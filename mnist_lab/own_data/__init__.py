@@ -100,7 +100,7 @@ def read_own(source: OwnSource, size: ImageSize | None = None) -> OwnData:
         UserError: it is not what it must be; the message names what is wrong with it.
     """
     found = KINDS[source.kind].read(source.path, size)
-    _check_counts(found, source)
+    _check_counts(found)
     rng = np.random.default_rng(SPLIT_SEED)
     learned, test = _shuffle(found.train, rng), found.test
     if test is None:
@@ -110,20 +110,20 @@ def read_own(source: OwnSource, size: ImageSize | None = None) -> OwnData:
     train, validation = _split(learned, VALIDATION_SHARE)
     for part, use in ((learned, "train"), (test, "test")):
         if len(part.labels) < MIN_IMAGES:
-            raise UserError(f"{source} has {len(part.labels)} images to {use} on, and at least {MIN_IMAGES} are needed")
-    notices = (*found.notices, *_tell_copies(found.classes, learned, test, source))
+            raise UserError(f"there are {len(part.labels)} images to {use} on, and at least {MIN_IMAGES} are needed")
+    notices = (*found.notices, *_tell_copies(found.classes, learned, test))
     suffix = "" if size is None else f"-{size[0]}x{size[1]}"
     return OwnData(source.filed_name(found.digest) + suffix, found.classes, train, validation, test, notices)
 
 
-def _check_counts(found: Reading, source: OwnSource) -> None:
+def _check_counts(found: Reading) -> None:
     """Raise UserError where a class has not an image for each split."""
     counts = np.bincount(found.train.labels, minlength=len(found.classes))
     least = 3 if found.test is None else 2
     if counts.min() < least:
         splits = "train, validate and test on" if found.test is None else "train and validate on"
         name, num = found.classes[counts.argmin()], counts.min()
-        raise UserError(f"{source} has too few images of class {name}, {num}: at least {least} are needed, to {splits}")
+        raise UserError(f"there are too few images of class {name}, {num}: at least {least} are needed, to {splits}")
 
 
 def _shuffle(part: Part, rng: np.random.Generator) -> Part:
@@ -146,7 +146,7 @@ def _rank_in_class(labels: Labels) -> npt.NDArray[np.int64]:
     return ranks
 
 
-def _tell_copies(classes: tuple[str, ...], learned: Part, test: Part, source: OwnSource) -> tuple[str, ...]:
+def _tell_copies(classes: tuple[str, ...], learned: Part, test: Part) -> tuple[str, ...]:
     """A sentence each where the same image is in both splits, or stands under two labels.
 
     Raises:
@@ -168,7 +168,7 @@ def _tell_copies(classes: tuple[str, ...], learned: Part, test: Part, source: Ow
             if label != other:
                 doubtful.append(f"{own} ({classes[label]}) and {name} ({classes[other]})")
     if len(copies) == len(test.labels):
-        raise UserError(f"{source}: all test images are training images too, such as {copies[0]}")
+        raise UserError(f"all test images are training images too, such as {copies[0]}")
     notices = []
     if copies:
         notices.append(f"{len(copies):,} of {len(test.labels):,} test images are training images too: {copies[0]}.")

@@ -207,9 +207,9 @@ def confusion_matrices(results: Results) -> Figure | None:
 def _class_names(record: Record, num_classes: int) -> list[str]:
     """A tick each: of very many classes only some have room for their names."""
     names = record.class_names if len(record.class_names) == num_classes else [str(n) for n in range(num_classes)]
-    short = [name if len(name) <= MAX_CLASS_NAME else f"{name[: MAX_CLASS_NAME - 1]}…" for name in names]
+    short = [name if len(name) <= MAX_CLASS_NAME else f"{name[:4]}…{name[5 - MAX_CLASS_NAME :]}" for name in names]
     step = math.ceil(num_classes / MANY_CLASSES)
-    return [name if place % step == 0 else "" for place, name in enumerate(short)]
+    return [name.replace("$", r"\$") if place % step == 0 else "" for place, name in enumerate(short)]
 
 
 def _turn_long_names(axes: Axes) -> None:
