@@ -121,7 +121,7 @@ class TestFolder:
             (lambda root: shutil.rmtree(root / "b"), "the one class a"),
             (lambda root: shutil.rmtree(root), "cannot be read"),
             (lambda root: (root / "empty").mkdir(), "empty holds no image"),
-            (lambda root: (shutil.rmtree(root / "a"), shutil.rmtree(root / "b")), "no class folders"),
+            (lambda root: [*map(shutil.rmtree, root.iterdir())], "no class folders"),
             (lambda root: save(root / "a" / "wide.png", noise(0, 6, 10)), "give --image-size"),
             (lambda root: (root / "a" / "gone.png").symlink_to("nowhere"), "gone.png cannot be read"),
             (lambda root: make_pipe(root / "a" / "pipe.png"), "pipe.png is not a file"),

@@ -64,7 +64,12 @@ def test_checkpoints_know_classes_size_and_ground(folder: Path, name: str, class
 def test_its_figures_are_drawn_again_by_folder_or_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     drawn: list[str] = []
-    monkeypatch.setattr(figures, "draw_all", lambda results, _: [drawn.append(results.name)][:0])
+
+    def draw(results: Path, _: object) -> list[Path]:
+        drawn.append(results.name)
+        return []
+
+    monkeypatch.setattr(figures, "draw_all", draw)
     filed = find(folder, "letters").name.removesuffix("-compact-quick")
     for dataset in ("folder:letters", filed):
         assert run("visualize_results", ["--dataset", dataset], monkeypatch) == 0
@@ -117,7 +122,10 @@ def test_images_as_they_are_show_in_the_name(folder: Path, monkeypatch: pytest.M
         ("adapt_mnist --dataset folder:letters --source-dataset digits", "digits has 10 classes, letters-"),
         ("kd_mnist --dataset folder:shapes --data digits", "Sparse_MoE-epochs1 is needed first"),
         ("dark_knowledge_mnist --dataset folder:shapes", "3 classes; one is left out, the fourth"),
-        ("kd_mnist --dataset folder:shapes --pool 4", "--pool 4 must divide the sides of an image, 20 and 30"),
+        (
+            "kd_mnist --dataset folder:shapes --no-distillation --pool 4",
+            "--pool 4 must divide the sides of an image, 20 and 30",
+        ),
         ("visualize_results --dataset cifar", "--dataset cifar is none of"),
     ],
 )
