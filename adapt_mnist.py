@@ -4,30 +4,29 @@ python adapt_mnist.py                                # MNIST's MoE for Fashion-M
 python adapt_mnist.py --full                         # the yardstick: all of its parameters are trained
 python adapt_mnist.py --rank 8 --init loftq          # adapters that start by undoing the rounding
 python adapt_mnist.py --model ffn --dataset kmnist
+python adapt_mnist.py --source Sparse_MoE-E8         # any row trained on --source-dataset, by its checkpoint's name
 """
 
 from dataclasses import dataclass, field
 
 from mnist_lab.command.console import make_and_print, open_lab
 from mnist_lab.command.entry import DatasetText, run_script
-from mnist_lab.command.options import Options
+from mnist_lab.command.source import ModelOptions, start
 from mnist_lab.compress.adapters import Adapters, AdaptLowRank, FinetuneAll
 from mnist_lab.compress.finetune import Duration
 from mnist_lab.errors import UserError
+from mnist_lab.experiments.pipeline import Chain, advance
 from mnist_lab.experiments.row import Row
-from mnist_lab.experiments.rows import SOURCES, SourceName, adapted
-from mnist_lab.experiments.run import Run
+from mnist_lab.experiments.rows import adapted
 from mnist_lab.sources import DatasetName
 
 
 @dataclass(frozen=True)
-class AdaptOptions(Options):
+class AdaptOptions(ModelOptions):
     dataset: DatasetText = "fashion-mnist"
     """Data set that the model is for in the end: one of the suite's, or own data (docs/own-data.md)."""
     source_dataset: DatasetName = "mnist"
     """Data set that it was trained on."""
-    model: SourceName = "moe"
-    """Trained model to start from; student is KD_FFN_Student."""
     full: bool = False
     """Train all parameters in FP32, to compare with."""
     adapters: Adapters = field(default_factory=Adapters)
@@ -40,17 +39,18 @@ class AdaptOptions(Options):
         if self.full and self.adapters != Adapters():
             raise UserError("--full trains all parameters: drop --rank and --init")
 
-    @property
-    def row(self) -> Row:
+    def row_from(self, source: Chain) -> Row:
         step = FinetuneAll(self.duration) if self.full else AdaptLowRank(self.adapters, self.duration)
-        return adapted(SOURCES[self.model], self.source_dataset, step)
+        advance(source, step)
+        return adapted(source.last, self.source_dataset, step)
 
 
 def main(options: AdaptOptions) -> None:
     with open_lab(options) as lab:
-        record = make_and_print(Run(lab, options.row, options.seed))
-        assert record.proof is not None
-        print(record.proof["text"])
+        lab, _, row = start(lab, options, options.source_dataset)
+        for record in make_and_print(lab, row, options.all_seeds):
+            assert record.proof is not None
+            print(record.proof["text"])
 
 
 if __name__ == "__main__":

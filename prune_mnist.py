@@ -8,6 +8,7 @@ python prune_mnist.py experts --keep 1                 # the MoE's best expert b
 python prune_mnist.py experts --keep 2 --criterion exact
 python prune_mnist.py merge --keep 2 --group outputs   # experts that resemble each other become one
 python prune_mnist.py shared-base --rank 8             # what experts have in common is stored once
+python prune_mnist.py experts --source Sparse_MoE-E8   # any trained row, by the name of its checkpoint
 
 Over three seeds with --teacher self, in points of accuracy against the MoE itself,
 expect 90 % zeros −0.02 ± 0.01, half the width −0.02 ± 0.16, one expert +0.02 ± 0.07
@@ -20,19 +21,18 @@ from tyro.conf import subcommand
 
 from mnist_lab.command.console import make_and_print, open_lab, print_proof
 from mnist_lab.command.entry import run_script
-from mnist_lab.command.options import Options
+from mnist_lab.command.source import ModelOptions, SourceOptions, start
 from mnist_lab.compress.finetune import Finetuning
 from mnist_lab.compress.merge_experts import MergeExperts, Merging
-from mnist_lab.compress.prune_experts import ExpertPruning, PruneExperts, check_experts, check_keep
+from mnist_lab.compress.prune_experts import ExpertPruning, PruneExperts
 from mnist_lab.compress.prune_neurons import NeuronPruning, PruneNeurons
 from mnist_lab.compress.prune_router import PruneRouter
 from mnist_lab.compress.prune_weights import PruneWeights, WeightPruning
 from mnist_lab.compress.share_base import ShareBase, Sharing
 from mnist_lab.errors import UserError
+from mnist_lab.experiments.pipeline import Chain, advance
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import (
-    SOURCES,
-    SourceName,
     merged_experts,
     pruned_experts,
     pruned_neurons,
@@ -40,101 +40,88 @@ from mnist_lab.experiments.rows import (
     pruned_weights,
     shared_base,
 )
-from mnist_lab.experiments.run import Run
-from mnist_lab.models.moe import RoutingConfig
 
 
 @dataclass(frozen=True)
-class WeightOptions(Options):
+class WeightOptions(ModelOptions):
     """Set the weights that matter least to zero."""
 
-    model: SourceName = "moe"
-    """Trained model to prune; student is KD_FFN_Student."""
     pruning: WeightPruning = field(default_factory=WeightPruning)
     finetuning: Finetuning = field(default_factory=Finetuning)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.pruning.allocation != "even" and self.model != "moe":
+    def row_from(self, source: Chain) -> Row:
+        if self.pruning.allocation != "even" and source.num_experts == 1:
             raise UserError(
-                f"--allocation {self.pruning.allocation} shares out among experts, and {self.model} has none"
+                f"--allocation {self.pruning.allocation} shares out among experts, and {self.source_name} has none"
             )
-
-    @property
-    def row(self) -> Row:
-        return pruned_weights(SOURCES[self.model], PruneWeights(self.pruning, self.finetuning))
+        step = PruneWeights(self.pruning, self.finetuning)
+        advance(source, step)
+        return pruned_weights(source.last, step)
 
 
 @dataclass(frozen=True)
-class NeuronOptions(Options):
+class NeuronOptions(ModelOptions):
     """Take the hidden units that matter least out of every layer."""
 
-    model: SourceName = "moe"
-    """Trained model to prune; student is KD_FFN_Student."""
     pruning: NeuronPruning = field(default_factory=NeuronPruning)
     finetuning: Finetuning = field(default_factory=Finetuning)
 
-    @property
-    def row(self) -> Row:
-        return pruned_neurons(SOURCES[self.model], PruneNeurons(self.pruning, self.finetuning))
+    def row_from(self, source: Chain) -> Row:
+        step = PruneNeurons(self.pruning, self.finetuning)
+        advance(source, step)
+        return pruned_neurons(source.last, step)
 
 
 @dataclass(frozen=True)
-class RouterOptions(Options):
-    """Set the weights of the MoE's gate that matter least to zero."""
+class RouterOptions(SourceOptions):
+    """Set the weights of a mixture's gate that matter least to zero."""
 
     pruning: PruneRouter = field(default_factory=PruneRouter)
 
-    @property
-    def row(self) -> Row:
-        return pruned_router(self.pruning)
+    def row_from(self, source: Chain) -> Row:
+        advance(source, self.pruning)
+        return pruned_router(self.pruning, source.last)
 
 
 @dataclass(frozen=True)
-class ExpertOptions(Options):
-    """Take the experts that matter least out of the MoE."""
+class ExpertOptions(SourceOptions):
+    """Take the experts that matter least out of a mixture."""
 
     pruning: ExpertPruning = field(default_factory=ExpertPruning)
     train: Literal["all", "router"] = "all"
     """What is trained afterwards."""
     finetuning: Finetuning = field(default_factory=Finetuning)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_experts(RoutingConfig().num_experts, self.pruning)
-        self.row  # noqa: B018
-
-    @property
-    def row(self) -> Row:
-        return pruned_experts(PruneExperts(self.pruning, self.train, self.finetuning))
+    def row_from(self, source: Chain) -> Row:
+        step = PruneExperts(self.pruning, self.train, self.finetuning)
+        advance(source, step)
+        return pruned_experts(step, source.last)
 
 
 @dataclass(frozen=True)
-class MergeOptions(Options):
-    """Let experts of the MoE that resemble each other become one."""
+class MergeOptions(SourceOptions):
+    """Let experts of a mixture that resemble each other become one."""
 
     merging: Merging = field(default_factory=Merging)
     finetuning: Finetuning = field(default_factory=Finetuning)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_keep(self.merging.keep, RoutingConfig().num_experts)
-
-    @property
-    def row(self) -> Row:
-        return merged_experts(MergeExperts(self.merging, self.finetuning))
+    def row_from(self, source: Chain) -> Row:
+        step = MergeExperts(self.merging, self.finetuning)
+        advance(source, step)
+        return merged_experts(step, source.last)
 
 
 @dataclass(frozen=True)
-class SharedBaseOptions(Options):
-    """Store what the MoE's experts have in common once, and of each what it adds, in low rank."""
+class SharedBaseOptions(SourceOptions):
+    """Store what a mixture's experts have in common once, and of each what it adds, in low rank."""
 
     sharing: Sharing = field(default_factory=Sharing)
     finetuning: Finetuning = field(default_factory=Finetuning)
 
-    @property
-    def row(self) -> Row:
-        return shared_base(ShareBase(self.sharing, self.finetuning))
+    def row_from(self, source: Chain) -> Row:
+        step = ShareBase(self.sharing, self.finetuning)
+        advance(source, step)
+        return shared_base(step, source.last)
 
 
 PruneOptions = (
@@ -147,14 +134,11 @@ PruneOptions = (
 )
 
 
-def main(
-    options: WeightOptions | NeuronOptions | RouterOptions | ExpertOptions | MergeOptions | SharedBaseOptions,
-) -> None:
-    row = options.row
-    assert row.source is not None
+def main(options: SourceOptions) -> None:
     with open_lab(options) as lab:
-        source = Run(lab, row.source, options.seed)
-        print_proof(make_and_print(Run(lab, row, options.seed), beside=source))
+        lab, source, row = start(lab, options)
+        for record in make_and_print(lab, row, options.all_seeds, beside=source):
+            print_proof(record)
 
 
 if __name__ == "__main__":

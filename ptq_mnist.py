@@ -6,23 +6,24 @@ python ptq_mnist.py --model moe --mode static       # the contrast: expect 99.21
 python ptq_mnist.py --mode weight-only --bits 4     # weights of 4 bits, a scale for each output
 python ptq_mnist.py --mode weight-only --model moe --size-budget 235    # of 2, 3, 4 or 8 bits, as fits into 235 KiB
 python ptq_mnist.py --mode fused --model moe --bits 8   # for one image at a time: the experts as one operator
+python ptq_mnist.py --source KD_FFN_Student-T10     # any trained row, by the name of its checkpoint
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import ClassVar, Literal
 
 from mnist_lab.command.console import make_and_print, open_lab, print_proof
 from mnist_lab.command.entry import run_script
-from mnist_lab.command.options import Options
-from mnist_lab.compress.int8 import Calibration, Mode, StaticInt8
+from mnist_lab.command.source import ModelOptions, start
+from mnist_lab.compress.int8 import Calibration, DynamicInt8, Mode, StaticInt8
 from mnist_lab.compress.levels import GroupSize, Rounding
 from mnist_lab.compress.mixed_bits import Allocation, MixedBits
 from mnist_lab.compress.qmoe import FusedExperts
 from mnist_lab.compress.weight_only import Method, WeightOnly
 from mnist_lab.errors import UserError
+from mnist_lab.experiments.pipeline import Chain, advance
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import (
-    SOURCES,
     SourceName,
     dynamic_int8,
     fused_experts,
@@ -30,19 +31,21 @@ from mnist_lab.experiments.rows import (
     static_int8,
     weight_only,
 )
-from mnist_lab.experiments.run import Run
+from mnist_lab.experiments.technique import Form
 
 AnyMode = Mode | Literal["weight-only", "fused"]
 
 
 @dataclass(frozen=True)
-class PTQOptions(Options):
-    model: SourceName = "ffn"
-    """Trained model to convert; student is KD_FFN_Student."""
+class PTQOptions(ModelOptions):
+    usual: ClassVar[SourceName] = "ffn"
+
+    model: SourceName | None = None
+    """Trained model to convert (when neither this nor --source is given, ffn); student is KD_FFN_Student."""
     mode: AnyMode | None = None
     """static: INT8, activation ranges from calibration; dynamic: INT8, from each batch; weight-only: weights in --bits;
     fused: an MoE's experts in --bits 8 or 4 as one operator of ONNX Runtime, the fastest for one image at a time. When
-    not given, static for the dense models and dynamic for the MoE."""
+    not given, static for dense models and dynamic for mixtures."""
     calibration: Calibration = field(default_factory=Calibration)
     bits: Literal[8, 4, 3, 2] | None = None
     """Of a weight, with --mode weight-only (when not given, 4) or fused (8 or 4; when not given, 4)."""
@@ -60,12 +63,11 @@ class PTQOptions(Options):
     yardstick, all get the same, and as many as fit, drawn by seed, one step more."""
     method: Method = field(default_factory=Method)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.chosen_mode != "static" and self.calibration != Calibration():
-            raise UserError(
-                f"--calibration-size and --calibration-method are for --mode static, and this is {self.chosen_mode}"
-            )
+    def _check(self, source: Chain) -> None:
+        """Raise UserError where options do not fit the mode, or the model."""
+        mode = self.mode_for(source)
+        if mode != "static" and self.calibration != Calibration():
+            raise UserError(f"--calibration-size and --calibration-method are for --mode static, and this is {mode}")
         has_rounding = self.rounding != Rounding() or self.bits is not None
         if self.mixed is None:
             if self.allocation != "sensitivity":
@@ -76,19 +78,18 @@ class PTQOptions(Options):
             )
         elif None not in {self.size_budget, self.mean_bits}:
             raise UserError("--size-budget and --mean-bits are two ways to say the same: drop one of them")
-        if self.chosen_mode == "fused":
-            self._check_fused()
-        elif self.chosen_mode != "weight-only" and (has_rounding or (self.method, self.mixed) != (Method(), None)):
+        if mode == "fused":
+            self._check_fused(source)
+        elif mode != "weight-only" and (has_rounding or (self.method, self.mixed) != (Method(), None)):
             raise UserError(
-                f"{self.chosen_mode} mode stores 8 bits: drop --bits and whatever is for weight-only, or add --mode "
-                "weight-only"
+                f"{mode} mode stores 8 bits: drop --bits and whatever is for weight-only, or add --mode weight-only"
             )
-        if self.method.router_bits is not None and self.model != "moe":
-            raise UserError(f"--router-bits {self.method.router_bits}: {self.model} has no router")
+        if self.method.router_bits is not None and source.num_experts == 1:
+            raise UserError(f"--router-bits {self.method.router_bits}: {self.source_name} has no router")
 
-    def _check_fused(self) -> None:
-        if self.model != "moe":
-            raise UserError(f"--mode fused makes one operator of all experts, and {self.model} has none")
+    def _check_fused(self, source: Chain) -> None:
+        if source.num_experts == 1:
+            raise UserError(f"--mode fused makes one operator of all experts, and {self.source_name} has none")
         if self.rounding.bits not in {8, 4}:
             raise UserError(f"--bits {self.rounding.bits}: --mode fused takes 8 or 4")
         if (replace(self.rounding, bits=Rounding().bits), self.method, self.mixed) != (Rounding(), Method(), None):
@@ -98,9 +99,9 @@ class PTQOptions(Options):
     def rounding(self) -> Rounding:
         return Rounding(self.bits or Rounding().bits, self.group_size, self.first_layer_bits)
 
-    @property
-    def chosen_mode(self) -> AnyMode:
-        return self.mode or ("dynamic" if self.model == "moe" else "static")
+    def mode_for(self, source: Chain) -> AnyMode:
+        """The mode given, or the usual one."""
+        return self.mode or ("static" if source.num_experts == 1 else "dynamic")
 
     @property
     def mixed(self) -> MixedBits | None:
@@ -114,17 +115,31 @@ class PTQOptions(Options):
             self.method,
         )
 
-    @property
-    def row(self) -> Row:
-        source = SOURCES[self.model]
-        if self.chosen_mode == "fused":
-            return fused_experts(source, FusedExperts(8 if self.rounding.bits == 8 else 4))
-        if self.chosen_mode == "weight-only":
-            form = self.mixed
-            return mixed_bits(source, form) if form else weight_only(source, WeightOnly(self.rounding, self.method))
-        return (
-            dynamic_int8(source) if self.chosen_mode == "dynamic" else static_int8(source, StaticInt8(self.calibration))
-        )
+    def form_of(self, source: Chain) -> Form:
+        match self.mode_for(source):
+            case "fused":
+                return FusedExperts(8 if self.rounding.bits == 8 else 4)
+            case "weight-only":
+                return self.mixed or WeightOnly(self.rounding, self.method)
+            case "dynamic":
+                return DynamicInt8()
+            case "static":
+                return StaticInt8(self.calibration)
+
+    def row_from(self, source: Chain) -> Row:
+        self._check(source)
+        form = self.form_of(source)
+        advance(source, form)
+        match form:
+            case FusedExperts():
+                return fused_experts(source.last, form)
+            case MixedBits():
+                return mixed_bits(source.last, form)
+            case WeightOnly():
+                return weight_only(source.last, form)
+            case StaticInt8():
+                return static_int8(source.last, form)
+        return dynamic_int8(source.last)
 
 
 def _check_calibration_size(size: int, num_images: int) -> None:
@@ -134,10 +149,11 @@ def _check_calibration_size(size: int, num_images: int) -> None:
 
 
 def main(options: PTQOptions) -> None:
-    source = SOURCES[options.model]
     with open_lab(options) as lab:
+        lab, source, row = start(lab, options)
         _check_calibration_size(options.calibration.calibration_size, len(lab.dataset.train))
-        print_proof(make_and_print(Run(lab, options.row, options.seed), beside=Run(lab, source, options.seed)))
+        for record in make_and_print(lab, row, options.all_seeds, beside=source):
+            print_proof(record)
 
 
 if __name__ == "__main__":

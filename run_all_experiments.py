@@ -18,7 +18,7 @@ from tyro.conf import UseAppendAction
 
 from mnist_lab.command.console import Mode, run_table
 from mnist_lab.command.entry import run_script
-from mnist_lab.command.options import Options, seeds_from
+from mnist_lab.command.options import RowOptions
 from mnist_lab.compress.bfloat16 import has_bfloat16
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.curve_rows import CURVE
@@ -30,7 +30,7 @@ SUITES: dict[str, tuple[Row, ...]] = {"compression": COMPRESSION, "students": ST
 
 
 @dataclass(frozen=True)
-class RunOptions(Options):
+class RunOptions(RowOptions):
     mode: Mode | None = None
     """train makes every model anew; load uses up-to-date checkpoints and trains the rest; when not given, asks."""
     suite: Literal["models", "compression", "students", "curve"] | None = None
@@ -39,12 +39,9 @@ class RunOptions(Options):
     times smaller. When neither this nor --pipeline is given, models."""
     pipeline: UseAppendAction[tuple[str, ...]] = ()
     """In place of a suite, a chain of rows, "link > link > ..." (docs/pipelines.md); may be given again, to compare."""
-    seeds: int = 1
-    """Number of seeds, from --seed upward."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        seeds_from(self.seed, self.seeds)
         if self.pipeline and self.suite is not None:
             raise UserError(f"--suite {self.suite} and --pipeline each say which rows to run: drop one of them")
 
@@ -57,7 +54,7 @@ class RunOptions(Options):
 
 
 def main(options: RunOptions) -> None:
-    run_table(options, options.rows, mode=options.mode, seeds=seeds_from(options.seed, options.seeds))
+    run_table(options, options.rows, mode=options.mode, seeds=options.all_seeds)
 
 
 if __name__ == "__main__":

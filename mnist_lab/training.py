@@ -36,7 +36,7 @@ class Recipe:
 
     epochs: int
     batch_size: int = field(metadata={"tag": "batch"})
-    learning_rate: float = 2e-3  # at its peak: linear warm-up, then linearly to zero
+    learning_rate: float = field(default=2e-3, metadata={"tag": "lr"})  # at its peak: linear warm-up, then to zero
     warmup_share: float = 0.15  # of all steps
     weight_decay: float = 0.02
     augmentation: Augmentation | None = None

@@ -58,6 +58,18 @@ def test_training_all_is_beside_it_under_another_name(finished_bench: Bench, mod
     assert made == {f"{source}_{name}-epochs1-seed0.safetensors" for name in ("finetuned-digits-ft2", "adapted-digits")}
 
 
+def test_any_row_of_the_other_data_set_is_a_source_with_its_own_recipe(finished_bench: Bench) -> None:  # noqa: F811
+    name = "FFN_Student_no_KD-epochs1"
+    outcome = finished_bench("adapt_mnist", *FROM_DIGITS[:-2], "--source", name, "--no-latency", quick=False)
+    assert outcome.code == 0, outcome.err
+    assert f"--source {name}: trained with epochs1" in outcome.out
+    made = [path.name for path in (finished_bench.folder / "checkpoints" / TARGET).glob("*.safetensors")]
+    assert made == ["FFN_Student_no_KD_adapted-digits-epochs1-seed0.safetensors"]
+    finished_bench.expect_user_error(
+        "adapt_mnist", *FROM_DIGITS, "--source", "FFN", says=f"in checkpoints/{FOLDER}; there are FFN_", quick=False
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [

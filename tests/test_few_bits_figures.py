@@ -76,6 +76,7 @@ def make_records(seed: int = 0) -> list[Record]:
         original("FFN_baseline", seed, acc=0.97 - less),
         original("Sparse_MoE", seed, acc=0.99 - less),
         rounded("FFN_baseline_weight_only-b2", 2, seed, acc=0.96 - less, source="FFN_baseline"),
+        rounded("FFN_baseline_weight_only", 4, seed, acc=0.965 - less, source="FFN_baseline"),
         rounded(f"{moe}-b8", 8, seed, acc=0.99 - less, rerouted=0.01),
         rounded(moe, 4, seed, acc=0.989 - less, rerouted=0.03),
         rounded(f"{moe}-b2", 2, seed, acc=0.95 - less, rerouted=0.3),
@@ -105,7 +106,7 @@ def of(*records: Record) -> Results:
 def test_accuracy_over_bits_has_a_line_a_way_of_what_is_rounded_for_each_output_alone() -> None:
     figure = few_bits_figures.accuracy_vs_bits(all_results())
     assert drawn(figure) == {
-        "made from FFN_baseline": [[(2, 96)]],
+        "made from FFN_baseline": [[(2, 96), (4, 96.5)]],
         "made from Sparse_MoE": [
             [(2, 95), (4, 98.9), (8, 99)],
             [(2, 97)],
@@ -122,6 +123,15 @@ def test_accuracy_over_bits_has_a_line_a_way_of_what_is_rounded_for_each_output_
         "Sparse_MoE_layer_wise",
         "Sparse_MoE_QAT",
     ]
+
+
+def test_an_original_in_one_number_of_bits_has_no_panel_beside_others() -> None:
+    alone = rounded("KD_FFN_Student_weight_only", 4, source="KD_FFN_Student")
+    assert drawn(few_bits_figures.accuracy_vs_bits(of(*make_records(), alone))).keys() == {
+        "made from FFN_baseline",
+        "made from Sparse_MoE",
+    }
+    assert drawn(few_bits_figures.accuracy_vs_bits(of(alone))).keys() == {"made from KD_FFN_Student"}
 
 
 def looks_of(axes: Axes) -> list[tuple[Any, Any]]:

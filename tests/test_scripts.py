@@ -35,7 +35,7 @@ from mnist_lab.studies.claims.figures import CLAIM_FIGURES
 
 ROOT = Path(__file__).parent.parent
 OPTIONS = {
-    "baseline_mnist": "Options",
+    "baseline_mnist": "BaselineOptions",
     "moe_mnist": "MoEOptions",
     "ptq_mnist": "PTQOptions",
     "qat_mnist": "QATOptions",
@@ -52,6 +52,7 @@ GROUPS = {
     "adapters",
     "duration",
     "routing",
+    "widths",
     "softening",
     "mixture",
     "matching",

@@ -11,7 +11,7 @@ from typing import Literal
 import pandas as pd
 import torch
 
-from mnist_lab.command.options import Options
+from mnist_lab.command.options import Options, RowOptions
 from mnist_lab.data import load_dataset
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.lab import Lab
@@ -20,9 +20,10 @@ from mnist_lab.experiments.make import load_or_make, load_or_measure, make, make
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import ORDER, families
 from mnist_lab.experiments.run import Run
+from mnist_lab.experiments.watch import log_records
 from mnist_lab.folders import only_run_in
 from mnist_lab.machine import cpu_model, usable_cpus
-from mnist_lab.report.columns import COMPRESSION
+from mnist_lab.report.columns import COMPRESSION, LATENCIES
 from mnist_lab.report.records import Record, first_in, load_records, usable_records
 from mnist_lab.report.table import build_table, judge_distillation
 from mnist_lab.report.text import SUMMARY_LEGEND, format_compression, format_fastest, format_summary, write_table
@@ -60,7 +61,7 @@ def find_lab(options: Options) -> Lab:
     use_allowed_cpus()
     dataset = load_dataset(options.dataset, options.data_dir, options.height_and_width)
     folder = f"{dataset.name}-{options.preset}-{options.recipe}"
-    return Lab(
+    lab = Lab(
         dataset=dataset,
         preset_name=options.preset,
         recipe_name=options.recipe,
@@ -72,6 +73,9 @@ def find_lab(options: Options) -> Lab:
         runtimes=_find_runtimes(options),
         data_dir=options.data_dir,
     )
+    if isinstance(options, RowOptions):
+        lab = replace(lab, latency=options.latency, log=options.log is not None)
+    return lab
 
 
 def use_allowed_cpus() -> None:
@@ -80,45 +84,89 @@ def use_allowed_cpus() -> None:
 
 
 def make_and_print(
-    run: Run, *, beside: Run | None = None, with_source: bool = False, with_parents: bool = False
-) -> Record:
-    """Make one run, time it (by turns with a finished one to compare with), and print the figures.
+    lab: Lab,
+    row: Row,
+    seeds: range,
+    *,
+    beside: Row | None = None,
+    with_source: bool = False,
+    with_parents: bool = False,
+) -> list[Record]:
+    """Make one row for each seed, time it (by turns with a finished one to compare with), and print the figures.
 
     Args:
-        with_source: make what the run is another form of anew first, and say what it did.
+        with_source: make what the row is another form of anew first, and say what it did.
         with_parents: make what it needs first, too, where that is missing or stale.
+
+    Returns:
+        The row's own records.
 
     Raises:
         UserError: it runs in none of the runtimes asked for; a run that it needs first is missing or stale.
     """
-    lab = run.lab
-    _check_runtimes(run)
-    first = run.parents["source"] if with_source else run
+    runs = [Run(lab, row, seed) for seed in seeds]
+    _check_runtimes(runs[0])
     if not with_parents:
-        for parent in first.parents.values():
-            _check_parent(parent)
-    if with_source:
-        print(produce(first).proof["text"], flush=True)
-    records = [make(run)]
-    if beside is not None:
-        records.append(load_or_measure(beside))
-    measure_latencies(lab, first_in(records, lab.runtimes))
+        for run in runs:
+            for parent in (run.parents["source"] if with_source else run).parents.values():
+                _check_parent(parent)
+
+    def make_one(run: Run) -> Record:
+        if with_source:
+            print(produce(run.parents["source"]).proof["text"], flush=True)
+        return make(run)
+
+    made = make_all(runs, make_one)
+    others = [] if beside is None else [load_or_measure(Run(lab, beside, seed)) for seed in seeds]
+    records = _time(lab, _take_usable(lab, [*made, *others], made))
     print_table(build_table(_as_asked(lab, records), order=ORDER, columns=lab.columns))
-    print(f"\nmodel: {run.output}\nto deploy: {run.artifact}\nrecord: {run.record}")
-    return records[0]
+    for run in runs:
+        print(f"\nmodel: {run.output}\nto deploy: {run.artifact}\nrecord: {run.record}")
+    return made
 
 
 def _check_parent(parent: Run) -> None:
     """Raise UserError where a run that another needs first is not there or out of date."""
     reason = parent.why_stale()
-    if reason is not None:
-        script = SCRIPTS.get(parent.row.family, "run_all_experiments.py --mode load")
-        data = parent.row.dataset
-        script, options = (f"{script} --dataset {data}", "") if data is not None else (script, " --dataset,")
-        raise UserError(
-            f"{parent.model} is needed first, and {parent.output} is {reason}. Make it with: python {script}, and the "
-            f"same options --preset, --recipe,{options} --seed, --epochs, --batch-size and --checkpoints."
-        )
+    if reason is None:
+        return
+    needed, script = f"{parent.name} is needed first, and {parent.output} is {reason}.", SCRIPTS.get(parent.row.name)
+    if script is None:
+        raise UserError(f"{needed} Make it with the script and the options that are for it.")
+    data = parent.row.dataset
+    script, options = (f"{script} --dataset {data}", "") if data is not None else (script, " --dataset,")
+    raise UserError(
+        f"{needed} Make it with: python {script}, and the "
+        f"same options --preset, --recipe,{options} --seed, --epochs, --batch-size, --learning-rate and --checkpoints."
+    )
+
+
+def _take_usable(lab: Lab, records: Sequence[Record], current: Sequence[Record]) -> list[Record]:
+    """Those that a table may take; says of the others why not."""
+    usable, left_out = usable_records(records, lab.checkpoints, cpu_model(), current=current)
+    for line in left_out:
+        print(f"not in the table: {line}")
+    return usable
+
+
+def _time(lab: Lab, records: Sequence[Record]) -> list[Record]:
+    """The records with their latencies of now, or without any where none are to be measured.
+
+    Writes the final figures for TensorBoard where that is asked for.
+    """
+    if lab.latency:
+        measure_latencies(lab, first_in(records, lab.runtimes))
+    timed = [*records] if lab.latency else [_untimed(record) for record in records]
+    if lab.log:
+        log_records(lab, timed)
+    return timed
+
+
+def _untimed(record: Record) -> Record:
+    measurements = {
+        name: replace(measurement, latency_ms={}, threads=None) for name, measurement in record.measurements.items()
+    }
+    return replace(record, measurements=measurements)
 
 
 def _find_runtimes(options: Options) -> tuple[RuntimeName, ...]:
@@ -164,13 +212,14 @@ def print_table(table: pd.DataFrame) -> None:
     print(f"\n{format_summary(table, style='simple', width=width)}\n\n{SUMMARY_LEGEND}", flush=True)
     if compression := format_compression(table, style="simple", columns=COMPRESSION[:ON_SCREEN]):
         print(f"\ncompression, against each row's original:\n{compression}", flush=True)
-    if table["model"].duplicated().any():
+    is_timed = bool(table[[column.name for column in LATENCIES]].notna().any(axis=None))
+    if is_timed and table["model"].duplicated().any():
         print(f"\nfastest runtime:\n{format_fastest(table, style='simple')}", flush=True)
 
 
 def print_expert_load(record: Record) -> None:
     """How evenly the router spread the images, per epoch."""
-    print("\nepoch  share of (image, expert) pairs per expert            dropped")
+    print(f"\n{record.run_name}\nepoch  share of (image, expert) pairs per expert            dropped")
     for epoch in record.curves:
         shares = " ".join(f"{share:6.1%}" for share in epoch["expert_load"])
         print(f"{epoch['epoch']:5d}  {shares}  {epoch['dropped_share']:.2%}")
@@ -179,7 +228,7 @@ def print_expert_load(record: Record) -> None:
 def print_proof(record: Record) -> None:
     """What the technique did, and how far the model stays from its original."""
     assert record.proof is not None
-    print(record.proof["text"])
+    print(f"{record.run_name}: {record.proof['text']}")
     for runtime, measurement in record.measurements.items():
         print(f"same class as {record.original} on {measurement.same_class:.2%} of the test images in {runtime}")
 
@@ -196,11 +245,8 @@ def run_rows(lab: Lab, rows: Sequence[Row], *, mode: Mode | None, seeds: range) 
     print_checkpoints(runs)
     load_records(lab.results)  # a broken one stops the run now, not after hours of work
     records = make_all(runs, make if (mode or ask_mode()) == "train" else load_or_make)
-    usable, left_out = usable_records(load_records(lab.results), lab.checkpoints, cpu_model(), current=records)
-    for line in left_out:
-        print(f"not in the table: {line}")
-    measure_latencies(lab, first_in(usable, lab.runtimes))
-    write_results(lab, usable, order=tuple(dict.fromkeys([*families(rows), *ORDER])))
+    usable = _take_usable(lab, load_records(lab.results), records)
+    write_results(lab, _time(lab, usable), order=tuple(dict.fromkeys([*families(rows), *ORDER])))
 
 
 def print_checkpoints(runs: Sequence[Run]) -> None:

@@ -1,8 +1,10 @@
 """The options that every training and converting script takes."""
 
+import math
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -65,6 +67,8 @@ class Options(DataOptions):
     """Passes over the training images, in place of the recipe's."""
     batch_size: int | None = None
     """Images per training step, in place of the recipe's."""
+    learning_rate: float | None = None
+    """Of AdamW at its peak, in place of the recipe's."""
     augmentation: bool = True
     """Shift, turn and bend training images as the recipe says, which suits digits and letters."""
     threads: int = 1
@@ -81,6 +85,8 @@ class Options(DataOptions):
         super().__post_init__()
         check_count("--epochs", self.epochs)
         check_count("--batch-size", self.batch_size)
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise UserError(f"--learning-rate {self.learning_rate} must be a finite number above 0")
         check_count("--threads", self.threads)
         if not self.runtime:
             raise UserError("--runtime needs at least one name")
@@ -90,13 +96,33 @@ class Options(DataOptions):
 
     def make_recipe(self) -> Recipe:
         """The named recipe with this run's departures."""
-        recipe = find_recipe(self.recipe, self.preset)
-        return replace(
-            recipe,
-            epochs=self.epochs or recipe.epochs,
-            batch_size=self.batch_size or recipe.batch_size,
-            augmentation=recipe.augmentation if self.augmentation else None,
-        )
+        given = {"epochs": self.epochs, "batch_size": self.batch_size, "learning_rate": self.learning_rate}
+        departing: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        if not self.augmentation:
+            departing["augmentation"] = None
+        return replace(find_recipe(self.recipe, self.preset), **departing)
+
+
+@dataclass(frozen=True)
+class RowOptions(Options):
+    """What a script takes that makes rows and prints their figures."""
+
+    seeds: int = 1
+    """Number of seeds, from --seed upward."""
+    latency: bool = True
+    """Measure latency; with --no-latency it stays blank."""
+    log: Literal["tensorboard"] | None = None
+    """Write learning curves, settings and final figures for TensorBoard, below the results, while models train."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        seeds_from(self.seed, self.seeds)
+        if self.log is not None and find_spec("tensorboard") is None:
+            raise UserError("--log tensorboard needs a package that is not here: pip install -r requirements-extra.txt")
+
+    @property
+    def all_seeds(self) -> range:
+        return seeds_from(self.seed, self.seeds)
 
 
 def seeds_from(first: int, num: int) -> range:

@@ -24,16 +24,13 @@ from torch import Tensor, nn
 
 from mnist_lab.compress.distill import DistillationConfig, distil_from
 from mnist_lab.compress.layer_by_layer import relative_error
-from mnist_lab.compress.train import train
+from mnist_lab.compress.train import ALIGNMENT, MAX_WIDTH, train
 from mnist_lab.data import DataSpec
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.technique import Made, Work
 from mnist_lab.models import count_parameters
 from mnist_lab.models.moe import MAX_EXPERTS, RoutingConfig, SparseMoE, SparseMoEConfig
 from mnist_lab.training import Batch, LossTerms, Objective, StepLoss, Term
-
-ALIGNMENT = 4  # floats: products grouped by expert take rows of whole 16 bytes
-MAX_WIDTH = 4096
 
 
 @dataclass(frozen=True)

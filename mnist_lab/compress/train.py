@@ -5,15 +5,18 @@ from typing import ClassVar
 
 from mnist_lab.data import DataSpec
 from mnist_lab.deploy.onnx import stored_bytes
+from mnist_lab.errors import UserError
 from mnist_lab.experiments.technique import Made, Work
 from mnist_lab.models import Model, ModelConfig, Preset, Shape, build_skeleton, count_parameters, parameter_bytes
 from mnist_lab.models.ffn import FFNConfig
-from mnist_lab.models.moe import RoutingConfig
+from mnist_lab.models.moe import RoutingConfig, SparseMoEConfig
 from mnist_lab.models.small import SmallShape
 from mnist_lab.training import Objective, supervised_loss
 
 MULTIPLE = 8  # of units: products of other widths are slower, or cannot be grouped by expert
 NUM_STEPS = 256  # between a rival's widths and none
+ALIGNMENT = 4  # floats: products grouped by expert take rows of whole 16 bytes
+MAX_WIDTH = 4096
 
 
 def train(work: Work, config: ModelConfig, objective: Objective = supervised_loss, *, budget: float = 1.0) -> Made:
@@ -62,6 +65,43 @@ class TrainMoE:
 
     def make(self, work: Work) -> Made:
         return train(work, self.config(work.preset, work.dataset.spec))
+
+
+@dataclass(frozen=True)
+class MixtureWidths:
+    """Widths of a mixture, where they are not the preset's."""
+
+    model_width: int | None = field(default=None, metadata={"tag": "m"})
+    """Units of the layer before the experts, in place of the preset's."""
+    expert_width: int | None = field(default=None, metadata={"tag": "h"})
+    """Hidden units of each expert, in place of the preset's."""
+    output_width: int | None = field(default=None, metadata={"tag": "o"})
+    """Units that each expert gives, in place of the preset's."""
+
+    def __post_init__(self) -> None:
+        for name, width in vars(self).items():
+            if width is not None and not (0 < width <= MAX_WIDTH and width % ALIGNMENT == 0):
+                option = f"--{name.replace('_', '-')} {width}"
+                raise UserError(f"{option} must be a multiple of {ALIGNMENT}, at most {MAX_WIDTH:,}")
+
+    def departing(self, preset: Preset) -> "MixtureWidths":
+        """The same without those that are the preset's own."""
+        usual = zip(vars(self).items(), preset.moe_widths, strict=True)
+        return MixtureWidths(**{name: None if width == own else width for (name, width), own in usual})
+
+    def config(self, preset: Preset, data: DataSpec, routing: RoutingConfig) -> SparseMoEConfig:
+        given = {name: width for name, width in vars(self).items() if width is not None}
+        return replace(preset.moe(data, routing), **given)
+
+
+@dataclass(frozen=True)
+class TrainWidthsOfMoE(TrainMoE):
+    """The same with other widths than the preset's."""
+
+    widths: MixtureWidths = field(default_factory=MixtureWidths)
+
+    def config(self, preset: Preset, data: DataSpec) -> ModelConfig:
+        return self.widths.config(preset, data, self.routing)
 
 
 @dataclass(frozen=True)

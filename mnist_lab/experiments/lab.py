@@ -32,6 +32,8 @@ class Lab:
     device: str = "cpu"
     train_threads: int | None = None  # that every model must have been trained on; None: as it comes
     threads: int = 1  # of latency measurements
+    latency: bool = True  # whether it is measured
+    log: bool = False  # whether trainings are written for TensorBoard
     runtimes: tuple[RuntimeName, ...] = ("pytorch", "onnxruntime")  # to measure in, where a row can run there
     columns: tuple[Column, ...] = COLUMNS
     data_dir: Path | None = None  # where other data sets are looked for
@@ -82,6 +84,10 @@ class Lab:
                 _computed={},
             )
         return self._other_labs[key]
+
+    def with_recipe(self, recipe: Recipe) -> "Lab":
+        """The same with other departures from the named recipe."""
+        return replace(self, recipe=recipe, _computed={}, _other_labs={})
 
     def _recipe_of(self, preset: PresetName) -> Recipe:
         usual = vars(find_recipe(self.recipe_name, self.preset_name))

@@ -15,6 +15,7 @@ from mnist_lab.experiments.measure_run import find_known, measure_run
 from mnist_lab.experiments.resume import forget, keepers
 from mnist_lab.experiments.run import Run
 from mnist_lab.experiments.technique import Proof, Work
+from mnist_lab.experiments.watch import watched
 from mnist_lab.files import write_atomically
 from mnist_lab.folders import only_run_in
 from mnist_lab.machine import package_versions
@@ -85,7 +86,8 @@ def produce(run: Run) -> Produced:
     }
     before = copy.deepcopy(work.source)
     try:
-        made = run.row.step.make(replace(work, keepers=keepers(run)))
+        with watched(run, keepers(run)) as own_keepers:
+            made = run.row.step.make(replace(work, keepers=own_keepers))
         if before is not None and _same_weights(made.model, before):
             raise RunFailed(f"{run.name}: the technique changed none of {run.parents['source'].model}'s weights")
     except RunFailed:  # going on would end the same way

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
+from mnist_lab.compress.adapters import AdaptLowRank, FinetuneAll
 from mnist_lab.compress.bfloat16 import BFloat16
 from mnist_lab.compress.distill import Distil
 from mnist_lab.compress.int8 import DynamicInt8, StaticInt8
@@ -36,7 +37,8 @@ from mnist_lab.errors import UserError
 from mnist_lab.experiments import rows
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.technique import Form, Step
-from mnist_lab.models.moe import RoutingConfig
+from mnist_lab.models import ModelConfig
+from mnist_lab.models.moe import RoutingConfig, SparseMoEConfig
 from mnist_lab.models.small import SmallShape, parse_shape
 
 LONGEST_NAME = 150  # of a row: its files add seed, departures from the recipe and an ending, and stay below 200
@@ -113,6 +115,14 @@ class Chain:
         return self.rows[-1]
 
 
+def chain_from(row: Row, config: ModelConfig) -> Chain:
+    """A chain that begins with a trained row of this architecture."""
+    if not isinstance(config, SparseMoEConfig):
+        return Chain((row,), num_experts=1)
+    has_base, has_widths = config.shared_rank is not None, config.expert_widths is not None
+    return Chain((row,), config.routing.num_experts, has_base=has_base, has_widths=has_widths)
+
+
 def parse_pipeline(text: str) -> tuple[Row, ...]:
     """The rows of a pipeline: the trained model that it starts from, and one for each link, each the next one's source.
 
@@ -133,11 +143,17 @@ def parse_pipeline(text: str) -> tuple[Row, ...]:
             chain = _append(chain, link)
     if isinstance(chain.last.step, TrainQuantized):
         chain = replace(chain, rows=(*chain.rows, rows.deployed(chain.last)))
-    if len(chain.last.name) > LONGEST_NAME:
-        raise UserError(
-            f'--pipeline "{text}" is too long: its last row would be called {chain.last.name}, and files bear that name'
-        )
+    try:
+        check_name(chain.last)
+    except UserError as error:
+        raise UserError(f'--pipeline "{text}" is too long: {error}') from error
     return chain.rows
+
+
+def check_name(row: Row) -> None:
+    """Raise UserError where a row's name is too long for a file's."""
+    if len(row.name) > LONGEST_NAME:
+        raise UserError(f"its last row would be called {row.name}, and files bear that name")
 
 
 def _starts_from(link: str) -> Row | None:
@@ -175,9 +191,7 @@ def _naming(number: int, link: str) -> Iterator[None]:
 def _append(chain: Chain, link: str) -> Chain:
     kind, settings = _read(link)
     technique = _build(kind.technique, {**settings, **kind.fixed})
-    _check_order(chain, technique)
-    advanced = _advance(chain, technique)
-    return replace(advanced, rows=(*chain.rows, kind.row(chain.last, technique)))
+    return replace(advance(chain, technique), rows=(*chain.rows, kind.row(chain.last, technique)))
 
 
 def _read(link: str) -> tuple[Kind, dict[str, Any]]:
@@ -283,12 +297,13 @@ def _check_order(chain: Chain, technique: Step | Form) -> None:
         raise UserError("what learned in few bits is deployed in those, and in no other form: leave one of the two out")
 
 
-def _advance(chain: Chain, technique: Step | Form) -> Chain:
+def advance(chain: Chain, technique: Step | Form) -> Chain:
     """What is known of the model that a technique makes of the last one.
 
     Raises:
         UserError: it cannot be applied to that.
     """
+    _check_order(chain, technique)
     match technique:
         case Distil():
             return replace(chain, num_experts=1, has_base=False, has_widths=False)
@@ -306,6 +321,9 @@ def _advance(chain: Chain, technique: Step | Form) -> Chain:
             _check_no_base(chain)
             _check_one_width(chain)
             return replace(chain, has_base=True)
+        case AdaptLowRank() | FinetuneAll():
+            _check_no_base(chain)
+            _check_one_width(chain)
         case PruneNeurons():
             _check_no_base(chain)
             is_apart = technique.pruning.widths == "apart" and chain.num_experts > 1

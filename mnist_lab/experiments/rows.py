@@ -22,7 +22,7 @@ from mnist_lab.compress.qmoe import FusedExperts
 from mnist_lab.compress.refine import Refine
 from mnist_lab.compress.share_base import ShareBase, Sharing
 from mnist_lab.compress.synthetic import SYNTHETIC, DistilOnImages, Images
-from mnist_lab.compress.train import TrainEarlyMoE, TrainFFN, TrainLike, TrainMoE
+from mnist_lab.compress.train import MixtureWidths, TrainEarlyMoE, TrainFFN, TrainLike, TrainMoE, TrainWidthsOfMoE
 from mnist_lab.compress.weight_only import AsTrained, Method, WeightOnly
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.technique import Form
@@ -36,9 +36,15 @@ FEW_IMAGES = 1000  # for a student that learns on few
 STUDENT_WITHOUT_TEACHER = Row(CONTROL, TrainFFN("student"))
 
 
-def sparse_moe(routing: RoutingConfig = RoutingConfig()) -> Row:
+def dense(widths: tuple[int, ...]) -> Row:
+    """The dense FFN with hidden layers of other widths than the preset's."""
+    return Row(BASELINE, TrainFFN(widths), variant=SmallShape(widths).name)
+
+
+def sparse_moe(routing: RoutingConfig = RoutingConfig(), widths: MixtureWidths = MixtureWidths()) -> Row:
     """The noisy top-K mixture of experts."""
-    return Row(MIXTURE, TrainMoE(routing))
+    step = TrainMoE(routing) if widths == MixtureWidths() else TrainWidthsOfMoE(routing, widths)
+    return Row(MIXTURE, step)
 
 
 MOE = sparse_moe()

@@ -342,7 +342,7 @@ def place_legend(figure: Figure, handles: Sequence[Artist], names: Sequence[str]
 
 def write_footnote(figure: Figure, text: str) -> None:
     """A small muted text below the panels; the last of a figure, which grows by what is more than two lines."""
-    text = wrap(text, figure.get_figwidth() - 0.2, 8.5)
+    text = wrap(text, 0.94 * figure.get_figwidth(), 8.5)  # letters as drawn are of whole pixels, and a little wider
     figure.supxlabel(text, fontsize=8.5, color=MUTED)
     _make_room(figure, text, 8.5)
 

@@ -41,10 +41,15 @@ REROUTED = {
 
 
 def accuracy_vs_bits(results: Results) -> Figure | None:
-    """Test accuracy over the bits of a weight: a panel per original, a line per way to come to so few."""
+    """Test accuracy over the bits of a weight: a panel per original, a line per way to come to so few.
+
+    Originals in one number of bits alone have none where there are others to compare.
+    """
     members = _by_original(model for model in results.models if _is_plain(model))
     if not members:
         return None
+    several = {name: models for name, models in members.items() if len({*map(_bits, models)}) > 1}
+    members = several or members
     shown = [model for models in members.values() for model in models]
     looks, by_name = looks_by(shown, _way), {model.name: model for model in results.models}
 
@@ -54,7 +59,7 @@ def accuracy_vs_bits(results: Results) -> Figure | None:
         lines = draw_lines(
             axes,
             models,
-            lambda model: Point(BITS[_rounding(model)["bits"]], 100 * model.row["test_acc"], model.accuracy_error),
+            lambda model: Point(_bits(model), 100 * model.row["test_acc"], model.accuracy_error),
             lambda model: looks[_way(model)],
             name_of=_way,
         )
@@ -176,6 +181,11 @@ def _form(model: Model) -> dict[str, Any]:
 def _rounding(model: Model) -> dict[str, Any]:
     rounding: dict[str, Any] = _form(model).get("rounding") or {}
     return rounding
+
+
+def _bits(model: Model) -> float:
+    """Of information a weight."""
+    return BITS[_rounding(model)["bits"]]
 
 
 def _setting(model: Model, name: str) -> Any:

@@ -60,6 +60,7 @@ from mnist_lab.report.results import (
 )
 
 PARETO_COLUMNS = ["test_acc", "file_mb", "latency_ms_b64"]
+MAX_GROUPS = 3  # of models within noise of each other, that a footnote lists
 
 
 def draw_all(folder: Path, results: Results) -> Iterator[Path]:
@@ -162,11 +163,13 @@ def pareto_frontier(results: Results) -> Figure | None:
         make_logarithmic(axes, "x", label)
     panels[0].set_ylabel(ACCURACY_LABEL)
     draw_legend(figure, _looks(best), muted=_looks(others, " (dominated)"))
+    groups = within_noise(best)
     noise = [
         f"accuracies of {listed([model.label for model in group])} are within noise of each other"
-        for group in within_noise(best)
+        for group in groups[:MAX_GROUPS]
     ]
-    notes = ["dashed: frontier of the panel's two figures", *noise]
+    more = [f"and those of {len(groups) - MAX_GROUPS} more groups"] if len(groups) > MAX_GROUPS else []
+    notes = ["dashed: frontier of the panel's two figures", *noise, *more]
     write_footnote(figure, conditions(results, models, latency=True, notes=notes))
     return figure
 

@@ -274,6 +274,10 @@ OPTIONS = {
     "baseline_mnist": {
         "--epochs": NUMBERS,
         "--batch-size": NUMBERS,
+        "--learning-rate": ["", "abc", "nan", "inf", "-1", "0", "1e400", "None"],
+        "--seeds": NUMBERS,
+        "--hidden": ["abc", "0", "-1", "1.5", "10001", "99999999999999999999", "None"],
+        "--log": NAMES,
         "--threads": NUMBERS,
         "--dataset": [*NAMES, "folder:", "folder:nowhere", "folder:/proc/self", "csv:/dev/zero", "idx:/dev/null"],
         "--image-size": [*NUMBERS, "28", "3", "257"],
@@ -289,6 +293,8 @@ OPTIONS = {
         "--balance-weight": ["", "abc", "nan", "inf", "-1"],
         "--capacity-factor": ["abc", "nan", "inf", "-1", "0"],
         "--gate": NAMES,
+        "--model-width": NUMBERS,
+        "--expert-width": [*NUMBERS, "2", "4100"],
     },
     "kd_mnist": {
         "--temperature": ["", "abc", "nan", "inf", "-1", "0", "1e7"],
@@ -306,7 +312,14 @@ OPTIONS = {
         "--num-images": ["", "abc", "1"],
         "--ensemble-size": NUMBERS,
     },
-    "ptq_mnist": {"--calibration-size": NUMBERS, "--calibration-method": NAMES, "--model": NAMES, "--mode": NAMES},
+    "ptq_mnist": {
+        "--calibration-size": NUMBERS,
+        "--calibration-method": NAMES,
+        "--model": NAMES,
+        "--source": [*NAMES, "FFN_baseline", "*", "a/b", "é"],
+        "--mode": NAMES,
+    },
+    "qat_mnist": {"--source": NAMES, "--bits": NAMES, "--model": NAMES},
     "run_all_experiments": {
         "--seeds": NUMBERS,
         "--mode": NAMES,
