@@ -1,6 +1,7 @@
 """A user's own folders of images, from the images to the table, by the scripts."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import pandas as pd
 import pytest
@@ -17,52 +18,55 @@ QUICK = ("--recipe", "quick", "--epochs", "1")
 OF = {"letters": tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ"), "shapes": ("circle", "square", "triangle")}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The whole suite has run once on 26 letters, and on three shapes of 20x30 pixels."""
-    folder = tmp_path_factory.mktemp("own")
-    draw_letters(folder / "letters", num_each=12)
-    draw_shapes(folder / "shapes", num_each=40)
+class Made(NamedTuple):
+    """What the whole suite came to on a folder of images."""
+
+    name: str
+    folder: Path
+
+    def find(self, kind: str) -> Path:
+        """Where it is filed."""
+        (found,) = (self.folder / kind).glob(f"{self.name}-*-compact-quick")
+        return found
+
+
+@pytest.fixture(scope="module", params=OF)
+def made(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Made:
+    """Of 26 letters, and of three shapes of 20x30 pixels."""
+    name, folder = request.param, tmp_path_factory.mktemp("own")
+    if name == "letters":
+        draw_letters(folder / name, num_each=12)
+    else:
+        draw_shapes(folder / name, num_each=40)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
-        for name in OF:
-            code = run("run_all_experiments", ["--mode", "load", "--dataset", f"folder:{name}", *QUICK], monkeypatch)
-            assert code == 0
-    return folder
+        code = run("run_all_experiments", ["--mode", "load", "--dataset", f"folder:{name}", *QUICK], monkeypatch)
+    assert code == 0
+    return Made(name, folder)
 
 
-def find(folder: Path, name: str, kind: str = "results") -> Path:
-    """The one folder in which what became of a folder of images is filed."""
-    (found,) = (folder / kind).glob(f"{name}-*-compact-quick")
-    return found
-
-
-@pytest.mark.parametrize(("name", "classes"), OF.items())
-def test_own_images_come_to_a_table_and_plots(folder: Path, name: str, classes: tuple[str, ...]) -> None:
-    table = pd.read_csv(find(folder, name) / "table.csv")
+def test_own_images_come_to_a_table_and_plots(made: Made) -> None:
+    table = pd.read_csv(made.find("results") / "table.csv")
     assert set(table["model"]) == {f"{row.name}-epochs1" for row in TABLE}
     assert table["latency_ms_b64"].notna().all()
-    drawn = {path.stem for path in (find(folder, name) / "plots").glob("*.png")}
+    drawn = {path.stem for path in (made.find("results") / "plots").glob("*.png")}
     assert drawn == figures.FIGURES.keys() - figures.OF_COMPRESSED.keys()
-    for record in load_records(find(folder, name)):
-        assert record.class_names == list(classes)
-        assert len(next(iter(record.measurements.values())).confusion) == len(classes)
+    for record in load_records(made.find("results")):
+        assert record.class_names == list(OF[made.name])
+        assert len(next(iter(record.measurements.values())).confusion) == len(OF[made.name])
 
 
-@pytest.mark.parametrize(("name", "classes"), OF.items())
-def test_checkpoints_know_classes_size_and_ground(folder: Path, name: str, classes: tuple[str, ...]) -> None:
-    path = find(folder, name, "checkpoints") / "Sparse_MoE-epochs1-seed0.safetensors"
+def test_checkpoints_know_classes_size_and_ground(made: Made) -> None:
+    path = made.find("checkpoints") / "Sparse_MoE-epochs1-seed0.safetensors"
     data = load_checkpoint(path).model.config.data
-    assert data.classes == data.class_names == classes
-    assert (data.image_size, data.polarity) == {
-        "letters": ((28, 28), "dark-on-light"),
-        "shapes": ((20, 30), "light-on-dark"),
-    }[name]
+    assert data.classes == data.class_names == OF[made.name]
+    expected = {"letters": ((28, 28), "dark-on-light"), "shapes": ((20, 30), "light-on-dark")}
+    assert (data.image_size, data.polarity) == expected[made.name]
     assert f"{read_metadata(path)['dataset']}-compact-quick" == path.parent.name
 
 
-def test_its_figures_are_drawn_again_by_folder_or_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
+def test_its_figures_are_drawn_again_by_folder_or_name(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(made.folder)
     drawn: list[str] = []
 
     def draw(results: Path, _: object) -> list[Path]:
@@ -70,10 +74,10 @@ def test_its_figures_are_drawn_again_by_folder_or_name(folder: Path, monkeypatch
         return []
 
     monkeypatch.setattr(figures, "draw_all", draw)
-    filed = find(folder, "letters").name.removesuffix("-compact-quick")
-    for dataset in ("folder:letters", filed):
+    filed = made.find("results").name
+    for dataset in (f"folder:{made.name}", filed.removesuffix("-compact-quick")):
         assert run("visualize_results", ["--dataset", dataset], monkeypatch) == 0
-    assert drawn == [find(folder, "letters").name] * 2
+    assert drawn == [filed] * 2
     assert run("visualize_results", ["--dataset", "mnist"], monkeypatch) == 2
 
 
@@ -86,26 +90,24 @@ def test_its_figures_are_drawn_again_by_folder_or_name(folder: Path, monkeypatch
         "ptq_mnist --mode static --runtime openvino",
         "qat_mnist --model moe --bits 2",
         "kd_mnist --windows 8x5s2 --hidden 16",
-        "kd_mnist --data synthetic --num-images 300",
+        "kd_mnist --data noise --num-images 300",
         "kd_mnist --student moe --student-experts 3 --student-width 16",
         "prune_mnist weights --model ffn --ratio 0.5",
         "prune_mnist experts --keep 2",
     ],
 )
-@pytest.mark.parametrize("name", OF)
-def test_every_technique_takes_own_images(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, arguments: str
-) -> None:
-    monkeypatch.chdir(folder)
+def test_every_technique_takes_own_images(made: Made, monkeypatch: pytest.MonkeyPatch, arguments: str) -> None:
+    monkeypatch.chdir(made.folder)
     script, *options = arguments.split()
-    assert run(script, [*options, *QUICK, "--dataset", f"folder:{name}"], monkeypatch) == 0
+    assert run(script, [*options, *QUICK, "--dataset", f"folder:{made.name}"], monkeypatch) == 0
 
 
-def test_images_as_they_are_show_in_the_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(folder)
+def test_images_as_they_are_show_in_the_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    draw_shapes(tmp_path / "shapes", num_each=40)
+    monkeypatch.chdir(tmp_path)
     arguments = ["--dataset", "folder:shapes", "--image-size", "16", "--epochs", "1", "--no-augmentation"]
     assert run("baseline_mnist", arguments, monkeypatch) == 0
-    (path,) = folder.glob("checkpoints/shapes-*-16x16-compact-standard/*.safetensors")
+    (path,) = tmp_path.glob("checkpoints/shapes-*-16x16-compact-standard/*.safetensors")
     assert path.stem == "FFN_baseline-epochs1-no-augmentation-seed0"
 
 
