@@ -122,7 +122,7 @@ def test_images_as_they_are_show_in_the_name(tmp_path: Path, monkeypatch: pytest
         ("baseline_mnist --dataset folder:letters --image-size 3", "--image-size 3"),
         ("baseline_mnist --dataset digits --image-size 32", "--image-size is for own data"),
         ("adapt_mnist --dataset folder:letters --source-dataset digits", "digits has 10 classes, letters-"),
-        ("kd_mnist --dataset folder:shapes --data digits", "Sparse_MoE-epochs1 is needed first"),
+        ("kd_mnist --dataset folder:shapes --data digits", "is needed first"),
         ("dark_knowledge_mnist --dataset folder:shapes", "3 classes; one is left out, the fourth"),
         (
             "kd_mnist --dataset folder:shapes --no-distillation --pool 4",
