@@ -1,4 +1,5 @@
-# make run: the whole suite on ./data, $MNIST_LAB_DATA or a download. make test: lint, types and all tests.
+# make run: the whole suite on ./data, $MNIST_LAB_DATA or a download. make test: lint, types and all tests. make report:
+# the plots and one page of what is in results/, with a live demo where npm is at hand.
 # make check: the same without the slow tests, in less than half a minute. make faults: kills, damage, limits, odd
 # environments, half an hour; make faults KILLS=1000 FILES=10000 takes hours.
 PYTHON ?= python3
@@ -10,6 +11,9 @@ PYTEST := $(BIN)/python -m pytest --durations=10
 
 run: $(VENV)/.run
 	$(BIN)/python run_all_experiments.py --mode load $(ARGS)
+
+report: $(VENV)/.run
+	$(BIN)/python visualize_results.py --report $(ARGS)
 
 test: $(VENV)/.test lint types
 	FAULT_KILLS=3 FAULT_FILES=20 OMP_NUM_THREADS=1 $(PYTEST) --numprocesses auto --dist loadfile tests tests/faults
@@ -38,8 +42,8 @@ $(VENV)/.run: requirements.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/.test: requirements.txt requirements-extra.txt requirements-dev.txt | $(VENV)/bin/python
+$(VENV)/.test: requirements.txt requirements-extra.txt requirements-cluster.txt requirements-dev.txt | $(VENV)/bin/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@ $(VENV)/.run
 
-.PHONY: run test faults check quick-tests lint types
+.PHONY: run report test faults check quick-tests lint types

@@ -11,7 +11,7 @@ python claims_mnist.py --suite transfer --dataset fashion-mnist  # claim 24, of 
 from dataclasses import dataclass, replace
 from functools import partial
 
-from mnist_lab.command.console import find_lab, open_lab
+from mnist_lab.command.console import FindLab, open_lab
 from mnist_lab.command.entry import run_script
 from mnist_lab.command.options import Options, seeds_from
 from mnist_lab.errors import UserError
@@ -28,6 +28,8 @@ class ClaimOptions(Options):
     Fashion-MNIST's."""
     seeds: int = 5
     """Number of seeds, from --seed upward; the grid of temperature and alpha takes up to three, on quick."""
+    cluster: str | None = None
+    """Address of a Dask scheduler (tcp://host:8786), whose workers make what is missing (docs/sweeps.md)."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -49,7 +51,7 @@ def main(options: ClaimOptions) -> None:
 
 
 def doors(options: ClaimOptions) -> Doors:
-    return Doors(partial(open_lab, options), partial(find_lab, options))
+    return Doors(partial(open_lab, options), FindLab(options), options.cluster)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 python ptq_mnist.py                                 # the FFN, static: expect 99.29 ± 0.08 %, 0.230 MiB
 python ptq_mnist.py --model moe                     # the MoE, dynamic: expect 99.19 ± 0.07 %, 0.718 MiB
 python ptq_mnist.py --model moe --mode static       # the contrast: expect 99.21 ± 0.07 %, 0.735 MiB
+python ptq_mnist.py --target-cpu any                # weights of 7 bits, right also where 8 overflow (no VNNI)
 python ptq_mnist.py --mode weight-only --bits 4     # weights of 4 bits, a scale for each output
 python ptq_mnist.py --mode weight-only --model moe --size-budget 235    # of 2, 3, 4 or 8 bits, as fits into 235 KiB
 python ptq_mnist.py --mode fused --model moe --bits 8   # for one image at a time: the experts as one operator
@@ -26,6 +27,7 @@ from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import (
     SourceName,
     dynamic_int8,
+    for_any_cpu,
     fused_experts,
     mixed_bits,
     static_int8,
@@ -47,6 +49,9 @@ class PTQOptions(ModelOptions):
     fused: an MoE's experts in --bits 8 or 4 as one operator of ONNX Runtime, the fastest for one image at a time. When
     not given, static for dense models and dynamic for mixtures."""
     calibration: Calibration = field(default_factory=Calibration)
+    target_cpu: Literal["this", "any"] = "this"
+    """With --mode static or dynamic: on which CPUs the file must be right. Those like this one; or any, also x86
+    without VNNI, where products of 8-bit weights overflow: they get 7 bits."""
     bits: Literal[8, 4, 3, 2] | None = None
     """Of a weight, with --mode weight-only (when not given, 4) or fused (8 or 4; when not given, 4)."""
     group_size: GroupSize = "channel"
@@ -68,6 +73,8 @@ class PTQOptions(ModelOptions):
         mode = self.mode_for(source)
         if mode != "static" and self.calibration != Calibration():
             raise UserError(f"--calibration-size and --calibration-method are for --mode static, and this is {mode}")
+        if self.target_cpu == "any" and mode not in {"static", "dynamic"}:
+            raise UserError(f"--target-cpu any is for --mode static and dynamic, and this is {mode}")
         has_rounding = self.rounding != Rounding() or self.bits is not None
         if self.mixed is None:
             if self.allocation != "sensitivity":
@@ -137,9 +144,8 @@ class PTQOptions(ModelOptions):
                 return mixed_bits(source.last, form)
             case WeightOnly():
                 return weight_only(source.last, form)
-            case StaticInt8():
-                return static_int8(source.last, form)
-        return dynamic_int8(source.last)
+        row = static_int8(source.last, form) if isinstance(form, StaticInt8) else dynamic_int8(source.last)
+        return for_any_cpu(row) if self.target_cpu == "any" else row
 
 
 def _check_calibration_size(size: int, num_images: int) -> None:

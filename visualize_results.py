@@ -1,13 +1,16 @@
-"""Draw the plots again from the records on disk; nothing is trained or measured.
+"""Write the tables and draw the plots again from the records on disk; nothing is trained or measured.
 
 python visualize_results.py                                           # every folder below results/
 python visualize_results.py --results results/mnist-compact-standard  # one folder: expect 11 plots a folder
 python visualize_results.py --dataset mnist --recipe quick            # those that fit
+python visualize_results.py --report                                  # report.html too, with a live demo (make report)
+
+Records of other machines stand in the same table, their latencies do not: docs/sweeps.md
 """
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,9 +19,11 @@ from mnist_lab.command.entry import DatasetText, Folder, run_script
 from mnist_lab.errors import FolderInUse, RunFailed, UserError
 from mnist_lab.folders import only_run_in
 from mnist_lab.machine import cpu_model
-from mnist_lab.own_data import DATASET_TEXTS, find_own, is_filed_name
-from mnist_lab.report.records import CLAIMS_FOLDER, RECORD_PATTERN, Record, load_records, usable_records
-from mnist_lab.report.text import read_run_names
+from mnist_lab.own_data import DATASET_TEXTS, find_own, find_size, is_filed_name
+from mnist_lab.report.records import CLAIMS_FOLDER, RECORD_PATTERN, Record, load_records, timed_on, usable_records
+from mnist_lab.report.table import judge_distillation
+from mnist_lab.report.text import read_run_names, title_of, write_table
+from mnist_lab.report.winner import find_winners, write_up_winners
 from mnist_lab.sources import DATASETS
 
 # As in models/ and training.py, which import torch.
@@ -38,6 +43,11 @@ class PlotOptions:
     """Draw only this set of architectures."""
     recipe: RecipeName | None = None
     """Draw only this training budget."""
+    report: bool = False
+    """Write report.html too. The models it runs need npm once, which fetches an engine for browsers into .cache/."""
+    data_dir: Folder | None = None
+    """For the images of the report: folder that holds MNIST/raw/ and the like; when not given, $MNIST_LAB_DATA, else
+    ./data (downloaded into)."""
 
     def __post_init__(self) -> None:
         name = self.dataset
@@ -88,16 +98,21 @@ def choose_records(folder: Path, records: list[Record], checkpoints: Path) -> li
     """
     name, parent = folder.absolute().name, folder.absolute().parent.name
     own = checkpoints / parent / name if name == CLAIMS_FOLDER else checkpoints / name
-    cpus = [record.machine["cpu"] for record in records]
-    cpu = cpu_model() if cpu_model() in cpus else cpus[0]
     in_table = read_run_names(folder)
     current = [record for record in records if record.run_name in in_table]
-    usable, left_out = usable_records(records, own if own.is_dir() else None, cpu, current=current)
-    for line in left_out:
+    usable, left_out = usable_records(records, own if own.is_dir() else None, cpu_model(), current=current)
+    usable, not_timed = timed_on(choose_cpu(usable), usable)
+    for line in [*left_out, *not_timed]:
         print(f"not drawn: {line}")
     if not usable:
         raise UserError(f"no record in {folder} can be drawn; make them again with run_all_experiments.py")
     return usable
+
+
+def choose_cpu(records: Sequence[Record]) -> str:
+    """Whose latencies are shown: this CPU's, or where none of it is there, the first one's."""
+    timed = [record.timed_on(name) for record in records for name, own in record.measurements.items() if own.latency_ms]
+    return cpu_model() if cpu_model() in timed else next(iter(timed), cpu_model())
 
 
 @contextlib.contextmanager
@@ -109,8 +124,8 @@ def alone_where_possible(folder: Path) -> Iterator[None]:
         yield
 
 
-def draw(folder: Path, records: list[Record]) -> Iterator[Path]:
-    """The figures of a results folder; one of claims has its own."""
+def draw(folder: Path, records: list[Record], checkpoints: Path) -> Iterator[Path]:
+    """The table and the figures of a results folder; one of claims has figures of its own."""
     # Imported once there is something to draw: the rows, which give the order, bring torch.
     from mnist_lab.experiments.rows import ORDER
     from mnist_lab.report.curve import write_curve
@@ -121,13 +136,45 @@ def draw(folder: Path, records: list[Record]) -> Iterator[Path]:
     if folder.absolute().name == CLAIMS_FOLDER:
         return draw_claims(folder, records, *SUITES)
     results = Results(records, ORDER)
+    first = records[0]
+    title = title_of(first.dataset, first.preset, first.recipe)
+    sections = {"What to deploy": write_up_winners(find_winners(records), checkpoints / folder.absolute().name)}
+    write_table(folder, results.table, title=title, distillation=judge_distillation(records), sections=sections)
+    print(f"table: {folder / 'table.csv'} and table.md", flush=True)
     if curve := write_curve(folder, results):
         print(f"curve: {curve}", flush=True)
     return draw_all(folder, results)
 
 
+def report(folder: Path, records: list[Record], options: PlotOptions) -> Path:
+    """One page of a results folder."""
+    from mnist_lab.command.report import write_report
+    from mnist_lab.data import load_dataset
+    from mnist_lab.experiments.rows import ORDER
+    from mnist_lab.report.results import Results
+
+    checkpoints, dataset = options.checkpoints / folder.absolute().name, records[0].dataset
+    data_dir = options.data_dir if dataset in DATASETS and dataset != "digits" else None
+    size = None
+    if options.dataset and find_own(options.dataset):
+        dataset, size = options.dataset, find_size(dataset)
+    return write_report(
+        folder, Results(records, ORDER), checkpoints, lambda: load_dataset(dataset, data_dir, size).load_test()
+    )
+
+
+def fetch_engine() -> None:
+    """Says why there will be no demo."""
+    from mnist_lab.runtimes.onnxruntime_web import fetch_runtime
+
+    if reason := fetch_runtime():
+        print(f"reports without a demo: {reason}", flush=True)
+
+
 def main(options: PlotOptions) -> None:
     folders, data = find_folders(options.results), options.find_data()
+    if options.report:
+        fetch_engine()
     failures: list[UserError | RunFailed] = []
     is_any_admitted = False
     for folder in folders:
@@ -136,8 +183,11 @@ def main(options: PlotOptions) -> None:
             if records:
                 is_any_admitted = True
                 with alone_where_possible(folder):
-                    for path in draw(folder, choose_records(folder, records, options.checkpoints)):
+                    chosen = choose_records(folder, records, options.checkpoints)
+                    for path in draw(folder, chosen, options.checkpoints):
                         print(f"plot: {path}", flush=True)
+                    if options.report and folder.absolute().name != CLAIMS_FOLDER:
+                        print(f"report: {report(folder, chosen, options)}", flush=True)
         except (UserError, RunFailed) as error:  # the other folders do not hang on it
             failures.append(error)
     if failures:

@@ -20,7 +20,7 @@ from mnist_lab.compress.few_bits import FewBits
 from mnist_lab.compress.levels import LARGEST_GROUP, SMALLEST_GROUP, Rounded, Rounding
 from mnist_lab.compress.weight_only import round_weight, uniform_plan
 from mnist_lab.deploy.artifacts import save_onnx
-from mnist_lab.deploy.onnx import build_onnx, layout_metadata
+from mnist_lab.deploy.onnx import build_onnx, graph_metadata
 from mnist_lab.measure import Array
 from mnist_lab.models import Model
 
@@ -49,7 +49,7 @@ def as_file(weights: Weights, file: Path) -> None:
     """As the suite writes them."""
     graph = build_onnx(weights.model)
     put_in(graph, weights.plan, weights.rounded)
-    save_onnx(graph, file, layout_metadata(weights.model))
+    save_onnx(graph, file, graph_metadata(weights.model))
 
 
 def as_float(weights: Weights) -> onnx.ModelProto:

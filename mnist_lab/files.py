@@ -18,6 +18,7 @@ TEMPORARY = ".tmp-"  # how the names of unfinished files begin
 BLANK = f"sha256:{'0' * 64}"  # where a file's own digest goes
 DIGEST = re.compile(rb"sha256:([0-9a-f]{64})")
 MAX_BYTES = 2**31  # of a file that is read whole; ONNX allows no more
+MAX_VALUES = 2**16  # that a file's windows may make of an image, as their weights do not bound them
 # What fsync says where a file system has no such thing; whatever else it says means lost data.
 NO_FSYNC = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EPERM, errno.EACCES, errno.EBADF, errno.EROFS}
 
@@ -59,8 +60,10 @@ def _digest(content: bytes, start: int) -> bytes:
 
 
 @contextlib.contextmanager
-def reading(path: Path, advice: str = "Move it away and make it again.") -> Iterator[None]:
-    """Whatever a library says of a file inside becomes one line: the file is broken.
+def reading(
+    path: Path, advice: str = "Move it away and make it again.", *, verdict: str = "is broken"
+) -> Iterator[None]:
+    """Whatever a library says of a file inside becomes one line: the file is broken, or another verdict.
 
     Raises:
         UserError: something was raised but a UserError, a RunFailed, or that the system gave no more, which pass.
@@ -72,7 +75,7 @@ def reading(path: Path, advice: str = "Move it away and make it again.") -> Iter
     except Exception as error:  # the libraries' errors share no base class
         if why_exhausted(error):  # which says nothing of the file
             raise
-        raise UserError(f"{path} is broken: {first_line(error)}. {advice}") from error
+        raise UserError(f"{path} {verdict}: {first_line(error)}. {advice}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TypedDict
 
 RECORDED_PACKAGES = ("torch", "torchvision", "numpy", "onnx", "onnxruntime", "openvino", "torchao")
+VNNI = ("avx512_vnni", "avx_vnni")  # Linux' names of what adds products of bytes in 32 bits
 CGROUPS = Path("/sys/fs/cgroup")
 
 

@@ -54,11 +54,9 @@ class Latency:
     num_calls: int
 
 
-def predict(run: Callable[[Array], Array], pixels: Array) -> Array:
-    """Logits (N, C) of all images, in batches of 1000."""
-    return np.concatenate(
-        [run(pixels[start : start + EVALUATION_BATCH]) for start in range(0, len(pixels), EVALUATION_BATCH)]
-    )
+def predict(run: Callable[[Array], Array], pixels: Array, *, batch: int = EVALUATION_BATCH) -> Array:
+    """Logits (N, C) of all images, in batches of 1000 unless another size is given."""
+    return np.concatenate([run(pixels[start : start + batch]) for start in range(0, len(pixels), batch)])
 
 
 def log_softmax(logits: Array) -> npt.NDArray[np.float64]:

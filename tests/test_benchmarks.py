@@ -21,7 +21,7 @@ from mnist_lab.compress.bfloat16 import has_bfloat16
 from mnist_lab.compress.levels import Bits, GroupSize, Rounding
 from mnist_lab.compress.weight_only import Method, WeightOnly
 from mnist_lab.deploy import inside
-from mnist_lab.deploy.onnx import layout_metadata, write_onnx
+from mnist_lab.deploy.onnx import graph_metadata, write_onnx
 from mnist_lab.experiments.technique import Work
 from mnist_lab.measure import Latency, measure_latency
 from mnist_lab.models import PRESETS, Model, ModelConfig, build_model, count_parameters
@@ -125,7 +125,7 @@ def test_file_is_the_suites_own(tmp_path: Path) -> None:
     model, rounding = make_tiny("moe"), Rounding(3, 32)
     work = Work(make_dataset(), PRESETS["compact"], find_recipe("quick", "compact"), 0, "cpu", "x")
     as_file(round_all(model, rounding), tmp_path / "ours.onnx")
-    WeightOnly(rounding, Method("nearest")).write(model, tmp_path / "suite.onnx", work, layout_metadata(model))
+    WeightOnly(rounding, Method("nearest")).write(model, tmp_path / "suite.onnx", work, graph_metadata(model))
     assert (tmp_path / "ours.onnx").read_bytes() == (tmp_path / "suite.onnx").read_bytes()
 
 

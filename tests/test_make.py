@@ -15,16 +15,25 @@ from mnist_lab.compress.train import TrainFFN, TrainMoE
 from mnist_lab.errors import RunFailed, WrongPrecision
 from mnist_lab.experiments import make as make_module
 from mnist_lab.experiments.lab import Lab
-from mnist_lab.experiments.make import ensure_files, ensure_weights, load_or_make, load_or_measure, make, make_all
+from mnist_lab.experiments.make import (
+    ensure_files,
+    ensure_weights,
+    find_finished,
+    load_or_make,
+    load_or_measure,
+    make,
+    make_all,
+)
 from mnist_lab.experiments.measure_run import measure_run
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.run import Run
 from mnist_lab.experiments.technique import Form, Made, Proof, Work
 from mnist_lab.files import sha256
+from mnist_lab.machine import cpu_model
 from mnist_lab.models import Model
 from mnist_lab.models.moe import RoutingConfig
 from mnist_lab.report.columns import COLUMNS
-from mnist_lab.report.records import Record, load_record
+from mnist_lab.report.records import Record, load_record, save_record
 
 pytestmark = pytest.mark.slow
 
@@ -245,8 +254,23 @@ def test_time_left_weighs_runs_by_their_cost(lab: Lab, capsys: pytest.CaptureFix
     assert lines[-1].startswith("[10/10, ")
     assert "about 0 s left" in lines[-1]
     # Five epochs and a measurement against nine measurements: what is left takes 1.5 times what was done.
-    assert make_module._cost(Run(lab, OTHER, 0)) == pytest.approx(6)
-    assert sum(make_module._cost(run) for run in forms) == pytest.approx(9)
+    assert make_module.cost_of(Run(lab, OTHER, 0)) == pytest.approx(6)
+    assert sum(make_module.cost_of(run) for run in forms) == pytest.approx(9)
+
+
+def test_figures_of_another_cpu_stand_until_some_must_be_made_again(lab: Lab) -> None:
+    run = Run(lab, SMALL, 0)
+    there = make(run)
+    there.machine["cpu"] = "there"
+    there.measurements["pytorch"].test_acc = there.measurements["onnxruntime"].test_acc = 0.5
+    save_record(lab.results, there)
+    assert load_or_measure(run) == find_finished(run) == there
+    there.measurements["pytorch"].file["sha256"] = ""
+    save_record(lab.results, there)
+    assert find_finished(run) is None
+    again = load_or_measure(run)
+    assert again.machine["cpu"] == cpu_model()
+    assert 0.5 not in {measurement.test_acc for measurement in again.measurements.values()}
 
 
 def test_interrupted_run_leaves_what_was_finished(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

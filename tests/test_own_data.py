@@ -21,7 +21,7 @@ from test_idx import write_idx
 from mnist_lab.command.options import Options
 from mnist_lab.data import Augmentation, augment, load_dataset
 from mnist_lab.errors import UserError
-from mnist_lab.own_data import OwnSource, find_own, is_filed_name, read_own
+from mnist_lab.own_data import OwnSource, find_own, find_size, is_filed_name, read_own
 from mnist_lab.own_data.folder import digest_folder, find_images, read_folder
 from mnist_lab.own_data.images import decode
 from mnist_lab.own_data.parts import natural_key
@@ -407,6 +407,7 @@ class TestDataset:
         filed = load_dataset(f"folder:{moved}").name
         assert filed == f"Gr_e_ma-{name[-8:]}"
         assert all(map(is_filed_name, (name, filed, f"{name}-8x9")))
+        assert [find_size(own) for own in (name, f"{name}-8x9", "mnist")] == [None, (8, 9), None]
 
     @pytest.mark.parametrize(
         ("name", "filed"), [("日本", "data"), ("...", "data"), ("a" * 300, "a" * 40), ("mnist", "mnist")]

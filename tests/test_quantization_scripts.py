@@ -150,6 +150,9 @@ def test_ptq_makes_one_operator_of_the_experts(trained_bench: Bench, bits: str, 
         ("qat_mnist --bits 8 --first-layer-bits 8", "--first-layer-bits 8 is"),
         ("ptq_mnist --mode fused --model moe --calibration-size 50", "for --mode static"),
         ("ptq_mnist --mode fused --model moe --runtime pytorch", "onnxruntime"),
+        ("ptq_mnist --target-cpu mine", "--target-cpu"),
+        ("ptq_mnist --mode weight-only --target-cpu any", "--target-cpu any is for --mode static and dynamic"),
+        ("ptq_mnist --mode fused --model moe --target-cpu any", "--target-cpu any is for --mode static and dynamic"),
     ],
 )
 def test_bad_input_ends_with_exit_code_2(bench: Bench, arguments: str, says: str) -> None:  # noqa: F811

@@ -122,7 +122,11 @@ def test_scripts_headers_name_the_reference_runs_results() -> None:
         "dark_knowledge_mnist": [f"{before} of the threes, {corrected} with the bias corrected"],
         "prune_mnist": [", ".join(f"{text} {points(f'Sparse_MoE_{row}-self')}" for text, row in pruned.items())],
         "adapt_mnist": [],  # no reference run has its rows
+        "compare_onnx": [],
+        "classify": [],
+        "deploy_mnist": [],
         "qat_mnist": [],
+        "sweep": [],
         "visualize_results": [f"{len(FIGURES) - len(OF_COMPRESSED)} plots a folder"],
     }
     assert {path.stem for path in ROOT.glob("*.py")} == set(expected)

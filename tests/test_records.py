@@ -11,6 +11,7 @@ from mnist_lab.errors import UserError
 from mnist_lab.files import sha256
 from mnist_lab.report import records
 from mnist_lab.report.records import Record, first_in
+from mnist_lab.report.table import build_table
 
 
 def test_record_survives_the_disk(tmp_path: Path) -> None:
@@ -82,15 +83,39 @@ def write_files(folder: Path, record: Record) -> None:
         file["sha256"] = sha256(folder / file["file"])
 
 
-def test_table_takes_only_this_cpus_records_with_their_files(tmp_path: Path) -> None:
+def test_table_takes_records_of_any_cpu_whose_files_are_here_or_never_were(tmp_path: Path) -> None:
     good, gone = make_record(), make_record("Sparse_MoE")
+    for record in (good, gone):
+        record.measurements["onnxruntime"].file = {**record.artifact}
     write_files(tmp_path, good)
-    elsewhere = replace(good, machine=HERE | {"cpu": "there"})
-    assert records.usable_records([good], tmp_path, "here") == ([good], [])
-    for record, reason in ((elsewhere, "another CPU"), (gone, "gone")):
-        usable, left_out = records.usable_records([record], tmp_path, "here")
-        assert usable == []
-        assert reason in left_out[0]
+    elsewhere = [replace(record, machine=HERE | {"cpu": "there"}) for record in (good, gone)]
+    assert records.usable_records([good, elsewhere[1]], tmp_path, "here") == ([good, elsewhere[1]], [])
+    assert records.usable_records(elsewhere, tmp_path, "here") == (elsewhere, [])
+    (line,) = records.usable_records([gone], tmp_path, "here")[1]
+    assert "is gone" in line
+    (tmp_path / good.artifact["file"]).write_bytes(b"another's")
+    assert "has changed" in records.usable_records(elsewhere[:1], tmp_path, "here")[1][0]
+    (tmp_path / good.artifact["file"]).unlink()  # some of its files are here, so all must be
+    assert "is gone" in records.usable_records(elsewhere[:1], tmp_path, "here")[1][0]
+
+
+def test_latencies_of_one_cpu_stand_in_a_table(tmp_path: Path) -> None:
+    here, there = make_record(), make_record("Sparse_MoE", seed=1, pytorch=make_measurement())
+    there.machine = HERE | {"cpu": "there"}
+    moved = replace(make_record("FFN_BF16"), machine=there.machine)
+    moved.measurements["onnxruntime"].latency_cpu = "here"  # made there, timed here
+    there.time_by_job_us = {"sort": 1.0}
+    shown, left_out = records.timed_on("here", [here, there, moved])
+    assert [shown[0], shown[2]] == [here, moved]
+    assert shown[1].measurements["pytorch"] == replace(
+        there.measurements["pytorch"], latency_ms={}, threads=None, latency_session=""
+    )
+    assert shown[1].time_by_job_us is None
+    assert left_out == ["latency of Sparse_MoE-seed1 in pytorch: measured on another CPU (there)"]
+    assert records.timed_on("there", [there]) == ([there], [])
+    table = build_table(shown).set_index("model")
+    assert table["test_acc"].notna().all()
+    assert table["latency_ms_b64"].notna().to_dict() == {"FFN_baseline": True, "Sparse_MoE": False, "FFN_BF16": True}
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "artifact", "measured"])

@@ -45,9 +45,14 @@ OPTIONS = {
     "claims_mnist": "ClaimOptions",
     "dark_knowledge_mnist": "DarkKnowledgeOptions",
     "adapt_mnist": "AdaptOptions",
+    "compare_onnx": "CompareOptions",
+    "sweep": "SweepOptions",
 }
-# Fields that are options of their own.
+# Fields that are options of their own, or none.
 GROUPS = {
+    "file",
+    "preparation",
+    "grid",
     "small",
     "adapters",
     "duration",
@@ -64,6 +69,7 @@ GROUPS = {
     "training",
 }
 OF_SUBCOMMANDS = {"prune_mnist": "PruneOptions"}
+OF_FILES = {"classify": "ClassifyOptions", "deploy_mnist": "DeployOptions"}
 FOLDER = "digits-compact-quick"
 QUICK = ["--dataset", "digits", "--recipe", "quick", "--epochs", "1"]
 pytestmark = pytest.mark.slow
@@ -111,7 +117,7 @@ def run(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> i
         monkeypatch.setattr(module, "has_bfloat16", lambda: True)  # torch emulates it where the CPU has none
     monkeypatch.setattr(sys, "argv", [script, *arguments])
     with pytest.raises(SystemExit) as exit_info:
-        run_script(module.main, getattr(module, (OPTIONS | OF_SUBCOMMANDS)[script]), module.__doc__ or "")
+        run_script(module.main, getattr(module, (OPTIONS | OF_SUBCOMMANDS | OF_FILES)[script]), module.__doc__ or "")
     return int(exit_info.value.code or 0)
 
 
@@ -156,6 +162,13 @@ class TestWholeSuite:
     def test_all_plots_are_there(self, finished: Path) -> None:
         drawn = {path.stem for path in (finished / "results" / FOLDER / "plots").glob("*.png")}
         assert drawn == figures.FIGURES.keys() - figures.OF_COMPRESSED.keys()
+
+    def test_report_has_all_of_it_but_the_demo(self, finished: Path) -> None:
+        page = (finished / "results" / FOLDER / "report.html").read_text()
+        assert page.count("<figure id=") == len(figures.FIGURES) - len(figures.OF_COMPRESSED)
+        assert "Missed by most models" in page
+        assert "Expert 3" in page
+        assert "No live demo in this page: `make report` fetches" in page
 
     def test_every_file_is_what_its_record_says(self, finished: Path) -> None:
         records = load_records(finished / "results" / FOLDER)

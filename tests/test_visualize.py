@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import get_args, get_type_hints
 
+import pandas as pd
 import pytest
 from builders import make_record
 from own_images import draw_shapes
@@ -20,7 +21,7 @@ from mnist_lab.machine import cpu_model
 from mnist_lab.models import PresetName
 from mnist_lab.own_data import OwnSource
 from mnist_lab.report import figures
-from mnist_lab.report.records import FileId, Record, save_record
+from mnist_lab.report.records import BASELINE, FileId, Record, save_record
 from mnist_lab.report.table import build_table
 from mnist_lab.report.text import write_table
 from mnist_lab.training import RecipeName
@@ -56,7 +57,9 @@ def test_script_draws_what_it_finds_or_is_told(tmp_path: Path) -> None:
     assert not (one / "plots").exists()
     done = visualize("--results", one, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert sorted(done.stdout.split()[1::2]) == sorted(str(path) for path in (one / "plots").iterdir())
+    plots = [line.removeprefix("plot: ") for line in done.stdout.splitlines() if line.startswith("plot: ")]
+    assert sorted(plots) == sorted(str(path) for path in (one / "plots").iterdir())
+    assert (one / "table.md").read_text().startswith("# mnist, compact models, quick recipe\n")
 
 
 @pytest.fixture
@@ -73,6 +76,12 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[str]]:
         "mnist_lab.studies.claims.draw.draw_claims", lambda folder, records, *_: draw(folder, records, "claims.png")
     )
     return found
+
+
+def make_own(seed: int = 0, model: str = BASELINE) -> Record:
+    """A record of this machine's."""
+    record = make_record(model, seed)
+    return replace(record, machine={**record.machine, "cpu": cpu_model()})
 
 
 def save_runs(results: Path, checkpoints: Path | None, *records: Record) -> None:
@@ -93,7 +102,7 @@ def test_script_draws_what_a_table_takes(
     results, checkpoints = tmp_path / "r", tmp_path / "c"
     options = PlotOptions(results, checkpoints)
     for folder in ("one", "one/claims"):
-        save_runs(results / folder, checkpoints / folder, *[make_record(seed=seed) for seed in range(3)])
+        save_runs(results / folder, checkpoints / folder, *[make_own(seed) for seed in range(3)])
         (checkpoints / folder / "FFN_baseline-seed1.safetensors").write_bytes(b"trained anew")
     (checkpoints / "one" / "FFN_baseline-seed2.safetensors").unlink()
     visualize_results.main(options)
@@ -119,7 +128,7 @@ def test_script_told_the_very_folder_knows_what_it_is(
     folder: str,
     plot: str,
 ) -> None:
-    save_runs(tmp_path / "r" / folder, tmp_path / "c" / folder, make_record(), make_record(seed=1))
+    save_runs(tmp_path / "r" / folder, tmp_path / "c" / folder, make_own(), make_own(1))
     (tmp_path / "c" / folder / "FFN_baseline-seed1.safetensors").unlink()
     monkeypatch.chdir(tmp_path / "r" / folder)
     visualize_results.main(PlotOptions(Path(), tmp_path / "c"))
@@ -127,20 +136,48 @@ def test_script_told_the_very_folder_knows_what_it_is(
     assert capsys.readouterr().out.endswith(f"plot: {Path('plots') / plot}\n")
 
 
-def test_script_draws_results_whose_checkpoints_are_not_here_of_one_cpu_and_like_settings(
+def read_table(folder: Path) -> dict[str, tuple[float, bool]]:
+    """By model: its accuracy, and whether it has a latency."""
+    table = pd.read_csv(folder / "table.csv").set_index("model")
+    assert "| Sparse_MoE " in (folder / "table.md").read_text()
+    return {str(model): (row["test_acc"], pd.notna(row["latency_ms_b64"])) for model, row in table.iterrows()}
+
+
+def test_records_of_several_machines_stand_in_one_table_with_the_latencies_of_one(
     tmp_path: Path, drawn: dict[str, list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    baseline = make_record()
-    other = replace(make_record("Sparse_MoE"), machine={**baseline.machine, "cpu": cpu_model()})
-    save_runs(tmp_path / "r" / "one", None, baseline, replace(make_record(seed=1), versions={"torch": "0"}), other)
-    options = PlotOptions(tmp_path / "r", tmp_path / "c")
+    folder, options = tmp_path / "r" / "one", PlotOptions(tmp_path / "r", tmp_path / "c")
+    save_runs(folder, None, make_record(), replace(make_record(seed=1), versions={"torch": "0"}))
+    save_runs(folder, tmp_path / "c" / "one", make_own(model="Sparse_MoE"))
     visualize_results.main(options)
-    assert drawn == {"one": ["Sparse_MoE-seed0"]}  # the only one of this machine
-    save_runs(tmp_path / "r" / "one", None, elsewhere(make_record("Sparse_MoE")))
+    assert drawn == {"one": ["FFN_baseline-seed0", "Sparse_MoE-seed0"]}
+    assert read_table(folder) == {"FFN_baseline": (0.98, False), "Sparse_MoE": (0.98, True)}  # timed on this machine
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not drawn")]
+    assert lines == [
+        "not drawn: FFN_baseline-seed1: made with other library versions than FFN_baseline-seed0; make it again",
+        "not drawn: latency of FFN_baseline-seed0 in onnxruntime: measured on another CPU (here)",
+    ]
+    save_runs(folder, None, elsewhere(make_record("Sparse_MoE")))
+    (tmp_path / "c" / "one" / "Sparse_MoE-seed0.safetensors").unlink()
     visualize_results.main(options)
-    assert drawn == {"one": ["FFN_baseline-seed0"]}  # which comes first
-    left_out = "not drawn: FFN_baseline-seed1: made with other library versions than FFN_baseline-seed0; make it again"
-    assert left_out in capsys.readouterr().out
+    assert read_table(folder) == {"FFN_baseline": (0.98, True), "Sparse_MoE": (0.98, False)}  # none: the first one's
+
+
+@pytest.mark.slow
+def test_script_writes_the_report_where_it_is_asked(
+    tmp_path: Path, drawn: dict[str, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("mnist_lab.runtimes.onnxruntime_web.fetch_runtime", lambda: "no network")
+    monkeypatch.setattr(figures, "FIGURES", {})
+    for folder in ("one", "one/claims"):
+        save_runs(tmp_path / "r" / folder, None, replace(make_record(), dataset="digits"))
+    visualize_results.main(PlotOptions(tmp_path / "r", tmp_path / "c"))
+    assert not list(tmp_path.rglob("report.html"))
+    visualize_results.main(PlotOptions(tmp_path / "r", tmp_path / "c", report=True))
+    assert list(tmp_path.rglob("report.html")) == [tmp_path / "r" / "one" / "report.html"]
+    lines = capsys.readouterr().out.splitlines()
+    assert "reports without a demo: no network" in lines
+    assert f"report: {tmp_path / 'r' / 'one' / 'report.html'}" in lines
 
 
 def test_script_draws_the_seeds_that_the_table_holds(tmp_path: Path, drawn: dict[str, list[str]]) -> None:
@@ -156,7 +193,7 @@ def test_script_draws_the_seeds_that_the_table_holds(tmp_path: Path, drawn: dict
 
 def test_script_goes_on_after_a_folder_that_fails(tmp_path: Path, drawn: dict[str, list[str]]) -> None:
     for folder in ("a", "b", "c", "d"):
-        save_runs(tmp_path / "r" / folder, None, make_record())
+        save_runs(tmp_path / "r" / folder, None, make_own())
     (tmp_path / "r" / "a" / "runs" / "FFN_baseline-seed0.json").write_text("{")
     (tmp_path / "c" / "c").mkdir(parents=True)  # so that it must hold the file
     options = PlotOptions(tmp_path / "r", tmp_path / "c")

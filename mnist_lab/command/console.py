@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pandas as pd
@@ -24,9 +24,17 @@ from mnist_lab.experiments.watch import log_records
 from mnist_lab.folders import only_run_in
 from mnist_lab.machine import cpu_model, usable_cpus
 from mnist_lab.report.columns import COMPRESSION, LATENCIES
-from mnist_lab.report.records import Record, first_in, load_records, usable_records
+from mnist_lab.report.records import Record, first_in, load_records, timed_on, usable_records
 from mnist_lab.report.table import build_table, judge_distillation
-from mnist_lab.report.text import SUMMARY_LEGEND, format_compression, format_fastest, format_summary, write_table
+from mnist_lab.report.text import (
+    SUMMARY_LEGEND,
+    format_compression,
+    format_fastest,
+    format_summary,
+    title_of,
+    write_table,
+)
+from mnist_lab.report.winner import find_winners, format_winners, write_up_winners
 from mnist_lab.runtimes import RUNTIMES, RuntimeName, why_missing
 
 Mode = Literal["train", "load"]
@@ -52,14 +60,17 @@ def open_lab(options: Options) -> Iterator[Lab]:
         print_notice(notice)
 
 
-def find_lab(options: Options) -> Lab:
+def find_lab(options: Options, like: Lab | None = None) -> Lab:
     """The same for a process of a run that has the folders already. Torch gets no more threads than CPUs may be used.
+
+    Args:
+        like: another of the same data and runtimes, where there is one.
 
     Raises:
         UserError: the data cannot be had.
     """
     use_allowed_cpus()
-    dataset = load_dataset(options.dataset, options.data_dir, options.height_and_width)
+    dataset = like.dataset if like else load_dataset(options.dataset, options.data_dir, options.height_and_width)
     folder = f"{dataset.name}-{options.preset}-{options.recipe}"
     lab = Lab(
         dataset=dataset,
@@ -70,12 +81,23 @@ def find_lab(options: Options) -> Lab:
         results=options.results / folder,
         device=options.device,
         threads=options.threads,
-        runtimes=_find_runtimes(options),
+        runtimes=like.runtimes if like else _find_runtimes(options),
         data_dir=options.data_dir,
     )
     if isinstance(options, RowOptions):
         lab = replace(lab, latency=options.latency, log=options.log is not None)
     return lab
+
+
+@dataclass(frozen=True)
+class FindLab:
+    """Finds the lab of these options, in another process too."""
+
+    options: Options
+    train_threads: int | None = None
+
+    def __call__(self, like: Lab | None = None) -> Lab:
+        return replace(find_lab(self.options, like), train_threads=self.train_threads)
 
 
 def use_allowed_cpus() -> None:
@@ -150,13 +172,17 @@ def _take_usable(lab: Lab, records: Sequence[Record], current: Sequence[Record])
 
 
 def _time(lab: Lab, records: Sequence[Record]) -> list[Record]:
-    """The records with their latencies of now, or without any where none are to be measured.
+    """The records with their latencies of now on this CPU, or without any where none are to be measured.
 
     Writes the final figures for TensorBoard where that is asked for.
     """
     if lab.latency:
         measure_latencies(lab, first_in(records, lab.runtimes))
-    timed = [*records] if lab.latency else [_untimed(record) for record in records]
+        timed, left_out = timed_on(cpu_model(), records)
+        for line in left_out:
+            print(f"not in the table: {line}")
+    else:
+        timed = [_untimed(record) for record in records]
     if lab.log:
         log_records(lab, timed)
     return timed
@@ -231,6 +257,9 @@ def print_proof(record: Record) -> None:
     print(f"{record.run_name}: {record.proof['text']}")
     for runtime, measurement in record.measurements.items():
         print(f"same class as {record.original} on {measurement.same_class:.2%} of the test images in {runtime}")
+        if measurement.other_class_b1 is not None:
+            others = f"{measurement.other_class_b1:.2%} have another class"
+            print(f"one image at a time, test accuracy is {measurement.test_acc_b1:.2%}, and {others} than in a batch")
 
 
 def run_table(options: Options, rows: Sequence[Row], *, mode: Mode | None, seeds: range) -> None:
@@ -245,8 +274,19 @@ def run_rows(lab: Lab, rows: Sequence[Row], *, mode: Mode | None, seeds: range) 
     print_checkpoints(runs)
     load_records(lab.results)  # a broken one stops the run now, not after hours of work
     records = make_all(runs, make if (mode or ask_mode()) == "train" else load_or_make)
-    usable = _take_usable(lab, load_records(lab.results), records)
-    write_results(lab, _time(lab, usable), order=tuple(dict.fromkeys([*families(rows), *ORDER])))
+    finish_table(lab, records, rows)
+
+
+def finish_table(lab: Lab, made: Sequence[Record], rows: Sequence[Row]) -> list[Record]:
+    """Time what the results folder holds, and write its table and plots; the records that are in the table.
+
+    Args:
+        made: the records just made, of
+        rows: whose families come first.
+    """
+    records = _time(lab, _take_usable(lab, load_records(lab.results), made))
+    write_results(lab, records, order=tuple(dict.fromkeys([*families(rows), *ORDER])))
+    return records
 
 
 def print_checkpoints(runs: Sequence[Run]) -> None:
@@ -294,20 +334,23 @@ def _read_line() -> str:
 
 
 def write_results(lab: Lab, records: Sequence[Record], *, order: Sequence[str]) -> None:
-    """Table and plots.
+    """Table, plots and report.
 
     Args:
         order: the families, first one first.
     """
     table = build_table(_as_asked(lab, records), order=order, columns=lab.columns)
     distillation = judge_distillation(records)
-    title = f"{lab.dataset.name}, {lab.preset_name} models, {lab.recipe_name} recipe"
-    write_table(lab.results, table, title=title, distillation=distillation, columns=lab.columns)
+    title = title_of(lab.dataset.name, lab.preset_name, lab.recipe_name)
+    winners = find_winners(records)
+    sections = {"What to deploy": write_up_winners(winners, lab.checkpoints)}
+    write_table(lab.results, table, title=title, distillation=distillation, columns=lab.columns, sections=sections)
     print_table(table)
     if distillation:
         print(f"\ndistillation:\n{distillation}")
     print(f"\ntable: {lab.results / 'table.csv'} and table.md", flush=True)
     # Imported when the table is safe: matplotlib takes a second, and may be broken.
+    from mnist_lab.command.report import write_report
     from mnist_lab.report.curve import write_curve
     from mnist_lab.report.figures import draw_all
     from mnist_lab.report.results import Results
@@ -317,6 +360,10 @@ def write_results(lab: Lab, records: Sequence[Record], *, order: Sequence[str]) 
         print(f"curve: {curve}", flush=True)
     for path in draw_all(lab.results, results):
         print(f"plot: {path}", flush=True)
+    if records:
+        print(f"report: {write_report(lab.results, results, lab.checkpoints, lambda: lab.test)}", flush=True)
+    if winners is not None:
+        print(f"\n{format_winners(winners, lab.checkpoints)}", flush=True)
 
 
 def print_notice(notice: str) -> None:

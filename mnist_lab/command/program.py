@@ -16,8 +16,12 @@ SCRIPTS = {
     "prune": "prune_mnist",
     "qat": "qat_mnist",
     "adapt": "adapt_mnist",
+    "sweep": "sweep",
     "claims": "claims_mnist",
     "dark-knowledge": "dark_knowledge_mnist",
+    "compare": "compare_onnx",
+    "deploy": "deploy_mnist",
+    "classify": "classify",
     "visualize": "visualize_results",
 }
 

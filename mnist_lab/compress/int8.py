@@ -23,12 +23,13 @@ from onnxruntime import quantization as ort_quantization
 from onnxruntime.quantization import calibrate
 
 from mnist_lab.deploy.artifacts import name_nodes, read_artifact, read_onnx, read_onnx_metadata, save_onnx
+from mnist_lab.deploy.card import features_needed
 from mnist_lab.deploy.inside import count_rows, isolate_experts
 from mnist_lab.deploy.onnx import build_onnx, write_onnx
 from mnist_lab.errors import UserError, WrongPrecision
 from mnist_lab.experiments.technique import Proof, Work
 from mnist_lab.files import write_atomically
-from mnist_lab.machine import cpu_flags
+from mnist_lab.machine import VNNI, cpu_flags
 from mnist_lab.measure import Array
 from mnist_lab.models import Model
 from mnist_lab.runtimes import FLOAT_PRODUCTS, Precision, RuntimeName
@@ -119,7 +120,7 @@ def needs_reduced_range() -> bool:
 
     x86 without VNNI adds two 8-bit products in a saturating 16-bit register.
     """
-    return platform.machine().lower() in {"x86_64", "amd64"} and not cpu_flags() & {"avx512_vnni", "avx_vnni"}
+    return platform.machine().lower() in {"x86_64", "amd64"} and not cpu_flags() & {*VNNI}
 
 
 @dataclass(frozen=True)
@@ -217,7 +218,7 @@ def _prove_int8(model: Model, file: Path, *, reduced_range: bool, calibration: C
     counted = prove_integer(file, fp32, keep_float=keep_float)
     products = ", ".join(f"{count} {name}" for name, count in counted.integer_products.items())
     floats = ", ".join(counted.float_products) or "none"
-    weights = "7-bit weights, as this CPU has no VNNI" if reduced_range else "8-bit weights"
+    weights = "7-bit weights, for any CPU" if reduced_range else "8-bit weights, for which x86 needs VNNI"
     notes = _describe_calibration(says["calibration"], calibration) if calibration else []
     text = "; ".join([f"integer products: {products}", f"in float: {floats}", weights, *notes])
     return asdict(counted) | {"reduced_range": reduced_range, "text": text}
@@ -287,12 +288,13 @@ def quantize(
             ort_quantization.quantize_dynamic(dense, temporary, op_types_to_quantize=["MatMul", "Gemm"], **common)
         model = onnx.load(temporary)
         if mode == "static":
-            _leave_logits_in_float(model.graph)
+            leave_logits_in_float(model.graph)
         else:
             round_before_sorting(model.graph)
+        notes["cpu_features"] = features_needed(model.graph)
         save_onnx(model, temporary, {**metadata, **notes})
 
-    with _quiet(), tempfile.TemporaryDirectory() as folder:
+    with quiet(), tempfile.TemporaryDirectory() as folder:
         dense = Path(folder) / "dense.onnx"  # the converter sees no sparse constants
         onnx.save(read_onnx(artifact), dense)
         write_atomically(output, convert)
@@ -363,7 +365,7 @@ def _quantize_static(dense: Path, output: Path, ranges: calibrate.TensorsData, *
         )
 
 
-def _leave_logits_in_float(graph: onnx.GraphProto) -> None:
+def leave_logits_in_float(graph: onnx.GraphProto) -> None:
     """Drop the rounding of the logits to 8 bits, which the converter adds and nothing after them needs."""
     producers = {output: node for node in graph.node for output in node.output}
     dequantize = producers[graph.output[0].name]
@@ -446,10 +448,15 @@ def _layer_of(node: onnx.NodeProto) -> str:
 
 def optimized_graph(artifact: Path) -> onnx.GraphProto:
     """The graph as ONNX Runtime executes it on this CPU."""
+    return optimize(read_artifact(artifact))
+
+
+def optimize(content: bytes) -> onnx.GraphProto:
+    """The same of a model that is safe to run."""
     with tempfile.TemporaryDirectory() as folder:
         options = session_options(1)
         options.optimized_model_filepath = str(Path(folder) / "optimized.onnx")
-        onnxruntime.InferenceSession(read_artifact(artifact), options, providers=PROVIDERS)
+        onnxruntime.InferenceSession(content, options, providers=PROVIDERS)
         graph = onnx.load(options.optimized_model_filepath).graph
     name_nodes(graph)
     return graph
@@ -466,7 +473,7 @@ class _CalibrationReader(ort_quantization.CalibrationDataReader):  # type: ignor
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence the converter's advice to run a shape inference that these graphs do not need, and its progress."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -28,7 +28,7 @@ from mnist_lab.compress.gptq import CALIBRATION_SIZE
 from mnist_lab.compress.levels import Bits, Rounded, Rounding
 from mnist_lab.compress.weight_only import Method, build_rounding, prove_rounded, round_products, uniform_plan
 from mnist_lab.deploy.artifacts import content_of, read_onnx, read_onnx_metadata, save_onnx
-from mnist_lab.deploy.onnx import layout_metadata
+from mnist_lab.deploy.onnx import graph_metadata
 from mnist_lab.errors import UserError, WrongPrecision
 from mnist_lab.experiments.technique import Proof, Work
 from mnist_lab.measure import Array, log_softmax, predict
@@ -92,7 +92,7 @@ class MixedBits:
             made.CopyFrom(graph)
             put_in(made, plan, {choice[0]: rounded[choice] for choice in plan.items()})
             told = tell(plan, rises, load) | {"budget": num_bytes}
-            return made, {**metadata, **layout_metadata(model), "mixed_bits": told}
+            return made, {**metadata, **graph_metadata(model), "mixed_bits": told}
 
         in_4 = put_together(plans[IN_4], dict.fromkeys(choices, LONGEST), 10**9)
         sizes = measure_sizes(rounded, plans[IN_4], len(content_of(*in_4)))

@@ -32,7 +32,7 @@ from mnist_lab.compress.levels import LARGEST_GROUP, SMALLEST_GROUP, Int8, Round
 from mnist_lab.compress.weight_only import PRECISIONS, round_weight
 from mnist_lab.deploy.artifacts import read_onnx, save_onnx
 from mnist_lab.deploy.inside import read_out
-from mnist_lab.deploy.onnx import write_onnx
+from mnist_lab.deploy.onnx import graph_metadata, write_onnx
 from mnist_lab.errors import UserError, WrongPrecision
 from mnist_lab.experiments.technique import Proof, Work
 from mnist_lab.measure import decibels
@@ -64,7 +64,7 @@ class FusedExperts:
 
     def write(self, model: Model, file: Path, work: Work, metadata: Mapping[str, Any]) -> None:
         fused = fuse_experts(model, self.bits, reduced_range=self.reduced_range)
-        save_onnx(fused, file, {**metadata, "layout": {"name": "fused"}})
+        save_onnx(fused, file, {**metadata, **graph_metadata(model), "layout": {"name": "fused"}})
 
     def prove(self, model: Model, file: Path) -> Proof:
         return prove_fused(model, file, self.bits, reduced_range=self.reduced_range)

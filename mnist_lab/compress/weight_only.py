@@ -34,7 +34,7 @@ from mnist_lab.compress.levels import (
 from mnist_lab.compress.round_activations import CALIBRATION_SIZE as ACTIVATION_SAMPLE
 from mnist_lab.compress.round_activations import bytes_to_and_from_experts, count_rounded, round_activations
 from mnist_lab.deploy.artifacts import read_artifact, read_onnx, save_onnx
-from mnist_lab.deploy.onnx import Layout, build_onnx, layout_metadata
+from mnist_lab.deploy.onnx import Layout, build_onnx, graph_metadata
 from mnist_lab.errors import WrongPrecision
 from mnist_lab.experiments.technique import Proof, Work
 from mnist_lab.measure import Array, decibels
@@ -86,7 +86,7 @@ class WeightOnly:
         plan = uniform_plan(graph, self.rounding, self.method.router_bits)
         rounded = round_products(graph, plan.items(), self.method, work)
         put_in(graph, plan, {name: rounded[name, rounding] for name, rounding in plan.items()})
-        _save(graph, file, {**metadata, **layout_metadata(model)})
+        _save(graph, file, {**metadata, **graph_metadata(model)})
 
     def prove(self, model: Model, file: Path) -> Proof:
         return prove_rounded(model, file)
@@ -118,7 +118,7 @@ class AsTrained:
         if left := sorted(plan.keys() - rounded.keys()):
             raise WrongPrecision(f"the weights of {', '.join(left)} do not lie on their levels")
         put_in(graph, plan, rounded)
-        _save(graph, file, {**metadata, **layout_metadata(model, layout)})
+        _save(graph, file, {**metadata, **graph_metadata(model, layout)})
 
     def prove(self, model: Model, file: Path) -> Proof:
         return prove_rounded(model, file)

@@ -19,6 +19,7 @@ from mnist_lab.deploy.sparse import graph_bytes, make_dense, store_sparsely
 from mnist_lab.files import BLANK, check_seal, read_bytes, reading, seal, write_atomically
 
 ADVICE = "Move it away and make it again."
+INTERFACE = "interface"  # the key of what goes in and comes out, which packed metadata leaves to the file beside
 PACKED = "packed"  # the key of metadata as deflated JSON (RFC 1951) in base 85 (RFC 1924)
 MAX_PACKED = 2**20  # bytes of the JSON
 # What such JSON usually says, most of it last: what stands here takes next to no bytes. Files depend on each letter.
@@ -48,14 +49,17 @@ def content_of(model: onnx.ModelProto, metadata: Mapping[str, Any], *, packed: b
     Matrices that are smaller so are stored sparsely, in `model` too.
 
     Args:
-        packed: not a string per key, but one of fewer bytes.
+        packed: not a string per key, but one of fewer bytes, and nothing of the interface.
     """
     for constant in model.graph.initializer:
         if not constant.HasField("raw_data"):  # as the converter leaves its scales
             constant.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(constant), constant.name))
     store_sparsely(model.graph)
     model.ClearField("metadata_props")
-    texts = {PACKED: _pack(metadata)} if packed else {key: _to_json(value) for key, value in metadata.items()}
+    if packed:
+        texts = {PACKED: _pack({key: value for key, value in metadata.items() if key != INTERFACE})}
+    else:
+        texts = {key: _to_json(value) for key, value in metadata.items()}
     for key, text in sorted({"digest": _to_json(BLANK), **texts}.items()):
         model.metadata_props.add(key=key, value=text)
     return seal(model.SerializeToString(deterministic=True))
@@ -99,6 +103,15 @@ def read_onnx_metadata(path: Path) -> dict[str, Any]:
         texts = {entry.key: entry.value for entry in model.metadata_props if entry.key != "digest"}
         packed: dict[str, Any] = _unpack(texts.pop(PACKED)) if PACKED in texts else {}
         return packed | {key: msgspec.json.decode(text) for key, text in texts.items()}
+
+
+def is_packed(path: Path) -> bool:
+    """Whether what an artifact says of itself is packed.
+
+    Raises:
+        UserError: as `read_artifact`.
+    """
+    return any(entry.key == PACKED for entry in _read(path)[1].metadata_props)
 
 
 def _to_json(value: Any, **how: Any) -> str:

@@ -13,6 +13,7 @@ are (inputs, outputs), those of windows (outputs, inputs, k, k).
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +24,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from mnist_lab.data import DataSpec
-from mnist_lab.deploy.artifacts import save_onnx
+from mnist_lab.deploy.artifacts import INTERFACE, save_onnx
+from mnist_lab.deploy.card import Interface
 from mnist_lab.deploy.sparse import graph_bytes, store_sparsely
 from mnist_lab.measure import Array
 from mnist_lab.models import Model
@@ -45,17 +47,23 @@ def choose_layout(config: SparseMoEConfig) -> Layout:
 
 
 def write_onnx(model: Model, path: Path, metadata: Mapping[str, Any], *, layout: Layout | None = None) -> None:
-    """Write the graph of `build_onnx` with `metadata` (anything JSON can hold), and of an MoE its layout, to `path`.
+    """Write the graph of `build_onnx` with `metadata` (anything JSON can hold) and `graph_metadata` to `path`.
 
     Raises:
         RunFailed: the folder cannot be written.
     """
-    save_onnx(build_onnx(model, layout=layout), path, {**metadata, **layout_metadata(model, layout)})
+    save_onnx(build_onnx(model, layout=layout), path, {**metadata, **graph_metadata(model, layout)})
 
 
-def layout_metadata(model: Model, layout: Layout | None = None) -> dict[str, Any]:
-    """What an MoE's artifact says of its layout; nothing of a dense model."""
-    return {"layout": {"name": layout or choose_layout(model.config)}} if isinstance(model, SparseMoE) else {}
+def graph_metadata(model: Model, layout: Layout | None = None) -> dict[str, Any]:
+    """What an artifact says of its graph: what goes in and comes out, and of an MoE its layout."""
+    own = {"layout": {"name": layout or choose_layout(model.config)}} if isinstance(model, SparseMoE) else {}
+    return {INTERFACE: asdict(interface_of(model.config.data)), **own}
+
+
+def interface_of(data: DataSpec) -> Interface:
+    """What models of some data take and give."""
+    return Interface(data.class_names, data.image_size, data.polarity)
 
 
 def build_onnx(model: Model, *, layout: Layout | None = None) -> onnx.ModelProto:

@@ -1,10 +1,10 @@
 """The latency of finished runs, all by turns, and where an MoE's pass spends its time; added to their records."""
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 
@@ -12,10 +12,12 @@ from mnist_lab import measure
 from mnist_lab.deploy.inside import time_by_job
 from mnist_lab.experiments.lab import Lab
 from mnist_lab.files import sha256
+from mnist_lab.machine import cpu_model
 from mnist_lab.progress import progress_bar
 from mnist_lab.report.records import Record, Timing, save_record
 from mnist_lab.runtimes import EXTENSIONS, RuntimeName, Session, bind, open_session
 
+K = TypeVar("K")
 NUM_ROUNDS = 5
 
 
@@ -31,10 +33,25 @@ def measure_latencies(lab: Lab, timed: Sequence[tuple[Record, RuntimeName]]) -> 
         if file.is_file() and sha256(file) == record.measurements[runtime].file["sha256"]:
             session = open_session(runtime, file, precision=record.precision, threads=lab.threads)
             sessions[record.run_name, runtime] = session
-    session_id = uuid.uuid4().hex
-    measured: dict[tuple[str, RuntimeName], dict[str, Timing]] = {key: {} for key in sessions}
+    measured, session_id = time_by_turns(sessions, pixels, threads=lab.threads), uuid.uuid4().hex
+    for record, runtime in timed:
+        if (record.run_name, runtime) in sessions:
+            measurement = record.measurements[runtime]
+            measurement.latency_ms = measured[record.run_name, runtime]
+            measurement.threads, measurement.latency_session = lab.threads, session_id
+            measurement.latency_cpu = cpu_model()
+            save_record(lab.results, record)
+
+
+def time_by_turns(sessions: Mapping[K, Session], pixels: measure.Array, *, threads: int) -> dict[K, dict[str, Timing]]:
+    """The latency of each at every batch size of the table.
+
+    Args:
+        threads: of PyTorch; the sessions of other runtimes have their own.
+    """
+    measured: dict[K, dict[str, Timing]] = {key: {} for key in sessions}
     # The bar is redrawn between blocks only, not from a thread that would run beside what is timed.
-    with torch_threads(lab.threads), progress_bar(auto_refresh=False) as progress:
+    with torch_threads(threads), progress_bar(auto_refresh=False) as progress:
         task = progress.add_task("latency", total=len(sessions) * len(measure.TABLE_BATCHES) * NUM_ROUNDS)
 
         def on_block() -> None:
@@ -47,12 +64,7 @@ def measure_latencies(lab: Lab, timed: Sequence[tuple[Record, RuntimeName]]) -> 
             latencies = measure.measure_latency(calls, num_rounds=NUM_ROUNDS, on_block=on_block)
             for key, latency in latencies.items():
                 measured[key][str(batch)] = cast("Timing", asdict(latency))
-    for record, runtime in timed:
-        if (record.run_name, runtime) in sessions:
-            measurement = record.measurements[runtime]
-            measurement.latency_ms = measured[record.run_name, runtime]
-            measurement.threads, measurement.latency_session = lab.threads, session_id
-            save_record(lab.results, record)
+    return measured
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 
 from mnist_lab.errors import RunFailed
+from mnist_lab.experiments.cards import ensure_card
 from mnist_lab.experiments.measure_run import find_known, measure_run
 from mnist_lab.experiments.resume import forget, keepers
 from mnist_lab.experiments.run import Run
@@ -57,8 +58,17 @@ def load_or_measure(run: Run) -> Record:
     ensure_files(run)
     record = find_known(run)
     if record is not None and record.measurements.keys() >= set(run.runtimes):
+        ensure_card(run, record)
         return record
     return measure_run(run, known=record)
+
+
+def find_finished(run: Run) -> Record | None:
+    """The record of a run of which nothing is to be made or measured."""
+    if run.why_stale() or any(map(run.is_due, files_of(run)[1:])):
+        return None
+    record = find_known(run)
+    return record if record is not None and record.measurements.keys() >= set(run.runtimes) else None
 
 
 def ensure_weights(run: Run) -> None:
@@ -67,13 +77,18 @@ def ensure_weights(run: Run) -> None:
         produce(run)
 
 
-def produce(run: Run) -> Produced:
-    """Write a run's own file from parents that are up to date."""
-    run.why_stale()  # refuses to overwrite what is not this run's
+def ensure_parents(run: Run) -> None:
+    """See that all that a run is made from is there and up to date."""
     for parent in filter(Run.why_stale, run.parents.values()):
         own = parent.lab == run.lab
         with nullcontext() if own else only_run_in(parent.lab.folder, wait=True):  # another data set's
             ensure_weights(parent)
+
+
+def produce(run: Run) -> Produced:
+    """Write a run's own file from parents that are up to date."""
+    run.why_stale()  # refuses to overwrite what is not this run's
+    ensure_parents(run)
     work, start = run.work(run.load_parents()), time.perf_counter()
     if run.row.step is None:
         assert work.source is not None
@@ -107,14 +122,17 @@ def ensure_files(run: Run, model: Model | None = None) -> None:
     Args:
         model: that the run's files are written from, where it is loaded already.
     """
-    extensions = dict.fromkeys(["onnx", *(EXTENSIONS[runtime] for runtime in run.runtimes)])
-    files = [run.file(extension) for extension in extensions]
-    for file in files:
-        if file != run.output and run.is_due(file):
-            model = model or run.weights.load()
-            write_form(run, file, model, run.work())
+    for file in filter(run.is_due, files_of(run)[1:]):
+        model = model or run.weights.load()
+        write_form(run, file, model, run.work())
     if run.original != run:
         ensure_files(run.original)
+
+
+def files_of(run: Run) -> list[Path]:
+    """A run's own file, then those that derive from its weights: the artifact, and what its runtimes load."""
+    extensions = dict.fromkeys(["onnx", *(EXTENSIONS[runtime] for runtime in run.runtimes)])
+    return list(dict.fromkeys([run.output, *map(run.file, extensions)]))
 
 
 def write_form(run: Run, file: Path, model: Model, work: Work) -> Proof:
@@ -138,7 +156,7 @@ def make_all(runs: Sequence[Run], make_one: Callable[[Run], Record]) -> list[Rec
     """Every run by `make` or `load_or_make`, with a line for each."""
     assert len({run.output for run in runs}) == len(runs), "two rows of one name would overwrite each other"
     records: list[Record] = []
-    start, costs = time.perf_counter(), [_cost(run) for run in runs]
+    start, costs = time.perf_counter(), [cost_of(run) for run in runs]
     for number, run in enumerate(runs, start=1):
         record = make_one(run)
         records.append(record)
@@ -149,6 +167,6 @@ def make_all(runs: Sequence[Run], make_one: Callable[[Run], Record]) -> list[Rec
     return records
 
 
-def _cost(run: Run) -> float:
+def cost_of(run: Run) -> float:
     """What a run takes, in epochs of the dense FFN: to measure it as much as one, to train it that of its step."""
     return 1 + (run.row.step.cost * run.lab.recipe.epochs if run.row.step is not None else 0)

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 
 from mnist_lab import measure
-from mnist_lab.deploy.artifacts import artifact_bytes
+from mnist_lab.deploy.artifacts import artifact_bytes, read_onnx
+from mnist_lab.deploy.card import depends_on_batch
 from mnist_lab.experiments.against_original import compare_with_original
+from mnist_lab.experiments.cards import ensure_card
 from mnist_lab.experiments.experts import acc_without_expert, expert_by_class, routes_changed
 from mnist_lab.experiments.run import Provenance, Run, read_provenance
 from mnist_lab.experiments.technique import Proof
@@ -88,6 +90,7 @@ def measure_run(
         figures=_figures(run, stored),
     )
     save_record(run.lab.results, record)
+    ensure_card(run, record)
     return record
 
 
@@ -130,12 +133,15 @@ def _figures(run: Run, stored: Model | None) -> dict[str, float | None]:
 
 
 def find_known(run: Run) -> Record | None:
-    """What is known of this very checkpoint on this machine: its record with the measurements that still hold.
+    """What is known of this very checkpoint: its record with the measurements that still hold.
 
     Those do not that are of other files or library versions, or lack a figure; none does where the record lacks one.
+    They may be of another machine, which the record names: what INT8 makes of an image hangs on the CPU, and a row's
+    accuracy is then that of the CPU which measured it. All of a record's are of one machine: where one of another's
+    must be made again, all are.
     """
     record = load_record(run.record) if run.record.exists() else None
-    if record is None or record.checkpoint["sha256"] != sha256(run.output) or record.machine["cpu"] != cpu_model():
+    if record is None or record.checkpoint["sha256"] != sha256(run.output):
         return None
     is_whole = (
         not is_lacking(record)
@@ -147,12 +153,19 @@ def find_known(run: Run) -> Record | None:
 
     def holds(runtime: RuntimeName) -> bool:
         file, measurement = run.file(EXTENSIONS[runtime]), record.measurements[runtime]
-        return not is_lacking(measurement) and _is_there(file, measurement.file)
+        is_lacking_alone = measurement.test_acc_b1 is None and _differs_alone(run, runtime)
+        return not is_lacking(measurement) and not is_lacking_alone and _is_there(file, measurement.file)
 
     measured = [runtime for runtime in RUNTIMES if runtime in record.measurements]
-    return replace(
-        record, measurements={name: record.measurements[name] for name in measured if is_whole and holds(name)}
-    )
+    held: dict[str, Measurement] = {name: record.measurements[name] for name in measured if is_whole and holds(name)}
+    if record.machine["cpu"] != cpu_model() and not held.keys() >= set(run.runtimes):
+        held = {}
+    return replace(record, measurements=held)
+
+
+def _differs_alone(run: Run, runtime: RuntimeName) -> bool:
+    """Whether what ONNX Runtime says of an image depends on the others in its batch."""
+    return runtime == "onnxruntime" and depends_on_batch(read_onnx(run.artifact).graph)
 
 
 def _is_there(file: Path, known: FileId) -> bool:
@@ -193,7 +206,9 @@ def _measure_quality(
     file = run.file(EXTENSIONS[runtime])
     train_pixels, train_labels = run.lab.dataset.train.numpy()
     train_logits = measure.predict(session.predict, train_pixels)
-    test = measure.quality(test_logits, run.lab.test.numpy()[1])
+    test_pixels, test_labels = run.lab.test.numpy()
+    test = measure.quality(test_logits, test_labels)
+    alone = measure.predict(session.predict, test_pixels, batch=1) if _differs_alone(run, runtime) else None
     return Measurement(
         version=session.version,
         file={"file": file.name, "sha256": sha256(file)},
@@ -205,11 +220,17 @@ def _measure_quality(
         train_loss=measure.cross_entropy(train_logits, train_labels),
         size_mib=_stored_bytes(runtime, file) / measure.MIB,
         file_mb=file.stat().st_size / 1e6,
-        same_class=float((test_logits.argmax(axis=1) == reference.argmax(axis=1)).mean()),
+        same_class=_same_class(test_logits, reference),
         largest_gap=float(np.abs(test_logits - reference).max()),
         bins=asdict(test.bins),
         confusion=test.confusion,
+        test_acc_b1=None if alone is None else measure.accuracy(alone, test_labels),
+        other_class_b1=None if alone is None else 1 - _same_class(alone, test_logits),
     )
+
+
+def _same_class(logits: measure.Array, others: measure.Array) -> float:
+    return float((logits.argmax(axis=1) == others.argmax(axis=1)).mean())
 
 
 def _scale_temperature(

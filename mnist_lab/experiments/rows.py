@@ -123,6 +123,15 @@ def dynamic_int8(source: Row) -> Row:
     return Row(static_int8(source).family, source=source, form=DynamicInt8(), variant="dynamic")
 
 
+def for_any_cpu(row: Row) -> Row:
+    """A row in INT8 with 7-bit weights; the same row where that is what this CPU needs."""
+    assert isinstance(row.form, StaticInt8 | DynamicInt8)
+    if row.form.reduced_range:
+        return row
+    variant = "-".join(filter(None, [row.variant, "any-cpu"]))
+    return replace(row, form=replace(row.form, reduced_range=True), variant=variant)
+
+
 def weight_only(source: Row, form: WeightOnly = WeightOnly()) -> Row:
     """A trained row with weights of few bits."""
     return Row(f"{source.family}_weight_only", source=source, form=form)

@@ -18,9 +18,9 @@ from torch.nn import functional as F
 
 from mnist_lab.data import DataSpec
 from mnist_lab.errors import UserError
+from mnist_lab.files import MAX_VALUES
 
 Positive = Annotated[int, Meta(ge=1)]
-MAX_VALUES = 2**16  # that windows may make of an image, as their weights do not bound them
 
 
 @dataclass(frozen=True)

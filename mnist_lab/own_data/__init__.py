@@ -20,7 +20,16 @@ from mnist_lab.own_data.parts import ImageSize, Labels, Part, Reading, show
 from mnist_lab.own_data.table import digest_table, read_table
 from mnist_lab.sources import DATASETS, MIN_IMAGES, SPLIT_SEED
 
-__all__ = ["DATASET_TEXTS", "OwnData", "OwnSource", "find_own", "is_filed_name", "is_ground_light", "read_own"]
+__all__ = [
+    "DATASET_TEXTS",
+    "OwnData",
+    "OwnSource",
+    "find_own",
+    "find_size",
+    "is_filed_name",
+    "is_ground_light",
+    "read_own",
+]
 
 
 class _Kind(NamedTuple):
@@ -38,6 +47,7 @@ DATASET_TEXTS = (*DATASETS, *(f"{kind}:{own.place}" for kind, own in KINDS.items
 TEST_SHARE = 0.2  # of each class
 VALIDATION_SHARE = 0.125  # of what is left of it
 MAX_FILED_NAME = 40  # characters
+FILED = re.compile(r"[A-Za-z0-9._-]+-[0-9a-f]{8}(?:-([0-9]+)x([0-9]+))?")
 
 
 class OwnSource(NamedTuple):
@@ -87,7 +97,13 @@ def find_own(text: str) -> OwnSource | None:
 
 def is_filed_name(name: str) -> bool:
     """Whether own data may be filed under that name."""
-    return re.fullmatch(r"[A-Za-z0-9._-]+-[0-9a-f]{8}(-\d+x\d+)?", name) is not None
+    return FILED.fullmatch(name) is not None
+
+
+def find_size(name: str) -> ImageSize | None:
+    """To which the images were resized that are filed under that name."""
+    found = FILED.fullmatch(name)
+    return (int(found[1]), int(found[2])) if found and found[1] else None
 
 
 def read_own(source: OwnSource, size: ImageSize | None = None) -> OwnData:

@@ -154,4 +154,6 @@ COMPRESSION = (
     against_original("activations_mib", ".2f"),
     Column("images_per_second", _images_per_second, format=",.0f"),
     Column("technique_seconds", lambda r, _: r.train_seconds if r.against_original else None, mean, ".1f"),
+    Column("test_acc_b1", lambda _, m: m.test_acc_b1, mean, ".4f"),
+    Column("other_class_b1", lambda _, m: m.other_class_b1, mean, ".4f"),
 )

@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,7 @@ with _whatever_backend():
     from matplotlib.artist import Artist
     from matplotlib.axes import Axes as Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.colors import to_hex, to_rgb
     from matplotlib.figure import Figure as Figure
     from matplotlib.font_manager import FontProperties
@@ -265,8 +266,7 @@ def write_figures(folder: Path, figures: Mapping[str, Callable[[], Figure | None
 
 def draw_png(draw: Callable[[], Figure | None], *, dots_per_inch: int = DOTS_PER_INCH) -> bytes | None:
     """The file's content, which depends on no setting of the user's; None where there is nothing to draw."""
-    own: dict[Any, Any] = {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
-    with matplotlib.rc_context(own):
+    with matplotlib.rc_context(_own_settings()):
         figure = draw()
         if figure is None:
             return None
@@ -276,6 +276,43 @@ def draw_png(draw: Callable[[], Figure | None], *, dots_per_inch: int = DOTS_PER
         print_png: Callable[..., None] = FigureCanvasAgg(figure).print_png
         print_png(content, pil_kwargs={"compress_level": PNG_COMPRESSION})
         return content.getvalue()
+
+
+class Embedded(NamedTuple):
+    """A figure as an image for a page, and what it says of itself."""
+
+    kind: str  # as it is called on the web
+    content: bytes
+    title: str
+    footnote: str
+
+
+def draw_embedded(draw: Callable[[], Figure | None], *, max_svg_bytes: int) -> Embedded | None:
+    """The same as SVG, its text as text; as a bitmap (WebP, lossless) where that would be larger than a page bears.
+
+    Equal figures give equal bytes.
+    """
+    with matplotlib.rc_context(_own_settings() | {"svg.fonttype": "none", "svg.hashsalt": "mnist_lab"}):
+        figure = draw()
+        if figure is None:
+            return None
+        texts = [" ".join(text.split()) for text in (figure.get_suptitle(), figure.get_supxlabel())]
+        content = io.BytesIO()
+        print_svg: Callable[..., None] = FigureCanvasSVG(figure).print_svg
+        print_svg(content, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+        if content.tell() <= max_svg_bytes:
+            return Embedded("image/svg+xml", content.getvalue(), *texts)
+        figure.set_layout_engine("none")  # it is laid out
+        figure.set_dpi(DOTS_PER_INCH)
+        content = io.BytesIO()
+        print_webp: Callable[..., None] = FigureCanvasAgg(figure).print_webp
+        print_webp(content, pil_kwargs={"lossless": True, "method": 4})
+        return Embedded("image/webp", content.getvalue(), *texts)
+
+
+def _own_settings() -> dict[Any, Any]:
+    """Those that matplotlib has by itself, whatever the user's are."""
+    return {name: value for name, value in matplotlib.rcParamsDefault.items() if name != "backend"}
 
 
 def _remove(path: Path) -> None:

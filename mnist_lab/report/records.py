@@ -10,7 +10,7 @@ import hashlib
 import io
 import zipfile
 from collections.abc import Iterable, Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypedDict, TypeVar, get_type_hints
 
@@ -63,6 +63,16 @@ class Timing(TypedDict):
     num_calls: Count
 
 
+class Conditions(NamedTuple):
+    """Under which latencies were measured: those of others do not compare."""
+
+    cpu: str
+    threads: int | None
+
+    def __str__(self) -> str:
+        return f"{self.threads} thread{'s' if self.threads != 1 else ''}, {self.cpu}"
+
+
 class Epoch(TypedDict):
     """One point of the learning curves, as `training.EpochMetrics`."""
 
@@ -95,7 +105,10 @@ class Measurement:
     largest_gap: Amount  # between its logits and those of the original in PyTorch, on the test images
     threads: Annotated[int, Meta(ge=1)] | None = None  # of the latencies
     latency_ms: dict[str, Timing] = field(default_factory=dict)  # by batch
+    test_acc_b1: Share | None = None  # one image at a time, where an artifact takes scales from the whole batch
+    other_class_b1: Share | None = None  # of test images whose class is then another than in batches of 1000
     latency_session: str = ""  # latencies of one session were measured by turns, and compare
+    latency_cpu: str | None = None  # of the latencies; None: that of the record's machine
 
 
 @dataclass
@@ -143,6 +156,10 @@ class Record:
     @property
     def model(self) -> str:
         return self.row + self.departures
+
+    def timed_on(self, runtime: str) -> str:
+        """The CPU of the latencies in a runtime."""
+        return self.measurements[runtime].latency_cpu or self.machine["cpu"]
 
     @property
     def class_names(self) -> list[str]:
@@ -269,25 +286,27 @@ def load_predictions(folder: Path, record: Record) -> Predictions:
 def usable_records(
     records: Sequence[Record], checkpoints: Path | None, cpu: str, *, current: Sequence[Record] = ()
 ) -> tuple[list[Record], list[str]]:
-    """The records that a table of this machine may take, and one line for each that it may not.
+    """The records that a table may take, and one line for each that it may not.
 
-    Those lack a figure, or were made on another CPU, or a file that they are of is gone or has changed since, or one
-    that it was made from has, or their settings, training threads or library versions are not those of the model's
-    other seeds.
+    Those lack a figure, or a file that they are of is gone or has changed since, or one that they were made from has,
+    or their settings, training threads or library versions are not those of the model's other seeds. They may be of
+    any machine: `timed_on` takes from them what holds on one only.
 
     Args:
-        checkpoints: the folder of the files that the records are of; None where they are not at hand, nor checked.
+        checkpoints: the folder of the files that the records are of; None where they are not at hand, nor checked. Of
+            a record of another CPU than
+        cpu: none need be there, as of one that was copied alone.
         current: the records just made, or that a table holds, whose settings a model's other seeds must share; a
             model that is not among them goes by its lowest seed.
     """
     references = {record.model: record for record in [*reversed(first_seeds(records)), *reversed(current)]}
     by_name = {record.run_name: record for record in records}
 
-    def is_other(file: FileId) -> bool:
+    def is_other(file: FileId, *, may_be_gone: bool) -> bool:
         if checkpoints is None:
             return False
         path = checkpoints / file["file"]
-        return not path.is_file() or sha256(path) != file["sha256"]
+        return sha256(path) != file["sha256"] if path.is_file() else not may_be_gone
 
     @functools.cache
     def why_not(run_name: str) -> str | None:
@@ -295,10 +314,8 @@ def usable_records(
         reference = references[record.model]
         if is_lacking(record) or any(map(is_lacking, record.measurements.values())):
             return "lacks a figure that this version measures; make it again"
-        if record.machine["cpu"] != cpu:
-            return f"made on another CPU ({record.machine['cpu']})"
-        own_files = [record.checkpoint, record.artifact, *(m.file for m in record.measurements.values())]
-        if changed := next((file["file"] for file in own_files if is_other(file)), None):
+        is_copied = checkpoints is not None and _is_copied(record, checkpoints, cpu)
+        if changed := next((file["file"] for file in _files_of(record) if is_other(file, may_be_gone=is_copied)), None):
             return f"{changed} is gone or has changed"
         own, its = _settings(record), _settings(reference)
         if differing := [name for name in own | its if own.get(name) != its.get(name)]:
@@ -307,13 +324,44 @@ def usable_records(
             parent_name = Path(parent["file"]).stem
             here = by_name.get(parent_name)  # or it is of another folder
             is_left_out = here is not None and here.checkpoint["file"] == parent["file"] and why_not(parent_name)
-            if is_left_out or is_other(parent):
+            if is_left_out or is_other(parent, may_be_gone=is_copied):
                 return f"{parent_name}, from which it was made, is left out, gone or changed since"
         return None
 
     reasons = {run_name: reason for run_name in by_name if (reason := why_not(run_name))}
     usable = [record for record in records if record.run_name not in reasons]
     return usable, [f"{run_name}: {reason}" for run_name, reason in reasons.items()]
+
+
+def _files_of(record: Record) -> list[FileId]:
+    return [record.checkpoint, record.artifact, *(m.file for m in record.measurements.values())]
+
+
+def _is_copied(record: Record, checkpoints: Path, cpu: str) -> bool:
+    """Whether a record was made elsewhere, and came without any of its files."""
+    return record.machine["cpu"] != cpu and not any((checkpoints / f["file"]).exists() for f in _files_of(record))
+
+
+def timed_on(cpu: str, records: Iterable[Record]) -> tuple[list[Record], list[str]]:
+    """The records without latencies of other CPUs, which do not compare; and a line for each of those."""
+    left_out: dict[str, list[str]] = {}
+    own = [_timed_on(cpu, record, left_out) for record in records]
+    return own, [
+        f"latency of {names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}: "
+        f"measured on another CPU ({other})"
+        for other, names in left_out.items()
+    ]
+
+
+def _timed_on(cpu: str, record: Record, left_out: dict[str, list[str]]) -> Record:
+    measurements = dict(record.measurements)
+    others = {runtime: record.timed_on(runtime) for runtime, own in measurements.items() if own.latency_ms}
+    for runtime, other in others.items():
+        if other != cpu:
+            measurements[runtime] = replace(measurements[runtime], latency_ms={}, threads=None, latency_session="")
+            left_out.setdefault(other, []).append(f"{record.run_name} in {runtime}")
+    time_by_job_us = None if others and cpu not in others.values() else record.time_by_job_us
+    return replace(record, measurements=measurements, time_by_job_us=time_by_job_us)
 
 
 def _settings(record: Record) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -12,7 +11,7 @@ import pandas as pd
 from mnist_lab.measure import TABLE_BATCHES
 from mnist_lab.report.columns import ACCURACY, COLUMNS, Column, Cost
 from mnist_lab.report.drawing import Error, Look, choose_looks, shorten, spread
-from mnist_lab.report.records import RIVAL, Measurement, Record
+from mnist_lab.report.records import RIVAL, Conditions, Measurement, Record
 from mnist_lab.report.statistics import binomial_interval, confidence_interval
 from mnist_lab.report.table import build_table
 
@@ -21,16 +20,6 @@ LATENCIES = {f"latency_ms_b{batch}": batch for batch in TABLE_BATCHES}
 MAX_LISTED = 8  # names in a footnote
 ACCURACY_LABEL = "test accuracy (%)"
 SIZE_LABEL = "deployed file (MB = 10⁶ bytes)"
-
-
-class Conditions(NamedTuple):
-    """Under which latencies were measured: those of others do not compare."""
-
-    cpu: str
-    threads: int | None
-
-    def __str__(self) -> str:
-        return f"{self.threads} thread{'s' if self.threads != 1 else ''}, {self.cpu}"
 
 
 @dataclass(frozen=True)
@@ -145,7 +134,7 @@ class Results:
 
     def _conditions_of(self, model: str, runtime: str) -> Conditions:
         record = self.runs[model, runtime][0]
-        return Conditions(record.machine["cpu"], record.measurements[runtime].threads)
+        return Conditions(record.timed_on(runtime), record.measurements[runtime].threads)
 
     @cached_property
     def timed_under(self) -> Conditions | None:

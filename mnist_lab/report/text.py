@@ -3,7 +3,8 @@
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import pandas as pd
 from tabulate import tabulate
@@ -14,7 +15,8 @@ from mnist_lab.report.columns import COLUMNS, COMPRESSION, Column
 from mnist_lab.report.table import compare, find_fastest
 
 Style = Literal["simple", "github"]
-TEXT_COLUMNS = {"model", "technique", "precision", "runtime", *(f"fastest b{batch}" for batch in TABLE_BATCHES)}
+WHERE = {"dataset", "preset", "recipe"}
+TEXT_COLUMNS = {*WHERE, "model", "technique", "precision", "runtime", *(f"fastest b{batch}" for batch in TABLE_BATCHES)}
 SUMMARY_LEGEND = (
     "acc: test accuracy in %, ± 95 % interval over seeds; ms b64: median milliseconds for a batch of 64; "
     "x orig: speed-up at batch 64 over the row's original, the first model of its chain, in the same runtime."
@@ -32,22 +34,39 @@ COMPRESSION_LEGEND = (
     "of them with another class and with the same, the gate's KL, margin between the last expert chosen "
     "and the next, coefficient of variation of the load, experts with less than a tenth of an even share, and linear "
     "CKA between experts' outputs (1: alike). Memory in PyTorch: of the parameters once loaded, zeros in full, and of "
-    "a pass of 1,000 images at its peak. Images per second in batches of 1,024; seconds that the technique took."
+    "a pass of 1,000 images at its peak. Images per second in batches of 1,024; seconds that the technique took. Where "
+    "scales are the batch's: test accuracy one image at a time, and images whose class is then another."
 )
 # What a narrow terminal can do without, first what it misses least.
 DISPENSABLE = ("x orig", "seeds", "ms b1024", "precision", "ms b1", "MiB", "technique", "runtime")
 
 
+def title_of(dataset: str, preset: str, recipe: str) -> str:
+    """What a table is headed by."""
+    return f"{dataset}, {preset} models, {recipe} recipe"
+
+
 def write_table(
-    folder: Path, table: pd.DataFrame, *, title: str, distillation: str, columns: Sequence[Column] = COLUMNS
+    folder: Path,
+    table: pd.DataFrame,
+    *,
+    title: str,
+    distillation: str,
+    columns: Sequence[Column] = COLUMNS,
+    sections: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """Write `table.csv` and `table.md`; the latter adds a summary and the comparisons, that of students among them."""
+    """Write `table.csv` and `table.md`; the latter adds a summary and the comparisons, that of students among them.
+
+    Args:
+        sections: further ones after the summary, by heading; an empty one is left out.
+    """
     write_text(folder / "table.csv", table.to_csv(index=False))
     compression = format_compression(table, style="github")
     parts = [
         f"# {title}",
         format_summary(table, style="github"),
         SUMMARY_LEGEND,
+        *(f"## {heading}\n\n{text}" for heading, text in sections.items() if text),
         "## Every column",
         format_table(table, columns=columns),
         "## Against the original and against the baseline",
@@ -75,45 +94,71 @@ def read_run_names(folder: Path) -> set[str]:
         return {f"{row['model']}-seed{seed}" for row in rows for seed in row["seed_numbers"].split()}
 
 
-def format_table(table: pd.DataFrame, *, columns: Sequence[Column] = COLUMNS) -> str:
-    """The table in Markdown; blank cells stay blank."""
+class Part(NamedTuple):
+    """A table as it shows: its columns under their headers, and the format of each that holds figures."""
+
+    frame: pd.DataFrame
+    formats: Mapping[str, str]
+
+    def text(self, style: Style) -> str:
+        """Aligned, in one of tabulate's styles."""
+        return _format(self.frame, self.formats, style)
+
+
+def all_columns(table: pd.DataFrame, columns: Sequence[Column] = COLUMNS) -> Part:
+    """The table; blank cells stay blank."""
     formats = {_short_header(column.name): column.format for column in columns}
-    return _format(table[[column.name for column in columns]].rename(columns=_short_header), formats, "github")
+    return Part(table[[column.name for column in columns]].rename(columns=_short_header), formats)
+
+
+def format_table(table: pd.DataFrame, *, columns: Sequence[Column] = COLUMNS) -> str:
+    """`all_columns` in Markdown."""
+    return all_columns(table, columns).text("github")
+
+
+def compression(table: pd.DataFrame, columns: Sequence[Column] = COMPRESSION) -> Part:
+    """What the models that were made from others lost and saved, each in its first runtime; no rows without any."""
+    made = table[table["file_ratio"].notna()].drop_duplicates("model")
+    found = [column for column in columns if made[column.name].notna().any()]
+    headers = {column.name: column.name.replace("_", " ") for column in found}
+    formats = {headers[column.name]: column.format for column in found}
+    return Part(made[["model", *headers]].rename(columns=headers), formats)
 
 
 def format_compression(table: pd.DataFrame, *, style: Style, columns: Sequence[Column] = COMPRESSION) -> str:
-    """What the models that were made from others lost and saved, each in its first runtime; empty without any."""
-    made = table[table["file_ratio"].notna()].drop_duplicates("model")
-    found = [column for column in columns if made[column.name].notna().any()]
-    if made.empty:
-        return ""
-    headers = {column.name: column.name.replace("_", " ") for column in found}
-    formats = {headers[column.name]: column.format for column in found}
-    return _format(made[["model", *headers]].rename(columns=headers), formats, style)
+    """`compression` as aligned text; empty without any rows."""
+    part = compression(table, columns)
+    return "" if part.frame.empty else part.text(style)
+
+
+def comparison(table: pd.DataFrame) -> Part:
+    """`compare` under short headers."""
+    compared = compare(table)
+    names = [str(column) for column in compared]
+    formats = {name: "+.2f" if name.startswith("acc") else ".2f" for name in names if "_vs_" in name}
+    headers = {name: name.replace("_points", "").replace("speedup_", "x ").replace("_vs_", " vs ") for name in names}
+    return Part(compared.rename(columns=headers), {headers[name]: format for name, format in formats.items()})  # noqa: A001
 
 
 def format_comparison(table: pd.DataFrame) -> str:
-    """`compare` in Markdown."""
-    comparison = compare(table)
-    names = [str(column) for column in comparison]
-    formats = {name: "+.2f" if name.startswith("acc") else ".2f" for name in names if "_vs_" in name}
-    headers = {name: name.replace("_points", "").replace("speedup_", "x ").replace("_vs_", " vs ") for name in names}
-    return _format(comparison.rename(columns=headers), {headers[c]: f for c, f in formats.items()}, "github")
+    """`comparison` in Markdown."""
+    return comparison(table).text("github")
+
+
+def fastest(table: pd.DataFrame) -> Part:
+    """`find_fastest` under short headers."""
+    formats = {f"ms b{batch}": ".3f" for batch in TABLE_BATCHES}
+    headers = {f"runtime_b{batch}": f"fastest b{batch}" for batch in TABLE_BATCHES}
+    return Part(find_fastest(table).rename(columns=headers).rename(columns=_short_header), formats)
 
 
 def format_fastest(table: pd.DataFrame, *, style: Style) -> str:
-    """`find_fastest` as aligned text."""
-    formats = {f"ms b{batch}": ".3f" for batch in TABLE_BATCHES}
-    headers = {f"runtime_b{batch}": f"fastest b{batch}" for batch in TABLE_BATCHES}
-    return _format(find_fastest(table).rename(columns=headers).rename(columns=_short_header), formats, style)
+    """`fastest` as aligned text."""
+    return fastest(table).text(style)
 
 
-def format_summary(table: pd.DataFrame, *, style: Style, width: int | None = None) -> str:
-    """The columns that fit a screen, aligned: plainly, or in Markdown.
-
-    Args:
-        width: characters of a line; columns are left out until the table fits. None keeps all.
-    """
+def summary(table: pd.DataFrame) -> Part:
+    """The columns that fit a screen."""
     speedup = compare(table)["speedup_b64_vs_original"]
     interval = table["test_acc_ci95"].map(lambda value: "" if pd.isna(value) else f" ± {100 * value:.2f}")
     columns = {
@@ -128,12 +173,22 @@ def format_summary(table: pd.DataFrame, *, style: Style, width: int | None = Non
         "x orig": speedup,
     }
     formats = {"MiB": ".3f", "x orig": ".2f"} | {f"ms b{batch}": ".3f" for batch in TABLE_BATCHES}
-    text = _format(pd.DataFrame(columns), formats, style)
+    return Part(pd.DataFrame(columns), formats)
+
+
+def format_summary(table: pd.DataFrame, *, style: Style, width: int | None = None) -> str:
+    """`summary`, aligned: plainly, or in Markdown.
+
+    Args:
+        width: characters of a line; columns are left out until the table fits. None keeps all.
+    """
+    frame, formats = summary(table)
+    text = _format(frame, formats, style)
     for name in DISPENSABLE:
         if width is None or len(text.partition("\n")[0]) <= width:
             break
-        del columns[name]
-        text = _format(pd.DataFrame(columns), formats, style)
+        frame = frame.drop(columns=name)
+        text = _format(frame, formats, style)
     return text
 
 
@@ -144,16 +199,16 @@ def _short_header(column: str) -> str:
 def _format(table: pd.DataFrame, formats: Mapping[str, str], style: str) -> str:
     """Aligned text in one of tabulate's styles: a format per column, blank where there is no value."""
     names = [str(column) for column in table]
-
-    def cell(name: str, value: Any) -> str:
-        if pd.isna(value):
-            return ""
-        return format(int(value) if formats.get(name, "").endswith("d") else value, formats.get(name, ""))
-
+    rows = table.itertuples(index=False)
     return tabulate(
-        [[cell(name, value) for name, value in zip(names, row, strict=True)] for row in table.itertuples(index=False)],
+        [[format_cell(value, formats.get(name, "")) for name, value in zip(names, row, strict=True)] for row in rows],
         headers=names,
         tablefmt=style,
         disable_numparse=True,
         colalign=["left" if name in TEXT_COLUMNS else "right" for name in names],
     )
+
+
+def format_cell(value: Any, how: str) -> str:
+    """One cell in its column's format; blank where there is no value."""
+    return "" if pd.isna(value) else format(int(value) if how.endswith("d") else value, how)

@@ -1,9 +1,10 @@
 """ONNX Runtime on the CPU."""
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import onnxruntime
 
 from mnist_lab.deploy.artifacts import read_artifact
@@ -17,7 +18,7 @@ class BoundBatch(NamedTuple):
 
     binding: onnxruntime.IOBinding
     logits: Array  # (B, C), overwritten by every run
-    pixels: Array  # kept alive for the binding
+    pixels: npt.NDArray[Any]  # kept alive for the binding
 
 
 class OnnxRuntimeSession:
@@ -49,13 +50,14 @@ class OnnxRuntimeSession:
 PROVIDERS = ["CPUExecutionProvider"]
 
 
-def bind_batch(session: onnxruntime.InferenceSession, pixels: Array) -> BoundBatch:
-    """Pixels and room for their logits, bound to a session."""
+def bind_batch(session: onnxruntime.InferenceSession, pixels: npt.NDArray[Any]) -> BoundBatch:
+    """What a session's one input takes, and room for its one output (B, C), bound to it."""
     pixels = np.ascontiguousarray(pixels)
-    logits = np.empty((len(pixels), session.get_outputs()[0].shape[1]), np.float32)
+    taken, given = session.get_inputs()[0], session.get_outputs()[0]
+    logits = np.empty((len(pixels), given.shape[1]), np.float32)
     binding = session.io_binding()
-    binding.bind_input("pixels", "cpu", 0, np.float32, pixels.shape, pixels.ctypes.data)
-    binding.bind_output("logits", "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
+    binding.bind_input(taken.name, "cpu", 0, pixels.dtype, pixels.shape, pixels.ctypes.data)
+    binding.bind_output(given.name, "cpu", 0, np.float32, logits.shape, logits.ctypes.data)
     return BoundBatch(binding, logits, pixels)
 
 

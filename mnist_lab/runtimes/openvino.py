@@ -62,7 +62,7 @@ class OpenVINOSession:
         return batch.request
 
     def predict(self, pixels: Array) -> Array:
-        logits: Array = self.run(self.prepare(pixels)).get_output_tensor().data.copy()
+        logits: Array = self.run(self.prepare(pixels)).get_output_tensor(0).data.copy()
         return logits
 
 

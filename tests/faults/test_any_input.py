@@ -23,6 +23,7 @@ from faults.test_damage import FILES
 from faults.test_hostile import bomb, flat, node, save_bomb, values
 from mnist_lab.command.entry import REGISTRY
 from mnist_lab.deploy.artifacts import read_artifact, read_onnx
+from mnist_lab.deploy.card import read_card
 from mnist_lab.errors import UserError
 from mnist_lab.files import BLANK, seal
 from mnist_lab.idx import UINT8, find_idx
@@ -39,6 +40,7 @@ READERS: dict[str, Callable[[Path], object]] = {
     "checkpoint": load_checkpoint,
     "artifact": read_artifact,
     "record": load_record,
+    "card": read_card,
     "dark knowledge": lambda path: load_dark_knowledge(path, "mnist"),
     "scaling": load_scaling,
     "idx": lambda path: find_idx(path, dtype=UINT8).read(5),
@@ -63,7 +65,7 @@ def test_any_bytes(name: str, content: bytes, is_sealed: bool) -> None:
             READERS[name](path)
 
 
-@pytest.mark.parametrize("name", ["record", "dark knowledge", "scaling"])
+@pytest.mark.parametrize("name", ["record", "card", "dark knowledge", "scaling"])
 @SETTINGS
 @given(value=st.dictionaries(st.text(), JSON))
 def test_any_json(name: str, value: dict[str, Any]) -> None:

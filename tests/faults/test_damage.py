@@ -17,6 +17,7 @@ from tiny import CHAIN, SMALL, ZeroSmallest, make_lab
 from mnist_lab.compress.int8 import Calibration, DynamicInt8, StaticInt8
 from mnist_lab.compress.train import TrainMoE
 from mnist_lab.deploy.artifacts import artifact_bytes, read_artifact, read_onnx, read_onnx_metadata
+from mnist_lab.deploy.card import card_path, describe, read_card
 from mnist_lab.errors import UserError
 from mnist_lab.experiments.make import load_or_make
 from mnist_lab.experiments.resume import FileKeeper
@@ -88,6 +89,7 @@ def make_kinds(folder: Path) -> dict[str, Kind]:
         "INT8 artifact": Kind(Run(lab, INT8, 0).artifact, artifact),
         "MoE INT8 artifact": Kind(Run(lab, MOE_INT8, 0).artifact, artifact),
         "record": Kind(run.record, [load_record]),
+        "card": Kind(card_path(run.artifact), [read_card, lambda _: describe(run.artifact)]),
         "predictions": Kind(run.record.with_suffix(".npz"), [lambda _: load_predictions(results, record)]),
         "training state": Kind(folder / "state.fit1.safetensors", [read_tensors]),
         "dark knowledge": Kind(folder / "dark_knowledge.json", [lambda path: load_dark_knowledge(path, "mnist")]),
@@ -106,7 +108,7 @@ def open_in(runtime: str, path: Path) -> object:
 
 
 NAMES = [
-    "checkpoint", "artifact", "sparse artifact", "INT8 artifact", "MoE INT8 artifact", "record", "predictions",
+    "checkpoint", "artifact", "sparse artifact", "INT8 artifact", "MoE INT8 artifact", "record", "card", "predictions",
     "training state", "dark knowledge", "INT8 checkpoint",
 ]  # fmt: skip
 

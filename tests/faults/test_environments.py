@@ -318,6 +318,7 @@ OPTIONS = {
         "--model": NAMES,
         "--source": [*NAMES, "FFN_baseline", "*", "a/b", "é"],
         "--mode": NAMES,
+        "--target-cpu": NAMES,
     },
     "qat_mnist": {"--source": NAMES, "--bits": NAMES, "--model": NAMES},
     "run_all_experiments": {
@@ -341,17 +342,38 @@ OPTIONS = {
     },
     "claims_mnist": {"--suite": NAMES, "--seeds": NUMBERS, "--runtime": ["pytorch", "abc"]},
     "dark_knowledge_mnist": {"--seeds": NUMBERS, "--epochs": NUMBERS, "--device": ["abc"]},
+    "sweep": {
+        "--seeds": ["", "abc", "3-1", "-1", "0-4294967296", "1.5", "1,,2"],
+        "--num-experts": ["abc", "0", "4,0", "4,", "1.5", "99999999999999999999"],
+        "--top-k": ["0", "8", "2,abc"],
+        "--temperature": ["3", "nan"],
+        "--model": NAMES,
+        "--balance": NAMES,
+        "--workers": NUMBERS,
+        "--train-threads": NUMBERS,
+        "--cluster": ["", "abc", "tcp://", "tcp://127.0.0.1:1", "nowhere://x"],
+    },
     "visualize_results": {"--preset": NAMES, "--recipe": NAMES, "--dataset": NAMES},
+    "compare_onnx": {
+        "--layout": NAMES,
+        "--scale": NUMBERS,
+        "--mean": ["", "abc", "nan", "inf"],
+        "--std": ["", "abc", "nan", "inf", "-1", "0"],
+        "--beside": NAMES,
+        "--threads": NUMBERS,
+    },
 }
+FILES = {"compare_onnx": ["x.onnx"]}
 BAD = [(script, option, value) for script, of in OPTIONS.items() for option, values in of.items() for value in values]
 
 
 @pytest.mark.parametrize(("script", "option", "value"), BAD[:: 1 if IS_LONG else 20])
 def test_bad_value(tmp_path: Path, script: str, option: str, value: str) -> None:
     preload()
-    quick = () if script in {"dark_knowledge_mnist", "visualize_results"} else QUICK
+    quick = () if script in {"dark_knowledge_mnist", "visualize_results", *FILES} else QUICK
     pairs = [pair for pair in zip(quick[::2], quick[1::2], strict=True) if pair[0] != option]
-    started = fork_script(script, [*itertools.chain(*pairs), f"{option}={value}"], tmp_path, tmp_path / "log")
+    arguments = [*FILES.get(script, []), *itertools.chain(*pairs), f"{option}={value}"]
+    started = fork_script(script, arguments, tmp_path, tmp_path / "log")
     code = started.wait(60)
     started.end()
     log = started.log.read_text(errors="replace")

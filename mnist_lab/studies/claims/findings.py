@@ -10,7 +10,7 @@ whether they differ on these very test images.
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -20,30 +20,13 @@ from scipy import stats
 from tabulate import tabulate
 
 from mnist_lab.files import write_text
+from mnist_lab.report.findings import HEADERS, Verdict, cells_of
+from mnist_lab.report.findings import Finding as Finding
+from mnist_lab.report.findings import summarize as summarize
 from mnist_lab.report.statistics import confidence_interval
 
-Verdict = Literal["supported", "refuted", "undecided", "reported"]
 Values = npt.NDArray[np.float64]
 OVER_SEEDS = "paired t over seeds"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One comparison that bears on a claim."""
-
-    claim: int
-    statement: str
-    comparison: str
-    effect: float  # mean over seeds
-    low: float  # 95 % interval; with `high` NaN for a single seed
-    high: float
-    unit: str
-    bound: str  # what the effect must satisfy for the claim to hold; empty where it is only reported
-    test: str
-    p_value: float  # two-sided, of the effect against its bound; NaN for a single seed
-    n: int
-    verdict: Verdict
-    mcnemar_p: list[float] = field(default_factory=list)  # per seed; empty where no images are compared
 
 
 @dataclass(frozen=True)
@@ -154,22 +137,13 @@ def ratio_of_medians(
     return median / other, (median - notch) / (other + other_notch), (median + notch) / (other - other_notch)
 
 
-def summarize(findings: Sequence[Finding]) -> dict[int, Verdict]:
-    """A claim is supported where all of its comparisons are, refuted where one is, undecided otherwise."""
-    verdicts: dict[int, Verdict] = {}
-    for number in sorted({finding.claim for finding in findings}):
-        own = {finding.verdict for finding in findings if finding.claim == number} - {"reported"}
-        verdicts[number] = "refuted" if "refuted" in own else "supported" if own == {"supported"} else "undecided"
-    return verdicts
-
-
 def format_claims(findings: Sequence[Finding]) -> str:
     """The findings as Markdown, a table per claim."""
     parts = []
     for number, verdict in summarize(findings).items():
         own = [finding for finding in findings if finding.claim == number]
-        headers = ["comparison", "effect", "95 % interval", "unit", "claimed", "p", "n", "verdict"]
-        rows = [_cells(finding) for finding in own]
+        headers = [*HEADERS]
+        rows = [cells_of(finding) for finding in own]
         if any(finding.mcnemar_p for finding in own):
             headers.append("McNemar's p per seed")
             for row, finding in zip(rows, own, strict=True):
@@ -177,19 +151,6 @@ def format_claims(findings: Sequence[Finding]) -> str:
         table = tabulate(rows, headers, "github", disable_numparse=True)
         parts.append(f"## {number}. {own[0].statement}: {verdict}\n\n{table}")
     return "\n\n".join(parts)
-
-
-def _cells(finding: Finding) -> list[str]:
-    return [
-        finding.comparison,
-        f"{finding.effect:+.4g}",
-        "" if math.isnan(finding.low) else f"[{finding.low:+.4g}, {finding.high:+.4g}]",
-        finding.unit,
-        finding.bound,
-        "" if math.isnan(finding.p_value) else f"{finding.p_value:.2g}",
-        str(finding.n),
-        finding.verdict,
-    ]
 
 
 def write_claims(

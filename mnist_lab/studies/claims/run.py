@@ -2,8 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
-from functools import partial
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,12 +10,14 @@ import torch
 
 from mnist_lab.compress.distill import DistillationConfig
 from mnist_lab.data import find_known
+from mnist_lab.errors import RunFailed
+from mnist_lab.experiments.cluster import find_workers
 from mnist_lab.experiments.lab import Lab
 from mnist_lab.experiments.latencies import measure_latencies, profile_routing
-from mnist_lab.experiments.make import load_or_make, make_all
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import MOE, student
 from mnist_lab.experiments.run import Run, check_alike
+from mnist_lab.experiments.workers import Finder, Job, make_side_by_side
 from mnist_lab.machine import cpu_model
 from mnist_lab.report.records import Record
 from mnist_lab.studies.claims.compression import compression_rows, settle_compression
@@ -35,7 +36,6 @@ from mnist_lab.studies.claims.settle import (
     settle_dark_knowledge,
     settle_scaling,
 )
-from mnist_lab.studies.claims.side_by_side import run_side_by_side
 from mnist_lab.studies.claims.transfer import SOURCE, settle_transfer, transfer_rows
 from mnist_lab.studies.dark_knowledge import load_dark_knowledge
 
@@ -48,7 +48,8 @@ class Doors(NamedTuple):
     """Ways into a lab."""
 
     open: Callable[[], AbstractContextManager[Lab]]  # for this run alone
-    find: Callable[[], Lab]  # for a process of a run that has opened it; can be pickled
+    find: Finder  # for a process of a run that has opened it
+    cluster: str | None = None  # address of the Dask scheduler whose workers make what is missing
 
 
 def run_claims(table: Doors, grid: Doors, *, seeds: range) -> None:
@@ -144,17 +145,25 @@ def _make(lab: Lab, doors: Doors, rows: Sequence[Row], seeds: range) -> list[Rec
     runs = [Run(lab, row, seed) for seed in seeds for row in rows]
     due = sorted({run.seed for run in runs if run.why_stale()})
     print(f"{lab.results.parent.name}: {len(runs)} models, {len(due)} of {len(seeds)} seeds to make", flush=True)
-    num_workers = _num_workers(lab, seeds)
-    if num_workers > 1:
-        jobs = {f"seed {seed}": partial(_make_seed, doors.find, rows, seed, lab.train_threads) for seed in due}
-        run_side_by_side(jobs, num_workers=num_workers)
-    return make_all(runs, load_or_make)
+    find = FindClaimsLab(doors.find, lab.train_threads)
+    records: dict[Path, Record] = {}
+    with find_workers(_num_workers(lab, seeds), doors.cluster) as workers:
+        for run, record, error in make_side_by_side([Job(run, find) for run in runs], workers):
+            if record is None:
+                raise RunFailed(f"{run.name}: {error}")
+            records[run.output] = record
+    return [records[run.output] for run in runs]
 
 
-def _make_seed(find: Callable[[], Lab], rows: Sequence[Row], seed: int, threads: int | None) -> None:
-    lab = replace(find().for_claims(), train_threads=threads)
-    torch.set_num_threads(threads or 1)
-    make_all([Run(lab, row, seed) for row in rows], load_or_make)
+@dataclass(frozen=True)
+class FindClaimsLab:
+    """Finds the lab of claims, by that of the table, in another process."""
+
+    find: Finder
+    train_threads: int | None
+
+    def __call__(self) -> Lab:
+        return replace(self.find().for_claims(), train_threads=self.train_threads)
 
 
 def _find_winner(grid: Evidence) -> DistillationConfig:
@@ -182,8 +191,9 @@ def _settle_other_files(results: Path, dataset: str) -> tuple[list[Finding], lis
 
 
 def _measured_on(records: Sequence[Record]) -> str:
-    machine = records[0].machine
-    return f"Measured on {machine['cpu']}, {machine['cores']} cores"
+    """The machines of accuracies; latencies are this one's."""
+    machines = dict.fromkeys(f"{record.machine['cpu']}, {record.machine['cores']} cores" for record in records)
+    return f"Measured on {' and '.join(machines)}" + (f"; latency on {cpu_model()}" if len(machines) > 1 else "")
 
 
 def _report(
