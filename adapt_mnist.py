@@ -10,7 +10,7 @@ python adapt_mnist.py --source Sparse_MoE-E8         # any row trained on --sour
 from dataclasses import dataclass, field
 
 from mnist_lab.command.console import make_and_print, open_lab
-from mnist_lab.command.entry import run_script
+from mnist_lab.command.entry import DatasetText, run_script
 from mnist_lab.command.source import ModelOptions, start
 from mnist_lab.compress.adapters import Adapters, AdaptLowRank, FinetuneAll
 from mnist_lab.compress.finetune import Duration
@@ -23,8 +23,8 @@ from mnist_lab.sources import DatasetName
 
 @dataclass(frozen=True)
 class AdaptOptions(ModelOptions):
-    dataset: DatasetName = "fashion-mnist"
-    """Data set that the model is for in the end."""
+    dataset: DatasetText = "fashion-mnist"
+    """Data set that the model is for in the end: one of the suite's, or own data (docs/own-data.md)."""
     source_dataset: DatasetName = "mnist"
     """Data set that it was trained on."""
     full: bool = False

@@ -44,7 +44,8 @@ def main(options: ClaimOptions) -> None:
     if options.suite == "models":
         run_claims(table, doors(replace(options, recipe="quick")), seeds=seeds)
     elif options.suite == "transfer":
-        run_transfer(table, doors(replace(options, dataset=source_for(options.dataset or "mnist"))), seeds=seeds)
+        source = replace(options, dataset=source_for(options.dataset or "mnist"), image_size=())
+        run_transfer(table, doors(source), seeds=seeds)
     else:
         run_suite(options.suite, table, seeds=seeds)
 

@@ -11,10 +11,12 @@ from mnist_lab.command.console import print_notice, use_allowed_cpus
 from mnist_lab.command.entry import run_script
 from mnist_lab.command.options import DataOptions, check_count, check_device, seeds_from
 from mnist_lab.data import load_dataset
+from mnist_lab.errors import UserError
 from mnist_lab.experiments.lab import Lab
 from mnist_lab.files import write_text
 from mnist_lab.folders import only_run_in
 from mnist_lab.studies.dark_knowledge import (
+    LEFT_OUT,
     STUDENT_RECIPE,
     TEACHER_RECIPE,
     format_dark_knowledge,
@@ -43,7 +45,9 @@ class DarkKnowledgeOptions(DataOptions):
 
 def main(options: DarkKnowledgeOptions) -> None:
     use_allowed_cpus()
-    dataset = load_dataset(options.dataset, options.data_dir)
+    dataset = load_dataset(options.dataset, options.data_dir, options.height_and_width)
+    if dataset.spec.num_classes <= LEFT_OUT:
+        raise UserError(f"{dataset.name} has {dataset.spec.num_classes} classes; one is left out, the fourth")
     name = f"{dataset.name}-dark-knowledge" + ("" if options.epochs is None else f"-epochs{options.epochs}")
     results = options.results / name
     recipe = find_recipe("standard", "compact")  # its rows bring their own
@@ -70,7 +74,7 @@ def run_seeds(options: DarkKnowledgeOptions, lab: Lab) -> None:
         replace(STUDENT_RECIPE, epochs=options.epochs or STUDENT_RECIPE.epochs),
     )
     runs = [run_seed(lab, rows, seed) for seed in seeds_from(options.seed, options.seeds)]
-    text = format_dark_knowledge(runs)
+    text = format_dark_knowledge(runs, left_out=lab.dataset.spec.class_names[LEFT_OUT])
     save_dark_knowledge(results / "dark_knowledge.json", runs)
     write_text(results / "dark_knowledge.md", f"# Dark knowledge\n\n{text}\n")
     print(f"\n{text}\n\nwritten: {results / 'dark_knowledge.md'} and .json")

@@ -9,22 +9,24 @@ Records of other machines stand in the same table, their latencies do not: docs/
 """
 
 import contextlib
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
-from mnist_lab.command.entry import Folder, run_script
+from mnist_lab.command.entry import DatasetText, Folder, run_script
 from mnist_lab.errors import FolderInUse, RunFailed, UserError
 from mnist_lab.folders import only_run_in
 from mnist_lab.machine import cpu_model
+from mnist_lab.own_data import DATASET_TEXTS, find_own, find_size, is_filed_name
 from mnist_lab.report.records import CLAIMS_FOLDER, RECORD_PATTERN, Record, load_records, timed_on, usable_records
 from mnist_lab.report.table import judge_distillation
 from mnist_lab.report.text import read_run_names, title_of, write_table
 from mnist_lab.report.winner import find_winners, write_up_winners
+from mnist_lab.sources import DATASETS
 
-# As in data.py, models/ and training.py, which import torch.
-DatasetName = Literal["mnist", "fashion-mnist", "kmnist", "qmnist", "digits"]
+# As in models/ and training.py, which import torch.
 PresetName = Literal["compact", "wide"]
 RecipeName = Literal["quick", "standard", "best"]
 
@@ -35,8 +37,8 @@ class PlotOptions:
     """A results folder, or a folder that holds several."""
     checkpoints: Folder = Path("checkpoints")
     """Folder for trained and converted models. Where it has none of a results folder's, they are not checked."""
-    dataset: DatasetName | None = None
-    """Draw only this data set."""
+    dataset: DatasetText | None = None
+    """Draw only this data set; own data by where it lies, or by the name that it is filed under."""
     preset: PresetName | None = None
     """Draw only this set of architectures."""
     recipe: RecipeName | None = None
@@ -47,10 +49,26 @@ class PlotOptions:
     """For the images of the report: folder that holds MNIST/raw/ and the like; when not given, $MNIST_LAB_DATA, else
     ./data (downloaded into)."""
 
-    def admits(self, record: Record) -> bool:
+    def __post_init__(self) -> None:
+        name = self.dataset
+        if name is not None and name not in DATASETS and find_own(name) is None and not is_filed_name(name):
+            raise UserError(f"--dataset {name} is none of {', '.join(DATASET_TEXTS)}, or a name that own data has")
+
+    def find_data(self) -> re.Pattern[str]:
+        """The names of data sets that pass; of own data those of any size of its images.
+
+        Raises:
+            UserError: own data cannot be read.
+        """
+        own = find_own(self.dataset) if self.dataset else None
+        if own is not None:
+            return re.compile(rf"{re.escape(own.find_name())}(-\d+x\d+)?")
+        return re.compile(".*" if self.dataset is None else re.escape(self.dataset))
+
+    def admits(self, record: Record, data: re.Pattern[str]) -> bool:
         """Whether a record passes every filter that is given."""
-        wanted = ((self.dataset, record.dataset), (self.preset, record.preset), (self.recipe, record.recipe))
-        return all(want in {None, have} for want, have in wanted)
+        wanted = ((self.preset, record.preset), (self.recipe, record.recipe))
+        return data.fullmatch(record.dataset) is not None and all(want in {None, have} for want, have in wanted)
 
     @property
     def filters(self) -> str:
@@ -135,10 +153,13 @@ def report(folder: Path, records: list[Record], options: PlotOptions) -> Path:
     from mnist_lab.experiments.rows import ORDER
     from mnist_lab.report.results import Results
 
-    checkpoints, dataset = options.checkpoints / folder.absolute().name, cast(DatasetName, records[0].dataset)
-    data_dir = None if dataset == "digits" else options.data_dir
+    checkpoints, dataset = options.checkpoints / folder.absolute().name, records[0].dataset
+    data_dir = options.data_dir if dataset in DATASETS and dataset != "digits" else None
+    size = None
+    if options.dataset and find_own(options.dataset):
+        dataset, size = options.dataset, find_size(dataset)
     return write_report(
-        folder, Results(records, ORDER), checkpoints, lambda: load_dataset(dataset, data_dir).load_test()
+        folder, Results(records, ORDER), checkpoints, lambda: load_dataset(dataset, data_dir, size).load_test()
     )
 
 
@@ -151,14 +172,14 @@ def fetch_engine() -> None:
 
 
 def main(options: PlotOptions) -> None:
-    folders = find_folders(options.results)
+    folders, data = find_folders(options.results), options.find_data()
     if options.report:
         fetch_engine()
     failures: list[UserError | RunFailed] = []
     is_any_admitted = False
     for folder in folders:
         try:
-            records = [record for record in load_records(folder) if options.admits(record)]
+            records = [record for record in load_records(folder) if options.admits(record, data)]
             if records:
                 is_any_admitted = True
                 with alone_where_possible(folder):

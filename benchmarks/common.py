@@ -18,8 +18,9 @@ from mnist_lab.experiments.run import Run
 from mnist_lab.files import BLANK, seal, write_atomically, write_text
 from mnist_lab.machine import cpu_flags, describe_machine, package_versions
 from mnist_lab.models import PresetName
+from mnist_lab.progress import progress_bar
 from mnist_lab.report.drawing import Figure, draw_png
-from mnist_lab.training import RecipeName, progress_bar
+from mnist_lab.training import RecipeName
 
 DOTS_PER_INCH = 120
 

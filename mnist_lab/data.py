@@ -8,7 +8,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -18,10 +18,23 @@ import torch
 from torch import Tensor
 
 from mnist_lab.errors import UserError
-from mnist_lab.sources import DOWNLOAD_DIR, NUM_CLASSES, DatasetName, SplitName, advise, download, find_splits
+from mnist_lab.own_data import DATASET_TEXTS, OwnSource, find_own, is_ground_light, read_own
+from mnist_lab.sources import (
+    DATASETS,
+    DOWNLOAD_DIR,
+    IMAGE_SIZE,
+    NUM_CLASSES,
+    SPLIT_SEED,
+    DatasetName,
+    FoundSplit,
+    SplitName,
+    advise,
+    download,
+    find_splits,
+)
 
-SPLIT_SEED = 20_240_501  # one split for every model and every seed
 Polarity = Literal["light-on-dark", "dark-on-light"]  # what shows, and its ground
+Images = tuple[Tensor, Tensor]  # pixels (N, height, width) as bytes, and labels
 VALIDATION_SHARE = {"digits": 180 / 1437}  # elsewhere 5,000 of 60,000
 
 
@@ -51,6 +64,10 @@ class DataSpec:
     classes: tuple[str, ...] = ()  # their names, where they are no digits
     polarity: Polarity = "light-on-dark"
 
+    def __post_init__(self) -> None:
+        if self.classes and len(self.classes) != self.num_classes:
+            raise ValueError(f"{len(self.classes)} names are not of {self.num_classes} classes")
+
     @property
     def num_pixels(self) -> int:
         return math.prod(self.image_size)
@@ -58,6 +75,11 @@ class DataSpec:
     @property
     def class_names(self) -> tuple[str, ...]:
         return self.classes or tuple(map(str, range(self.num_classes)))
+
+    @property
+    def ground(self) -> float:
+        """Brightness of what lies around that which shows."""
+        return 0.0 if self.polarity == "light-on-dark" else 1.0
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -73,7 +95,7 @@ class Dataset:
     `notice` is a sentence for the user where this is not the data set that one would expect.
     """
 
-    name: DatasetName
+    name: str  # of own data that which it is filed under
     spec: DataSpec
     train: Split
     validation: Split
@@ -91,21 +113,31 @@ class Dataset:
         return digest.hexdigest()
 
 
-def load_dataset(name: DatasetName | None = None, data_dir: Path | None = None) -> Dataset:
+def load_dataset(
+    name: str | None = None, data_dir: Path | None = None, image_size: tuple[int, int] | None = None
+) -> Dataset:
     """Load `name` from `data_dir`, from $MNIST_LAB_DATA, or from ./data (downloaded when missing).
+
+    A name like `folder:DIR` is of own data, whose images get another `image_size` (height, width) where one is given.
 
     With `name=None`, MNIST; or the bundled digits where MNIST can be neither found nor downloaded. Files, sizes and
     labels of all splits are checked; the images of the test split are not read yet.
 
     Raises:
         UserError: a folder was given that lacks the files or holds broken ones; a data set was
-            asked for by name and cannot be had; a folder was given for the bundled digits.
+            asked for by name and cannot be had; an option was given that has no use with it.
     """
+    if name is not None and (own := find_own(name)) is not None:
+        if data_dir is not None:
+            raise UserError(f"--data-dir {data_dir} has no use with --dataset {name}, which says itself where it lies")
+        return _load_own(own, image_size)
+    if image_size is not None:
+        raise UserError("--image-size is for own data (--dataset folder:DIR, idx:DIR or csv:FILE): drop it")
     if name == "digits":
         if data_dir is not None:
             raise UserError(f"--data-dir {data_dir} has no use with --dataset digits, which comes with scikit-learn")
         return _load_digits()
-    wanted: DatasetName = name or "mnist"
+    wanted = find_known("mnist" if name is None else name)
     if data_dir is not None:
         return _load_given(wanted, data_dir, f"--data-dir {data_dir}")
     if variable := os.environ.get("MNIST_LAB_DATA"):
@@ -127,17 +159,32 @@ def load_dataset(name: DatasetName | None = None, data_dir: Path | None = None) 
     return _load(wanted, DOWNLOAD_DIR)
 
 
+def find_known(name: str) -> DatasetName:
+    """The known data set of that name.
+
+    Raises:
+        UserError: there is none.
+    """
+    for known in DATASETS:
+        if known == name:
+            return known
+    raise UserError(f"--dataset {name} is none of {', '.join(DATASET_TEXTS)}")
+
+
 def iterate_batches(num_rows: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
     """One epoch of shuffled row indices, in slices of at most `batch_size`."""
     return iter(torch.randperm(num_rows, generator=generator).split(batch_size))
 
 
-ELASTIC_GRID = 6  # points a side, 5 pixels apart
+ELASTIC_GRID = 6  # points a side, 5 pixels apart in an image of MNIST's size
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Ranges of a random affine map, each drawn evenly from ± its value, and of an elastic one on top."""
+    """Ranges of a random affine map, each drawn evenly from ± its value, and of an elastic one on top.
+
+    Pixels are those of an image of MNIST's size; others move in proportion to theirs.
+    """
 
     rotation_degrees: float = 7.0
     shift_pixels: float = 1.25
@@ -146,8 +193,8 @@ class Augmentation:
     elastic_pixels: float = 0.5  # standard deviation of the displacement of a coarse grid's points
 
 
-def augment(pixels: Tensor, augmentation: Augmentation, generator: torch.Generator) -> Tensor:
-    """Give every image of a batch (B, 1, height, width) its own random map, bilinear, zero outside.
+def augment(pixels: Tensor, augmentation: Augmentation, generator: torch.Generator, *, ground: float = 0.0) -> Tensor:
+    """Give every image of a batch (B, 1, height, width) its own random map, bilinear, `ground` outside.
 
     Elastic displacements (Simard et al. 2003) are drawn on a coarse grid and smoothed by cubic interpolation.
     Both kinds of map are linear in what is drawn, so one product with fixed fields gives every pixel its source.
@@ -161,16 +208,19 @@ def augment(pixels: Tensor, augmentation: Augmentation, generator: torch.Generat
     scale_x, scale_y = 1 + draw(augmentation.scale), 1 + draw(augmentation.scale)
     shear = draw(augmentation.shear)
     cos, sin = angle.cos(), angle.sin()
-    shift_x, shift_y = draw(2 * augmentation.shift_pixels / width), draw(2 * augmentation.shift_pixels / height)
-    rows_x = torch.stack([scale_x * cos, scale_y * (shear * cos - sin), shift_x], dim=1)
-    rows_y = torch.stack([scale_x * sin, scale_y * (shear * sin + cos), shift_y], dim=1)
+    shift_x, shift_y = (draw(2 * augmentation.shift_pixels / side) for side in reversed(IMAGE_SIZE))
+    aspect = height / width
+    rows_x = torch.stack([scale_x * cos, scale_y * (shear * cos - sin) * aspect, shift_x], dim=1)
+    rows_y = torch.stack([scale_x * sin / aspect, scale_y * (shear * sin + cos), shift_y], dim=1)
     drawn = torch.stack([rows_x, rows_y], dim=1)
     if augmentation.elastic_pixels:
         coarse = torch.randn(num_images, 2, ELASTIC_GRID**2, generator=generator)
-        drawn = torch.cat([drawn, coarse * (2 * augmentation.elastic_pixels / width)], dim=2)
+        drawn = torch.cat([drawn, coarse * (2 * augmentation.elastic_pixels / IMAGE_SIZE[1])], dim=2)
     fields = _displacement_fields(height, width)[: drawn.shape[2]]
     sources = (drawn.to(pixels.device) @ fields.to(pixels.device)).view(num_images, 2, height, width)
-    return torch.nn.functional.grid_sample(pixels, sources.permute(0, 2, 3, 1), align_corners=False)
+    inside = pixels - ground if ground else pixels
+    moved = torch.nn.functional.grid_sample(inside, sources.permute(0, 2, 3, 1), align_corners=False)
+    return moved + ground if ground else moved
 
 
 @functools.cache
@@ -197,7 +247,7 @@ def calibration_pixels(train: Split, num_images: int, *, seed: int) -> Tensor:
 
 
 def _split_off_validation(
-    name: DatasetName, images: tuple[Tensor, Tensor], load_test: Callable[[], Split], *, notice: str = ""
+    name: DatasetName, images: Images, load_test: Callable[[], Split], *, notice: str = ""
 ) -> Dataset:
     """Shuffle once with a fixed seed and set the validation share aside.
 
@@ -208,23 +258,47 @@ def _split_off_validation(
     num_validation = round(len(labels) * VALIDATION_SHARE.get(name, 1 / 12))
     order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SPLIT_SEED))
     validation_rows, train_rows = order[:num_validation], order[num_validation:]
-    counts = torch.bincount(pixels_u8[train_rows].flatten().int(), minlength=256).double()
-    levels = torch.arange(256).double() / 255
-    mean = (counts @ levels / counts.sum()).item()
-    variance = (counts @ (levels - mean).square() / counts.sum()).item()
-    spec = DataSpec(
-        num_classes=NUM_CLASSES,
-        image_size=(pixels_u8.shape[1], pixels_u8.shape[2]),
-        mean=mean,
-        std=math.sqrt(variance),
-    )
+    train_pixels = pixels_u8[train_rows]
     return Dataset(
         name=name,
-        spec=spec,
-        train=_to_split(f"{name}'s training", pixels_u8[train_rows], labels[train_rows]),
+        spec=describe_pixels(train_pixels, NUM_CLASSES),
+        train=_to_split(f"{name}'s training", train_pixels, labels[train_rows]),
         validation=_to_split(f"{name}'s validation", pixels_u8[validation_rows], labels[validation_rows]),
         notice=notice,
         load_test=load_test,
+    )
+
+
+def describe_pixels(pixels_u8: Tensor, num_classes: int) -> DataSpec:
+    """What training pixels (N, height, width) say of a data set."""
+    chunks = [torch.bincount(chunk.flatten().int(), minlength=256) for chunk in pixels_u8.split(10_000)]
+    counts = torch.stack(chunks).sum(dim=0).double()
+    levels = torch.arange(256).double() / 255
+    mean = (counts @ levels / counts.sum()).item()
+    variance = (counts @ (levels - mean).square() / counts.sum()).item()
+    return DataSpec(num_classes, (pixels_u8.shape[1], pixels_u8.shape[2]), mean=mean, std=math.sqrt(variance))
+
+
+def _load_own(source: OwnSource, image_size: tuple[int, int] | None) -> Dataset:
+    """The classes are called as in the source; light or dark ground is that of the training images' borders."""
+    try:
+        own = read_own(source, image_size)
+    except UserError as error:
+        raise UserError(f"--dataset {source}: {error}") from error
+    test = (torch.from_numpy(own.test.pixels), torch.from_numpy(own.test.labels))
+    train, validation = (
+        _to_split(f"{source}'s {use}", torch.from_numpy(part.pixels), torch.from_numpy(part.labels))
+        for use, part in (("training", own.train), ("validation", own.validation))
+    )
+    spec = describe_pixels(torch.from_numpy(own.train.pixels), len(own.classes))
+    polarity: Polarity = "dark-on-light" if is_ground_light(own.train.pixels) else "light-on-dark"
+    return Dataset(
+        name=own.name,
+        spec=replace(spec, classes=own.classes if own.classes != spec.class_names else (), polarity=polarity),
+        train=train,
+        validation=validation,
+        notice=" ".join(own.notices),
+        load_test=lambda: _to_split(f"{source}'s test", *test),
     )
 
 
@@ -252,7 +326,12 @@ def _expand_home(folder: Path) -> Path:
 
 def _load(name: DatasetName, root: Path) -> Dataset:
     train, test = find_splits(name, root)
-    return _split_off_validation(name, train.read(), lambda: _to_split(f"{name}'s test", *test.read()))
+    return _split_off_validation(name, _read(train), lambda: _to_split(f"{name}'s test", *_read(test)))
+
+
+def _read(split: FoundSplit) -> Images:
+    pixels, labels = split.read()
+    return torch.from_numpy(pixels), torch.from_numpy(labels)
 
 
 def _load_digits(*, notice: str = "") -> Dataset:
@@ -261,7 +340,7 @@ def _load_digits(*, notice: str = "") -> Dataset:
     )
 
 
-def _digits(split: SplitName) -> tuple[Tensor, Tensor]:
+def _digits(split: SplitName) -> Images:
     """scikit-learn's UCI digits, 8x8, enlarged to 20x20 and padded to 28x28 as MNIST is."""
     from sklearn.datasets import load_digits
 

@@ -56,8 +56,8 @@ class IdxFile(NamedTuple):
         return values.reshape(num_rows, *row_shape)
 
 
-def find_idx(path: Path, *, dtype: np.dtype[Any], row_shape: tuple[int, ...] = ()) -> IdxFile:
-    """A whole file of 1 to `MAX_ROWS` rows of that type and shape.
+def find_idx(path: Path, *, dtype: np.dtype[Any], row_shape: tuple[int, ...] | None = ()) -> IdxFile:
+    """A whole file of 1 to `MAX_ROWS` rows of that type and shape; with None of any shape.
 
     Raises:
         UserError: it holds something else, is not whole, is no regular file, or cannot be read.
@@ -66,6 +66,8 @@ def find_idx(path: Path, *, dtype: np.dtype[Any], row_shape: tuple[int, ...] = (
     file = _parse(path, header)
     if file is None:
         raise UserError(f"{path} is broken: it is not an IDX file. Delete it and fetch it again.")
+    if row_shape is None:
+        row_shape = file.shape[1:]
     if (file.dtype, file.shape[1:]) != (dtype, row_shape) or not 1 <= file.num_rows <= MAX_ROWS:
         found, allowed = ("x".join(map(str, shape)) for shape in (file.shape, ("N", *row_shape)))
         raise UserError(

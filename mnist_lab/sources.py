@@ -1,4 +1,4 @@
-"""Where data sets lie on disk: found, checked, or fetched; of the images nothing is read yet."""
+"""Where data sets lie on disk: found, checked, or fetched; of the images nothing is read yet. No torch here."""
 
 import contextlib
 import itertools
@@ -8,18 +8,18 @@ import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import filelock
 import numpy as np
 import numpy.typing as npt
-import torch
-from torch import Tensor
 
 from mnist_lab.errors import UserError
 from mnist_lab.idx import INT32, MAX_ROWS, UINT8, IdxFile, find_idx
 
 DatasetName = Literal["mnist", "fashion-mnist", "kmnist", "qmnist", "digits"]
+DATASETS: tuple[DatasetName, ...] = get_args(DatasetName)
+SPLIT_SEED = 20_240_501  # one split for every model and every seed
 DOWNLOAD_DIR = Path("data")
 DOWNLOAD_TIMEOUT_S = 20
 NUM_CLASSES = 10  # of every data set here
@@ -50,15 +50,15 @@ class FoundSplit(NamedTuple):
     """A split on disk: its images, not read yet, and its labels, read and checked."""
 
     images: IdxFile
-    labels: Tensor
+    labels: npt.NDArray[np.int64]
 
-    def read(self) -> tuple[Tensor, Tensor]:
+    def read(self) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
         """Pixels (N, height, width) as bytes, and labels.
 
         Raises:
             UserError: the images cannot be read, or are no longer whole.
         """
-        return torch.from_numpy(self.images.read(len(self.labels))), self.labels
+        return self.images.read(len(self.labels)), self.labels
 
 
 def find_splits(name: DatasetName, root: Path) -> tuple[FoundSplit, FoundSplit]:
@@ -124,7 +124,7 @@ def _read_labels(files: tuple[IdxFile, IdxFile], num_images: int) -> FoundSplit:
         )
     if lowest == highest:
         raise UserError(f"{file.path} is broken: every label is {lowest}. Delete it and fetch it again.")
-    return FoundSplit(images, torch.from_numpy(labels))
+    return FoundSplit(images, labels)
 
 
 def _raw(name: DatasetName, root: Path) -> Path:

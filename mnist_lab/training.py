@@ -1,14 +1,11 @@
 """fit(): the only training loop, and the recipes that say how long and with what it trains."""
 
 import math
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple, Protocol
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.adamw import adamw
@@ -18,6 +15,7 @@ from mnist_lab.data import Augmentation, Dataset, Split, augment, iterate_batche
 from mnist_lab.errors import TrainingDiverged
 from mnist_lab.models import PresetName
 from mnist_lab.models.moe import SparseMoE
+from mnist_lab.progress import progress_bar
 
 RecipeName = Literal["quick", "standard", "best"]
 
@@ -158,7 +156,7 @@ def fit(
     """
     with torch.random.fork_rng(_cuda_devices(device)), progress_bar() as progress:
         torch.manual_seed(seed)  # the router's noise
-        training = _Training(model.to(device), dataset.train.to(device), recipe, objective, device, name, seed)
+        training = _Training(model.to(device), dataset, recipe, objective, device, name, seed)
         curves: list[EpochMetrics] = []
         if keeper is not None and (kept := keeper.restore(training.state())) is not None:
             training.load(kept.tensors)
@@ -195,11 +193,11 @@ class _Training:
     """A model in training, and all that its next step depends on."""
 
     def __init__(
-        self, model: nn.Module, train: Split, recipe: Recipe, objective: Objective, device: str, name: str, seed: int
+        self, model: nn.Module, data: Dataset, recipe: Recipe, objective: Objective, device: str, name: str, seed: int
     ) -> None:
-        self.model, self.train, self.recipe, self.objective = model, train, recipe, objective
-        self.device, self.name = device, name
-        self.steps_per_epoch = math.ceil(len(train) / recipe.batch_size)
+        self.model, self.train, self.recipe, self.objective = model, data.train.to(device), recipe, objective
+        self.device, self.name, self.ground = device, name, data.spec.ground
+        self.steps_per_epoch = math.ceil(len(self.train) / recipe.batch_size)
         self.num_steps = recipe.epochs * self.steps_per_epoch
         self.rate_at = _warm_up_then_decay(recipe.learning_rate, self.num_steps, recipe.warmup_share)
         self.optimizer = AdamW(model, recipe.weight_decay)
@@ -213,7 +211,7 @@ class _Training:
             rows = rows.to(self.device)
             pixels, labels = self.train.pixels.index_select(0, rows), self.train.labels.index_select(0, rows)
             if self.recipe.augmentation is not None:
-                pixels = augment(pixels, self.recipe.augmentation, self.generator)
+                pixels = augment(pixels, self.recipe.augmentation, self.generator, ground=self.ground)
             loss = self.objective(self.model, Batch(pixels, labels, rows))
             total = sum_terms(loss.terms)
             if not math.isfinite(total.item()):
@@ -352,32 +350,3 @@ def _warm_up_then_decay(peak: float, num_steps: int, warmup_share: float) -> Cal
         return peak * min((step + 1) / warmup_steps, (num_steps - step) / max(1, num_steps - warmup_steps))
 
     return rate_at
-
-
-class _Console(Console):
-    """Standard output, on which nothing moves but on a terminal, whatever FORCE_COLOR says."""
-
-    def __init__(self) -> None:
-        super().__init__(force_terminal=sys.stdout.isatty())
-
-    def on_broken_pipe(self) -> None:
-        """Let the script end as it does of any closed pipe: rich would exit with 1."""
-        raise BrokenPipeError
-
-
-def progress_bar(*, auto_refresh: bool = True) -> Progress:
-    """A bar with the time left; one line at the end where the output is no terminal.
-
-    Args:
-        auto_refresh: redraw from a thread of its own; without, only when the bar is told to.
-    """
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        auto_refresh=auto_refresh,
-        console=_Console(),
-    )

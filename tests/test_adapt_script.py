@@ -21,7 +21,7 @@ def bars_for_kmnist(toy_dataset: data.Dataset, monkeypatch: pytest.MonkeyPatch) 
     """KMNIST cannot be had, so bars take its place."""
     real_load = data.load_dataset
 
-    def load(name: Any = None, data_dir: Path | None = None) -> data.Dataset:
+    def load(name: Any = None, data_dir: Path | None = None, _: Any = None) -> data.Dataset:
         return replace(toy_dataset, name="kmnist") if name == "kmnist" else real_load(name, data_dir)
 
     for module in ("mnist_lab.command.console", "mnist_lab.experiments.lab"):

@@ -50,6 +50,8 @@ def test_settings_are_those_of_before_where_nothing_departs_from_mnist() -> None
         "polarity": "dark-on-light",
     }
     assert (spec.class_names[3], named.class_names) == ("3", ("cat", "dog"))
+    with pytest.raises(ValueError, match="2 names are not of 3 classes"):
+        replace(named, num_classes=3)
 
 
 def test_splits_share_no_image() -> None:

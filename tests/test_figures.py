@@ -526,6 +526,28 @@ def test_radar_copes_with_a_perfect_model() -> None:
     assert math.isnan(radii["file_mb"][1])
 
 
+@pytest.mark.parametrize(
+    ("names", "shown"),
+    [
+        (["$a$", "circle", "a very long name"], [r"\$a\$", "circle", "a ve… name"]),
+        ([f"c{place}" for place in range(200)], [f"c{place}" if place % 7 == 0 else "" for place in range(200)]),
+    ],
+)
+def test_classes_of_any_number_are_named_where_there_is_room(names: list[str], shown: list[str]) -> None:
+    (record,) = make_records(without=tuple(NAMES[1:]))
+    confusion = np.diag([5] * len(names))
+    confusion[0, 1] = 3
+    for measurement in record.measurements.values():
+        measurement.confusion = confusion.tolist()
+    record.architecture = {"data": {"classes": names, "num_classes": len(names)}}
+    figure = model_figures.confusion_matrices(Results([record]))
+    assert figure is not None
+    (axes,) = figure.axes
+    assert [label.get_text() for label in axes.get_xticklabels()] == shown
+    assert [text.get_text() for text in axes.texts] == (["3"] if len(names) == 3 else [])
+    figure.draw_without_rendering()
+
+
 def test_older_record_without_bins_or_confusion_is_left_out_of_their_figures() -> None:
     records = make_records()
     old = records[0].measurements["onnxruntime"]

@@ -10,26 +10,28 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "mnist_lab"
 FOUNDATION = {"errors", "files", "folders", "machine", "measure"}
-BASE = {*FOUNDATION, "memory", "sources", "data", "models", "training"}
+BASE = {*FOUNDATION, "memory", "progress", "sources", "data", "models", "training"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "machine": set(),
     "measure": set(),
     "memory": set(),
+    "progress": set(),
     "files": {"errors"},
     "folders": {"errors", "files"},
     "idx": {"errors"},
     "sources": {"errors", "idx"},
-    "data": {"errors", "sources"},
+    "own_data": {"errors", "files", "idx", "progress", "sources"},
+    "data": {"errors", "own_data", "sources"},
     "models": {"data", "errors", "files"},
-    "training": {"data", "errors", "measure", "models"},
+    "training": {"data", "errors", "measure", "models", "progress"},
     "runtimes": {*FOUNDATION, "models", "deploy.artifacts"},
     "deploy": {*FOUNDATION, "data", "models", "runtimes"},
     "compress": {*BASE, "deploy", "runtimes", "experiments.technique"},
     "report": {*FOUNDATION, "runtimes"},
     "experiments": {*BASE, "deploy", "runtimes", "compress", "report"},
     "studies": {*BASE, "deploy", "runtimes", "compress", "report", "experiments"},
-    "command": {*BASE, "runtimes", "compress", "report", "experiments"},
+    "command": {*BASE, "own_data", "runtimes", "compress", "report", "experiments"},
 }
 
 
@@ -94,8 +96,11 @@ def test_nothing_imports_a_script() -> None:
         assert not names & scripts, path
 
 
-def test_report_needs_no_torch() -> None:
-    modules = ", ".join(f"mnist_lab.report.{path.stem}" for path in (PACKAGE / "report").glob("[a-z]*.py"))
+def test_report_and_own_data_need_no_torch() -> None:
+    rooms = ("report", "own_data")
+    modules = ", ".join(
+        f"mnist_lab.{room}.{path.stem}" for room in rooms for path in (PACKAGE / room).glob("[a-z]*.py")
+    )
     code = f"import sys, {modules}; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
 

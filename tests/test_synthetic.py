@@ -113,6 +113,15 @@ def test_noise_keeps_each_images_grey_values_and_not_their_places() -> None:
     assert not torch.equal(taken(pixels, 5, draws(0)), shuffled)
 
 
+def test_on_a_light_ground_images_are_made_dark_on_light(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = replace(work.dataset.spec, mean=0.82, polarity="dark-on-light")
+    train = Split(1 - work.dataset.train.pixels, work.dataset.train.labels)
+    inverted = replace(work, dataset=replace(work.dataset, spec=spec, train=train))
+    assert made(inverted, "augmented").mean() == pytest.approx(1 - float(made(work, "augmented").mean()), abs=0.02)
+    monkeypatch.setattr("mnist_lab.compress.synthetic.ASCENT_STEPS", 0)  # where it starts
+    torch.testing.assert_close(made(inverted, "ascended"), 1 - made(work, "ascended"))
+
+
 def test_ascent_raises_the_logit_of_the_wanted_class(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
     assert work.teacher is not None
     work.teacher.zero_grad()

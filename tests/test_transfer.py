@@ -34,7 +34,7 @@ def bars(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The data sets that can be had."""
     found = {"mnist", "kmnist"}
 
-    def load(name: Any = None, data_dir: Path | None = None) -> data.Dataset:
+    def load(name: Any = None, data_dir: Path | None = None, _: Any = None) -> data.Dataset:
         if name not in found:
             raise UserError(f"there is no {name}")
         return replace(make_dataset(num_train=300 if name == "mnist" else 200), name=name)

@@ -12,17 +12,18 @@ from typing import get_args, get_type_hints
 import pandas as pd
 import pytest
 from builders import make_record
+from own_images import draw_shapes
 from test_figures import NAMES, ROOT, elsewhere, fail, make_records, small_figure
 
 import visualize_results
 from mnist_lab.errors import RunFailed, UserError
 from mnist_lab.machine import cpu_model
 from mnist_lab.models import PresetName
+from mnist_lab.own_data import OwnSource
 from mnist_lab.report import figures
 from mnist_lab.report.records import BASELINE, FileId, Record, save_record
 from mnist_lab.report.table import build_table
 from mnist_lab.report.text import write_table
-from mnist_lab.sources import DatasetName
 from mnist_lab.training import RecipeName
 from visualize_results import PlotOptions
 
@@ -231,6 +232,25 @@ def test_script_tells_a_user_error_in_one_line(tmp_path: Path) -> None:
 def test_script_admits_every_name_that_the_suite_has() -> None:
     """The script repeats the names, as the modules that define them import torch."""
     hints = get_type_hints(PlotOptions)
-    for field, names in (("dataset", DatasetName), ("preset", PresetName), ("recipe", RecipeName)):
+    for field, names in (("preset", PresetName), ("recipe", RecipeName)):
         literal = next(part for part in get_args(hints[field]) if part is not type(None))
         assert get_args(literal) == get_args(names)
+
+
+def test_own_data_is_found_by_where_it_lies_and_by_its_name(tmp_path: Path, drawn: dict[str, list[str]]) -> None:
+    draw_shapes(tmp_path / "mnist", num_each=2)
+    name = OwnSource("folder", tmp_path / "mnist").find_name()
+    for folder, dataset in (("own", name), ("resized", f"{name}-8x8"), ("other", "mnist-00000000"), ("usual", "mnist")):
+        save_runs(tmp_path / "r" / folder, None, replace(make_record(), dataset=dataset))
+    for given, found in (
+        (f"folder:{tmp_path / 'mnist'}", ["own", "resized"]),
+        (name, ["own"]),
+        ("mnist", ["usual"]),
+    ):
+        drawn.clear()
+        visualize_results.main(PlotOptions(tmp_path / "r", dataset=given))
+        assert [*drawn] == found
+    with pytest.raises(UserError, match="gone cannot be read"):
+        visualize_results.main(PlotOptions(tmp_path / "r", dataset=f"folder:{tmp_path / 'gone'}"))
+    with pytest.raises(UserError, match="--dataset cifar is none of"):
+        PlotOptions(dataset="cifar")

@@ -70,7 +70,7 @@ def find_lab(options: Options, like: Lab | None = None) -> Lab:
         UserError: the data cannot be had.
     """
     use_allowed_cpus()
-    dataset = like.dataset if like else load_dataset(options.dataset, options.data_dir)
+    dataset = like.dataset if like else load_dataset(options.dataset, options.data_dir, options.height_and_width)
     folder = f"{dataset.name}-{options.preset}-{options.recipe}"
     lab = Lab(
         dataset=dataset,

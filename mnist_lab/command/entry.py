@@ -17,6 +17,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from mnist_lab.command.ending import Stopped, ignore_signals, why_failed
 from mnist_lab.errors import RunFailed, UserError
 from mnist_lab.folders import own_temporary_folder
+from mnist_lab.own_data import DATASET_TEXTS
 
 T = TypeVar("T")
 PIPE_CLOSED = 141  # as a shell gives it for a program that SIGPIPE ends
@@ -58,6 +59,19 @@ Folder = Annotated[
         instance_from_str=_expand,
         is_instance=lambda value: isinstance(value, Path),
         str_from_instance=lambda value: [str(value)],
+    ),
+]
+
+
+# The name of a data set, or where own data lies; checked where it is loaded.
+DatasetText = Annotated[
+    str,
+    PrimitiveConstructorSpec(
+        nargs=1,
+        metavar=f"{{{','.join(DATASET_TEXTS)}}}",
+        instance_from_str=lambda given: given[0],
+        is_instance=lambda value: isinstance(value, str),
+        str_from_instance=lambda value: [value],
     ),
 ]
 

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import torch
 
-from mnist_lab.command.entry import Folder
+from mnist_lab.command.entry import DatasetText, Folder
 from mnist_lab.errors import UserError
 from mnist_lab.machine import usable_cpus
 from mnist_lab.models import PresetName
-from mnist_lab.sources import DatasetName
+from mnist_lab.own_data.parts import MAX_SIDE, MIN_SIDE
 from mnist_lab.training import Recipe, RecipeName, find_recipe
 
 MAX_COUNT = 10**9
@@ -24,8 +24,11 @@ NUM_SEEDS = 2**32  # as many as torch's and numpy's generators tell apart
 class DataOptions:
     """Which data, which seed, and where files lie: what every script and benchmark that needs models takes."""
 
-    dataset: DatasetName | None = None
-    """Data set; when not given, MNIST, or the bundled digits where MNIST can be neither found nor downloaded."""
+    dataset: DatasetText | None = None
+    """Data set; when not given, MNIST, or the bundled digits where MNIST can be neither found nor downloaded. Or own
+    data: a folder of class folders of images, one with MNIST's four files, or a CSV file (docs/own-data.md)."""
+    image_size: tuple[int, ...] = ()
+    """Pixels of a side, or height and width, that the images of own data are resized to."""
     data_dir: Folder | None = None
     """Folder that holds MNIST/raw/ and the like; when not given, $MNIST_LAB_DATA, else ./data (downloaded into)."""
     seed: int = 0
@@ -40,6 +43,16 @@ class DataOptions:
     def __post_init__(self) -> None:
         if not 0 <= self.seed < NUM_SEEDS:
             raise UserError(f"--seed {self.seed} must lie between 0 and {NUM_SEEDS - 1}")
+        if len(self.image_size) > 2:
+            raise UserError(f"--image-size takes one or two numbers, not {len(self.image_size)}")
+        for side in self.image_size:
+            if not MIN_SIDE <= side <= MAX_SIDE:
+                raise UserError(f"--image-size {side} must lie between {MIN_SIDE} and {MAX_SIDE}")
+
+    @property
+    def height_and_width(self) -> tuple[int, int] | None:
+        """Of the images of own data, where they are to be resized."""
+        return (self.image_size[0], self.image_size[-1]) if self.image_size else None
 
 
 @dataclass(frozen=True)
@@ -56,6 +69,8 @@ class Options(DataOptions):
     """Images per training step, in place of the recipe's."""
     learning_rate: float | None = None
     """Of AdamW at its peak, in place of the recipe's."""
+    augmentation: bool = True
+    """Shift, turn and bend training images as the recipe says, which suits digits and letters."""
     threads: int = 1
     """CPU threads for measuring latency; training uses all cores."""
     runtime: tuple[Literal["pytorch", "torch-compile", "onnxruntime", "openvino", "torchao", "best"], ...] = (
@@ -83,6 +98,8 @@ class Options(DataOptions):
         """The named recipe with this run's departures."""
         given = {"epochs": self.epochs, "batch_size": self.batch_size, "learning_rate": self.learning_rate}
         departing: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        if not self.augmentation:
+            departing["augmentation"] = None
         return replace(find_recipe(self.recipe, self.preset), **departing)
 
 

@@ -22,7 +22,8 @@ from mnist_lab.experiments.technique import Made, Proof, Work
 from mnist_lab.measure import EVALUATION_BATCH
 from mnist_lab.models.moe import SparseMoE
 from mnist_lab.models.surgery import as_dense, with_experts
-from mnist_lab.training import progress_bar, torch_predictor
+from mnist_lab.progress import progress_bar
+from mnist_lab.training import torch_predictor
 
 CHOOSING_SIZE = 10_000  # training images that the choice is made on
 MAX_EXACT = 12  # experts: 4,094 subsets

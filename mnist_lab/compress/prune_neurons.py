@@ -32,7 +32,7 @@ from mnist_lab.memory import measure_peak
 from mnist_lab.models import Model, count_parameters, parameter_bytes
 from mnist_lab.models.moe import SparseMoE
 from mnist_lab.models.surgery import Places, Units, hidden_shapes, incoming, masked_logits, outgoing, with_units
-from mnist_lab.training import progress_bar
+from mnist_lab.progress import progress_bar
 
 CHOOSING_SIZE = 1000  # training images that the choice is made on
 BATCH = 100  # images of one gradient

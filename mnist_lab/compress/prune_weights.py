@@ -242,12 +242,12 @@ class Pruner:
 
     def on_the_way(self, objective: Objective, num_steps: int) -> Objective:
         """The same objective, which cuts as training goes on."""
-        ramp = max(1, round(RAMP_SHARE * num_steps))
+        ramp = min(max(1, round(RAMP_SHARE * num_steps)), num_steps - 1)  # few images make few steps
 
         def cut_and_lose(model: nn.Module, batch: Batch) -> StepLoss:
             step = self.model.get_buffer("pruning_step")
             if step == ramp or (step < ramp and step % STEPS_BETWEEN_CUTS == 0):
-                self.cut(float(step) / ramp)
+                self.cut(1.0 if step == ramp else float(step) / ramp)
             step += 1
             return objective(model, batch)
 

@@ -16,13 +16,13 @@ from mnist_lab.data import DataSpec, Split, augment
 from mnist_lab.errors import RunFailed, UserError
 from mnist_lab.experiments.technique import Made, Work
 from mnist_lab.measure import EVALUATION_BATCH
-from mnist_lab.sources import DatasetName
-from mnist_lab.training import STRONG, Batch, Recipe, StepLoss, Term, progress_bar, torch_predictor
+from mnist_lab.progress import progress_bar
+from mnist_lab.sources import DATASETS, DatasetName
+from mnist_lab.training import STRONG, Batch, Recipe, StepLoss, Term, torch_predictor
 
 Synthetic = Literal["augmented", "mixed", "ascended", "generated"]
 Images = Literal["synthetic", Synthetic, "noise", "true", DatasetName]
 SYNTHETIC: tuple[Synthetic, ...] = get_args(Synthetic)
-DATASETS: tuple[DatasetName, ...] = get_args(DatasetName)
 MAX_IMAGES = 10**6
 
 ASCENT_STEPS = 40
@@ -48,10 +48,10 @@ def taken(pixels: Tensor, num_images: int, generator: torch.Generator) -> Tensor
     return pixels[order[torch.arange(num_images) % len(pixels)]]
 
 
-def augmented(pixels: Tensor, num_images: int, generator: torch.Generator) -> Tensor:
-    """Images with a strong random map each, affine and elastic."""
-    chosen = taken(pixels, num_images, generator)
-    return torch.cat([augment(part, STRONG, generator) for part in chosen.split(EVALUATION_BATCH)]).clamp_(0, 1)
+def augmented(pixels: Tensor, num_images: int, generator: torch.Generator, *, ground: float = 0.0) -> Tensor:
+    """Images with a strong random map each, affine and elastic, `ground` outside."""
+    parts = taken(pixels, num_images, generator).split(EVALUATION_BATCH)
+    return torch.cat([augment(part, STRONG, generator, ground=ground) for part in parts]).clamp_(0, 1)
 
 
 def mixed(images: Split, num_images: int, generator: torch.Generator) -> Tensor:
@@ -86,7 +86,7 @@ def noise(pixels: Tensor, num_images: int, generator: torch.Generator) -> Tensor
 def ascended(
     teacher: nn.Module, data: DataSpec, num_images: int, generator: torch.Generator, *, device: str = "cpu"
 ) -> Tensor:
-    """Images x that rise in logit_c(x) − λ₁·TV(x) − λ₂·‖x‖², from smoothed noise; evenly many of each class c.
+    """Images x that rise in logit_c(x) − λ₁·TV(x) − λ₂·‖x − ground‖², from smoothed noise; evenly many of each class c.
 
     The norm is Simonyan et al.'s prior (2013, arXiv:1312.6034), the total variation Mahendran and Vedaldi's (2014,
     arXiv:1412.0035). Each image has steps of a length of its own, along the gradient, so that some come to where the
@@ -101,17 +101,21 @@ def ascended(
         batches = list(zip(*(each.split(EVALUATION_BATCH) for each in (coarse, classes, lengths)), strict=True))
         for start, wanted, length in progress.track(batches, description="images by ascent"):
             smooth = F.interpolate(start.to(device), size=data.image_size, mode="bicubic", align_corners=False)
-            parts.append(
-                _ascend(teacher, (2 * data.mean * smooth).clamp_(0, 1), wanted.to(device), length.to(device)).cpu()
-            )
+            parts.append(_ascend(teacher, _onto(data, smooth), wanted.to(device), length.to(device), data.ground).cpu())
     return torch.cat(parts)
 
 
-def _ascend(teacher: nn.Module, pixels: Tensor, wanted: Tensor, length: Tensor) -> Tensor:
+def _onto(data: DataSpec, noise: Tensor) -> Tensor:
+    """Noise, even in [0, 1], as strokes on the ground of a data set, of its mean."""
+    strokes = (2 * abs(data.mean - data.ground) * noise).clamp_(0, 1)
+    return 1 - strokes if data.ground else strokes
+
+
+def _ascend(teacher: nn.Module, pixels: Tensor, wanted: Tensor, length: Tensor, ground: float) -> Tensor:
     for _ in range(ASCENT_STEPS):
         pixels.requires_grad_()
         variation = pixels.diff(dim=2).abs().sum() + pixels.diff(dim=3).abs().sum()
-        prior = VARIATION_WEIGHT * variation + NORM_WEIGHT * pixels.square().sum()
+        prior = VARIATION_WEIGHT * variation + NORM_WEIGHT * (pixels - ground).square().sum()
         logits = teacher(pixels).gather(1, wanted.unsqueeze(1))
         (slope,) = torch.autograd.grad(logits.sum() - prior, pixels)
         norm = slope.flatten(1).norm(dim=1).clamp(min=1e-12).view(-1, 1, 1, 1)
@@ -199,7 +203,7 @@ def make_images(work: Work, images: Images, num_images: int) -> dict[Images, Ten
     for place, one in enumerate(kinds):
         num = num_images * (place + 1) // len(kinds) - num_images * place // len(kinds)
         if one == "augmented":
-            made[one] = augmented(source, num, generator)
+            made[one] = augmented(source, num, generator, ground=work.dataset.spec.ground)
         elif one == "mixed":
             made[one] = mixed(named, num, generator)
         elif one == "ascended":

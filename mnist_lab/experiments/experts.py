@@ -13,7 +13,8 @@ from mnist_lab.experiments.run import Run
 from mnist_lab.models import Model
 from mnist_lab.models.moe import SparseMoE
 from mnist_lab.models.surgery import without_expert
-from mnist_lab.training import progress_bar, torch_predictor
+from mnist_lab.progress import progress_bar
+from mnist_lab.training import torch_predictor
 
 Experts = npt.NDArray[np.int64]
 

@@ -38,7 +38,7 @@ class Lab:
     columns: tuple[Column, ...] = COLUMNS
     data_dir: Path | None = None  # where other data sets are looked for
     _computed: dict[tuple[str, str], Any] = field(default_factory=dict, compare=False, repr=False)
-    _other_labs: dict[tuple[DatasetName, PresetName], "Lab"] = field(default_factory=dict, compare=False, repr=False)
+    _other_labs: dict[tuple[str, PresetName], "Lab"] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def preset(self) -> Preset:

@@ -13,9 +13,9 @@ from mnist_lab.deploy.inside import time_by_job
 from mnist_lab.experiments.lab import Lab
 from mnist_lab.files import sha256
 from mnist_lab.machine import cpu_model
+from mnist_lab.progress import progress_bar
 from mnist_lab.report.records import Record, Timing, save_record
 from mnist_lab.runtimes import EXTENSIONS, RuntimeName, Session, bind, open_session
-from mnist_lab.training import progress_bar
 
 K = TypeVar("K")
 NUM_ROUNDS = 5

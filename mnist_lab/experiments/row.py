@@ -114,7 +114,9 @@ def _default(setting: "dataclasses.Field[Any]") -> Any:
 
 
 def _text(tag: str, value: object) -> str:
-    """Tag and value, as text that no other value shares: 10.0 as 10."""
+    """Tag and value, as text that no other value shares: 10.0 as 10; of what is left out that."""
+    if value is None:
+        return f"no-{tag}"
     return tag + (str(int(value)) if isinstance(value, float) and value.is_integer() else str(value))
 
 

@@ -19,6 +19,7 @@ from mnist_lab.files import as_json, reading, sha256
 from mnist_lab.models import Model
 from mnist_lab.models.checkpoints import load_checkpoint, read_metadata
 from mnist_lab.models.ensemble import Ensemble
+from mnist_lab.models.small import SmallShape
 from mnist_lab.report.records import Count, Epoch, Parent, record_path
 from mnist_lab.runtimes import RuntimeName
 
@@ -97,7 +98,10 @@ class Run:
 
     def _beside(self, row: Row) -> "Run":
         """Another row's run of the same seed, on its own data set and of its own preset where it names them."""
-        return Run(self.lab.on(row.dataset, row.preset), row, self.seed)
+        lab = self.lab.on(row.dataset, row.preset)
+        if row.dataset is not None:
+            check_alike(lab.dataset, self.lab.dataset)
+        return Run(lab, row, self.seed)
 
     @property
     def weights(self) -> "Run":
@@ -109,9 +113,13 @@ class Run:
         """The other data set whose images its step takes.
 
         Raises:
-            UserError: it cannot be had.
+            UserError: it cannot be had, or its images are of another size.
         """
-        return None if self.row.images_of is None else self.lab.on(self.row.images_of).dataset
+        if self.row.images_of is None:
+            return None
+        other = self.lab.on(self.row.images_of).dataset
+        check_alike(other, self.lab.dataset, classes=False)
+        return other
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -161,8 +169,12 @@ class Run:
         """Why the run's own file must be made anew: "missing", or "stale: …"; None where it is up to date.
 
         Raises:
-            UserError: a file is broken, or belongs to another model, preset, recipe or data set: none is overwritten.
+            UserError: a file is broken, or belongs to another model, preset, recipe or data set: none is overwritten;
+                or the row's shape does not fit the images.
         """
+        shape = getattr(self.row.step, "shape", None)
+        if isinstance(shape, SmallShape):
+            shape.config(self.lab.dataset.spec)  # which it must fit
         for file in {self.artifact, self.output}:
             if file.exists():
                 self.check_owner(file)
@@ -217,6 +229,15 @@ class Run:
         teacher = Ensemble(teachers) if len(teachers) > 1 else next(iter(teachers), None)
         basis = lab.dataset, lab.preset, lab.recipe, self.seed, lab.device, self.model
         return Work(*basis, source, teacher, self.images_of)
+
+
+def check_alike(other: Dataset, own: Dataset, *, classes: bool = True) -> None:
+    """Raise UserError where images of another data set are of another size, or there are not as many classes."""
+    for what, name in (("pixels (height x width)", "image_size"), ("classes", "num_classes")):
+        theirs, ours = getattr(other.spec, name), getattr(own.spec, name)
+        if theirs != ours and (classes or name == "image_size"):
+            its, needed = ("x".join(map(str, v)) if isinstance(v, tuple) else str(v) for v in (theirs, ours))
+            raise UserError(f"{other.name} has {its} {what}, {own.name} {needed}: the two must be alike for this")
 
 
 def read_provenance(file: Path) -> Provenance:

@@ -32,6 +32,8 @@ from mnist_lab.report.statistics import binomial_interval
 MAX_MOE_VARIANTS = 4
 MAX_PANELS = 60  # of a model each
 FEW_IMAGES = 10  # of which an accuracy says next to nothing
+MANY_CLASSES = 30  # of which not every name and number has room
+MAX_CLASS_NAME = 10  # characters
 
 
 def training_curves(results: Results) -> Figure | None:
@@ -130,7 +132,7 @@ def expert_load(results: Results) -> Figure | None:
     models = _one_per_family_first(found, MAX_MOE_VARIANTS)
     if not models:
         return None
-    class_name = "class" if models[0].runs[0].dataset in {"fashion-mnist", "kmnist"} else "digit"
+    class_name = "digit" if models[0].runs[0].dataset in {"mnist", "qmnist", "digits"} else "class"
     titles = [
         wrap(f"{model.short_name}: {what}", 5, 10)
         for model in models
@@ -147,13 +149,16 @@ def expert_load(results: Results) -> Figure | None:
         draw_heatmap(
             class_axes,
             by_expert,
-            x_labels=range(by_expert.shape[1]),
+            x_labels=_class_names(record, by_expert.shape[1]),
             y_labels=range(len(by_expert)),
-            texts=[[f"{share:.0f}" for share in shares] for shares in by_expert] if len(by_expert) <= 12 else (),
+            texts=[[f"{share:.0f}" for share in shares] for shares in by_expert]
+            if len(by_expert) <= 12 and by_expert.shape[1] <= MANY_CLASSES
+            else (),
             low=0,
             bar_label=f"share of the {class_name}'s test pairs (%)",
         )
         class_axes.set(xlabel=class_name, ylabel="expert")
+        _turn_long_names(class_axes)
     seeds = {model.runs[0].seed for model in models}
     first_seed = f"first seed ({seeds.pop()})" if len(seeds) == 1 else "first seed of each model"
     write_footnote(figure, f"{first_seed}; a pair is one image at one of its experts{_not_shown(found, models)}")
@@ -161,7 +166,7 @@ def expert_load(results: Results) -> Figure | None:
 
 
 def confusion_matrices(results: Results) -> Figure | None:
-    """Which digits a model's first seed takes for which: errors shaded, and counted above one; right ones blank."""
+    """Which classes a model's first seed takes for which: errors shaded, and counted above one; right ones blank."""
     found = [model for model in results.models if model.num_images]
     models = found[:MAX_PANELS]
     if not models:
@@ -177,22 +182,42 @@ def confusion_matrices(results: Results) -> Figure | None:
     for place, (axes, model, label) in enumerate(zip(panels, models, labels, strict=True)):
         matrix = errors[model.name]
         axes.imshow(matrix, cmap="Blues", vmin=0, vmax=highest)
-        for true, predicted in np.argwhere(matrix > 1):
+        num_classes = len(matrix)
+        for true, predicted in np.argwhere(matrix > 1) if num_classes <= MANY_CLASSES else ():
             count = matrix[true, predicted]
             color = "white" if count > 0.6 * highest else "black"
-            text = axes.text(predicted, true, str(count), ha="center", va="center", fontsize=6.5, color=color)
+            points = min(6.5, 110 / num_classes)
+            text = axes.text(predicted, true, str(count), ha="center", va="center", fontsize=points, color=color)
             text.set_in_layout(False)  # hundreds of texts inside their cells, which no layout need measure
-        classes = range(len(matrix))
-        axes.set_xticks(classes if place + columns >= len(models) else [])
-        axes.set_yticks(classes if place % columns == 0 else [])
+        classes, names = range(num_classes), _class_names(model.runs[0], num_classes)
+        axes.set_xticks(*((classes, names) if place + columns >= len(models) else ([], [])))
+        axes.set_yticks(*((classes, names) if place % columns == 0 else ([], [])))
         axes.grid(visible=False)
-        axes.scatter(classes, classes, marker="s", s=30, color="#d9d9d9", linewidths=0)
-        axes.tick_params(labelsize=8, length=0)
+        axes.scatter(classes, classes, marker="s", s=min(100, 3000 / num_classes**2), color="#d9d9d9", linewidths=0)
+        axes.tick_params(labelsize=8 if num_classes <= 15 else 5.5, length=0)
+        _turn_long_names(axes)
         axes.set_title(f"{label}\n{matrix.sum()} errors", fontsize=9)
     label_outer(panels, columns, "predicted", "true")
-    note = "first seed of each model; grey: right predictions, not counted; shaded without a number: one image"
+    single = "; shaded without a number: one image" if len(matrix) <= MANY_CLASSES else ""
+    note = f"first seed of each model; grey: right predictions, not counted{single}"
     write_footnote(figure, f"{where(models)}; {note}{_not_shown(found, models)}")
     return figure
+
+
+def _class_names(record: Record, num_classes: int) -> list[str]:
+    """A tick each: of very many classes only some have room for their names."""
+    names = record.class_names if len(record.class_names) == num_classes else [str(n) for n in range(num_classes)]
+    short = [name if len(name) <= MAX_CLASS_NAME else f"{name[:4]}…{name[5 - MAX_CLASS_NAME :]}" for name in names]
+    step = math.ceil(num_classes / MANY_CLASSES)
+    return [name.replace("$", r"\$") if place % step == 0 else "" for place, name in enumerate(short)]
+
+
+def _turn_long_names(axes: Axes) -> None:
+    """Let the names along the lower edge stand upright where they would touch."""
+    labels = axes.get_xticklabels()
+    if sum(len(label.get_text()) for label in labels) > MANY_CLASSES:
+        for label in labels:
+            label.set_rotation(90)
 
 
 def _one_per_family_first(models: Sequence[Model], num: int) -> list[Model]:

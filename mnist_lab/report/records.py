@@ -162,6 +162,12 @@ class Record:
         return self.measurements[runtime].latency_cpu or self.machine["cpu"]
 
     @property
+    def class_names(self) -> list[str]:
+        """What the classes are called; their numbers where they have no names."""
+        data = self.architecture.get("data", {})
+        return [str(name) for name in data.get("classes") or range(data.get("num_classes", 0))]
+
+    @property
     def run_name(self) -> str:
         return f"{self.model}-seed{self.seed}"
 

@@ -177,8 +177,13 @@ def load_dark_knowledge(path: Path, dataset: str) -> list[DarkKnowledge]:
     return runs
 
 
-def format_dark_knowledge(runs: Sequence[DarkKnowledge]) -> str:
-    """Errors of every seed beside the paper's, as Markdown."""
+def format_dark_knowledge(runs: Sequence[DarkKnowledge], *, left_out: str = str(LEFT_OUT)) -> str:
+    """Errors of every seed beside the paper's, as Markdown.
+
+    Args:
+        left_out: what the class that the student never sees is called.
+    """
+    shown = "threes" if left_out == str(LEFT_OUT) else f"of class {left_out}"
     rows = [
         [
             role,
@@ -189,9 +194,9 @@ def format_dark_knowledge(runs: Sequence[DarkKnowledge]) -> str:
         ]
         for role, (in_paper, threes_in_paper) in PAPER.items()
     ]
-    table = tabulate(rows, ["model", "errors by seed", "paper", "on threes by seed", "paper"], "github")
+    table = tabulate(rows, ["model", "errors by seed", "paper", f"on {shown} by seed", "paper"], "github")
     biases = ", ".join(f"{run.bias:.1f}" for run in runs)
     return (
-        f"{table}\n\n{runs[0].num_images:,} test images, {runs[0].num_threes:,} threes (paper: 10,000 and 1,010). "
-        f"The bias of the 3 was raised by {biases} (paper: 3.5)."
+        f"{table}\n\n{runs[0].num_images:,} test images, {runs[0].num_threes:,} {shown} (paper: 10,000 and 1,010). "
+        f"The bias of the {left_out} was raised by {biases} (paper: 3.5)."
     )

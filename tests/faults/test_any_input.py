@@ -29,6 +29,8 @@ from mnist_lab.files import BLANK, seal
 from mnist_lab.idx import UINT8, find_idx
 from mnist_lab.models import config_from_dict
 from mnist_lab.models.checkpoints import load_checkpoint, read_tensors
+from mnist_lab.own_data.images import decode
+from mnist_lab.own_data.table import read_table
 from mnist_lab.report.records import load_record
 from mnist_lab.studies.claims.settle import load_scaling
 from mnist_lab.studies.dark_knowledge import load_dark_knowledge
@@ -42,6 +44,8 @@ READERS: dict[str, Callable[[Path], object]] = {
     "dark knowledge": lambda path: load_dark_knowledge(path, "mnist"),
     "scaling": load_scaling,
     "idx": lambda path: find_idx(path, dtype=UINT8).read(5),
+    "image": lambda path: decode(path.read_bytes(), path),
+    "csv": lambda path: read_table(path, None),
 }
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),

@@ -255,7 +255,7 @@ def note_seeds(figure: Figure, evidence: Evidence, text: str) -> None:
 
 
 def _draw_by_digit(axes: Axes, table: Values, fmt: str, title: str, unit: str) -> None:
-    texts = [[format(value, fmt) for value in row] for row in table] if len(table) <= 12 else ()
+    texts = [[format(value, fmt) for value in row] for row in table] if table.size <= 12 * 12 else ()
     draw_heatmap(axes, table, x_labels=range(table.shape[1]), y_labels=range(len(table)), texts=texts, bar_label=unit)
     axes.set(xlabel="digit", ylabel="expert")
     axes.set_title(title, fontsize=10)

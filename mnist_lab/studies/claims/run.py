@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 
 from mnist_lab.compress.distill import DistillationConfig
+from mnist_lab.data import find_known
 from mnist_lab.errors import RunFailed
 from mnist_lab.experiments.cluster import find_workers
 from mnist_lab.experiments.lab import Lab
 from mnist_lab.experiments.latencies import measure_latencies, profile_routing
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import MOE, student
-from mnist_lab.experiments.run import Run
+from mnist_lab.experiments.run import Run, check_alike
 from mnist_lab.experiments.workers import Finder, Job, make_side_by_side
 from mnist_lab.machine import cpu_model
 from mnist_lab.report.records import Record
@@ -116,10 +117,10 @@ def run_transfer(table: Doors, source: Doors, *, seeds: range) -> None:
 
     No run holds both data sets' folders at once, so that two that go opposite ways do not wait for each other.
     """
-    table.find()  # data that is missing ends the run now
+    check_alike(source.find().dataset, table.find().dataset)  # or the run ends now, as where data is missing
     with source.open() as source_lab:
         _make(_plan(source_lab, seeds), source, [SOURCE], seeds)
-    dataset = source_lab.dataset.name
+    dataset = find_known(source_lab.dataset.name)
     with table.open() as table_lab:
         lab = _plan(table_lab, seeds)
         records = _make(lab, table, transfer_rows(dataset), seeds)

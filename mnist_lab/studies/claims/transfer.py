@@ -27,7 +27,7 @@ def transfer_rows(dataset: DatasetName) -> Ways:
     return Ways(*(adapted(SOURCE, dataset, step) for step in steps))
 
 
-def source_for(dataset: DatasetName) -> DatasetName:
+def source_for(dataset: str) -> DatasetName:
     """The data set whose models are to become ones of `dataset`."""
     return "fashion-mnist" if dataset == "mnist" else "mnist"
 
