@@ -151,3 +151,12 @@ def test_commands_make_the_models_again() -> None:
     students = [make_record(row.name, onnxruntime=make_measurement(b64=None)) for row in STUDENTS]
     assert [command.split()[4:6] for command in find_commands(students)] == [["--suite", "students"]]
     assert len(find_commands([*usual, *students])) == 2
+
+
+def test_commands_say_what_they_cannot_know_of_own_data() -> None:
+    recipe = {"epochs": 5, "batch_size": 256, "learning_rate": 5e-3, "augmentation": None}
+    own = replace(make_record(), dataset="shapes-1a2b3c4d-28x40", recipe="standard", config={"recipe": recipe})
+    (command,) = find_commands([own])
+    assert "--dataset KIND:PATH --image-size 28 40 " in command
+    assert " --no-augmentation " in command
+    assert command.endswith("where the data of shapes-1a2b3c4d-28x40 lie")

@@ -217,7 +217,7 @@ def test_calibration_size_beyond_the_training_images_is_the_users_error_before_a
     folders: Any = {"dataset": "digits", "checkpoints": tmp_path / "c", "results": tmp_path / "r"}
     with pytest.raises(UserError, match="--calibration-size 2000 is more than the 1,257 training images"):
         ptq_mnist.main(ptq_mnist.PTQOptions(calibration=Calibration(2000), **folders))
-    with pytest.raises(UserError, match="FFN_baseline is needed first"):
+    with pytest.raises(UserError, match="FFN_baseline-seed0 is needed first"):
         ptq_mnist.main(ptq_mnist.PTQOptions(calibration=Calibration(1257), **folders))
 
 

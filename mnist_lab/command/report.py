@@ -1,5 +1,6 @@
 """The page of a results folder: what it shows beside the records, gathered as far as it is at hand."""
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,6 +21,7 @@ from mnist_lab.report.page_images import TestImages
 from mnist_lab.report.records import Record
 from mnist_lab.report.results import Results
 from mnist_lab.runtimes.onnxruntime_web import find_runtime
+from mnist_lab.sources import DATASETS
 from mnist_lab.training import RecipeName, find_recipe
 
 USUAL = "models"
@@ -79,12 +81,22 @@ def find_commands(records: Sequence[Record]) -> list[str]:
     measured = [measurement for record in records for measurement in record.measurements.items()]
     runtimes = [name for name in dict.fromkeys(name for name, _ in measured) if name != "torch-sparse"]
     threads = {own.threads for _, own in measured if own.threads}
-    options = [f"--dataset {first.dataset} --preset {first.preset} --recipe {first.recipe}", *_departures(records)]
+    data, comment = _describe_data(first.dataset)
+    options = [f"{data} --preset {first.preset} --recipe {first.recipe}", *_departures(records)]
     options += [f"--seed {seeds[0]}"] if seeds[0] else []
     options += [f"--seeds {len(seeds)}"] if len(seeds) > 1 else []
     options += [f"--threads {max(threads)}"] if threads else []
-    options.append(f"--runtime {' '.join(runtimes)}")
+    options.append(f"--runtime {' '.join(runtimes)}{comment}")
     return [" ".join(["python run_all_experiments.py --mode load", f"--suite {suite}", *options]) for suite in suites]
+
+
+def _describe_data(filed: str) -> tuple[str, str]:
+    """The options for data that are filed by that name, and what must be said of them."""
+    if filed in DATASETS:
+        return f"--dataset {filed}", ""
+    size = re.search(r"-(\d+)x(\d+)$", filed)
+    options = f"--dataset KIND:PATH{f' --image-size {size[1]} {size[2]}' if size else ''}"
+    return options, f"  # KIND:PATH: folder:, idx: or csv:, and where the data of {filed} lie"
 
 
 def _departures(records: Sequence[Record]) -> list[str]:
@@ -92,4 +104,6 @@ def _departures(records: Sequence[Record]) -> list[str]:
     own: dict[str, Any] = next((record.config["recipe"] for record in records if record.config.get("recipe")), {})
     usual = vars(find_recipe(cast(RecipeName, records[0].recipe), cast(PresetName, records[0].preset)))
     options = {"epochs": "--epochs", "batch_size": "--batch-size", "learning_rate": "--learning-rate"}
-    return [f"{option} {own[name]}" for name, option in options.items() if own.get(name, usual[name]) != usual[name]]
+    found = [f"{option} {own[name]}" for name, option in options.items() if own.get(name, usual[name]) != usual[name]]
+    had_augmentation = own.get("augmentation", usual["augmentation"]) is not None
+    return found if had_augmentation or usual["augmentation"] is None else [*found, "--no-augmentation"]

@@ -202,13 +202,6 @@ def _number(value: Any) -> str:
     return "" if math.isnan(number) else repr(number)
 
 
-def _class_names(record: Record) -> list[str]:
-    """As the model's data say, else numbers."""
-    data = record.architecture.get("data", {})
-    num_classes = data.get("num_classes", len(next(iter(record.measurements.values())).confusion))
-    return list(data.get("classes") or map(str, range(num_classes)))
-
-
 def find_mistakes(folder: Path, results: Results, images: TestImages | None) -> tuple[list[Mistake], list[Mistake]]:
     """Test images that most models' first seeds miss, and others that divide them; none without predictions."""
     predicted: dict[str, Any] = {}
@@ -222,7 +215,7 @@ def find_mistakes(folder: Path, results: Results, images: TestImages | None) -> 
             labels, predicted[model.short_name] = found.labels, found.predicted
     if labels is None:
         return [], []
-    names = _class_names(results.records[0])
+    names = results.records[0].class_names
     missed, divided = choose_images(np.stack([*predicted.values()]), labels)
     is_same = images is not None and np.array_equal(images.labels, labels)
     describe = partial(
@@ -238,7 +231,7 @@ def _experts(results: Results, images: TestImages | None) -> list[tuple[str, lis
         record = model.runs[0]
         if record.expert_by_class and (not found or (images and model.name in images.experts)):
             sizes = [sum(row) for row in model.measurements[0].confusion] or [1] * len(record.expert_by_class)
-            own = describe_experts(model.name, record.expert_by_class, sizes, _class_names(record), images)
+            own = describe_experts(model.name, record.expert_by_class, sizes, record.class_names, images)
             found.append((model.short_name, own))
     return found
 
@@ -255,7 +248,7 @@ def _demo_settings(record: Record) -> dict[str, Any]:
     """What the demo's script must know of the data."""
     data = record.architecture.get("data", {})
     return {
-        "classes": _class_names(record),
+        "classes": record.class_names,
         "size": data.get("image_size"),
         "isDarkOnLight": data.get("polarity") == "dark-on-light",
         "isCentred": record.dataset in DRAWN_LIKE_MNIST,
@@ -267,7 +260,7 @@ def _examples(record: Record, images: TestImages | None) -> list[tuple[str, str,
     if images is None:
         return []
     found = []
-    for own, name in enumerate(_class_names(record)):
+    for own, name in enumerate(record.class_names):
         places = np.flatnonzero(images.labels == own)
         if len(places):
             pixels = images.pixels[places[0]]

@@ -165,7 +165,8 @@ class Record:
     def class_names(self) -> list[str]:
         """What the classes are called; their numbers where they have no names."""
         data = self.architecture.get("data", {})
-        return [str(name) for name in data.get("classes") or range(data.get("num_classes", 0))]
+        num_classes = data.get("num_classes", len(next(iter(self.measurements.values())).confusion))
+        return [str(name) for name in data.get("classes") or range(num_classes)]
 
     @property
     def run_name(self) -> str:

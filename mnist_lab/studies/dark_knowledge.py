@@ -183,7 +183,7 @@ def format_dark_knowledge(runs: Sequence[DarkKnowledge], *, left_out: str = str(
     Args:
         left_out: what the class that the student never sees is called.
     """
-    shown = "threes" if left_out == str(LEFT_OUT) else f"of class {left_out}"
+    shown = "threes" if left_out == str(LEFT_OUT) else f"images of class {left_out}"
     rows = [
         [
             role,
