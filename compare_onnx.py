@@ -66,7 +66,7 @@ class CompareOptions(DataOptions):
 
 def main(options: CompareOptions) -> None:
     use_allowed_cpus()
-    dataset = load_dataset(options.dataset, options.data_dir)
+    dataset = load_dataset(options.dataset, options.data_dir, options.height_and_width)
     spec = dataset.spec
     foreign = read_foreign(
         options.file,

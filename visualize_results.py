@@ -138,7 +138,8 @@ def draw(folder: Path, records: list[Record], checkpoints: Path) -> Iterator[Pat
     results = Results(records, ORDER)
     first = records[0]
     title = title_of(first.dataset, first.preset, first.recipe)
-    sections = {"What to deploy": write_up_winners(find_winners(records), checkpoints / folder.absolute().name)}
+    own = checkpoints / folder.absolute().name
+    sections = {"What to deploy": write_up_winners(find_winners(records), own if own.is_dir() else Path())}
     write_table(folder, results.table, title=title, distillation=judge_distillation(records), sections=sections)
     print(f"table: {folder / 'table.csv'} and table.md", flush=True)
     if curve := write_curve(folder, results):

@@ -45,7 +45,7 @@ def check_seal(content: bytes) -> None:
     """Raise ValueError where content is not what was sealed: each of its bits counts."""
     found = DIGEST.search(content)
     if found is None:
-        raise ValueError("it holds no digest of its content, as files of earlier versions do not")
+        raise ValueError("it holds no digest of its content, as files of other programs and of earlier versions do not")
     if _digest(content, found.start(1)) != found[1]:
         raise ValueError("its content is not what was written, by its own digest")
 

@@ -71,6 +71,16 @@ def mlp(*, operator: str = "Gemm", scale: float = 1, softmax: bool = False, **ho
     return make_model(nodes, constants, **how)
 
 
+def linear_classifier(*, num_classes: int, height: int, width: int) -> onnx.ModelProto:
+    """One product of random weights, for data of another size."""
+    weights = np.random.default_rng(0).normal(size=(height * width, num_classes)).astype(np.float32)
+    nodes = [
+        helper.make_node("Flatten", ["image"], ["flat"]),
+        helper.make_node("MatMul", ["flat", "weights"], ["scores"]),
+    ]
+    return make_model(nodes, {"weights": weights}, shape=("N", 1, height, width), classes=num_classes)
+
+
 def cnn(*, head: bool = True, **how: Any) -> onnx.ModelProto:
     """A convolution, batch normalisation, pooling along rows, and a product, or another convolution as the head."""
     random = np.random.default_rng(0)

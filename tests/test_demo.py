@@ -151,6 +151,10 @@ def test_commands_make_the_models_again() -> None:
     students = [make_record(row.name, onnxruntime=make_measurement(b64=None)) for row in STUDENTS]
     assert [command.split()[4:6] for command in find_commands(students)] == [["--suite", "students"]]
     assert len(find_commands([*usual, *students])) == 2
+    swept = [make_record(name) for name in ("Sparse_MoE", "Sparse_MoE-E8", "Sparse_MoE-E2")]
+    assert find_commands(swept) == [
+        "# by other options of the scripts, or a sweep: Sparse_MoE, Sparse_MoE-E2 and Sparse_MoE-E8"
+    ]
 
 
 def test_commands_say_what_they_cannot_know_of_own_data() -> None:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
+import foreign_models
 import pandas as pd
 import pytest
 from own_images import draw_letters, draw_shapes
@@ -137,3 +138,13 @@ def test_bad_input_ends_with_exit_code_2(bench: Bench, arguments: str, says: str
     script, *options = arguments.split()
     quick = () if script in {"dark_knowledge_mnist", "visualize_results"} else QUICK
     bench.expect_user_error(script, *options, *quick, says=says, quick=False)
+
+
+def test_model_made_elsewhere_is_compared_on_resized_images(bench: Bench) -> None:  # noqa: F811
+    draw_shapes(bench.folder / "shapes", num_each=40)
+    model = foreign_models.linear_classifier(num_classes=3, height=12, width=16)
+    foreign_models.save(model, bench.folder / "net.onnx")
+    outcome = bench("compare_onnx", "net.onnx", "--dataset", "folder:shapes", "--image-size", "12", "16", quick=False)
+    assert outcome.code == 0, outcome.err
+    (table,) = (bench.folder / "results").glob("shapes-*-12x16-onnx-net/table.csv")
+    assert "net.onnx" in set(pd.read_csv(table)["model"])

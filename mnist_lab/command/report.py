@@ -19,7 +19,7 @@ from mnist_lab.report.page import Surroundings, write_page
 from mnist_lab.report.page_demo import Demo
 from mnist_lab.report.page_images import TestImages
 from mnist_lab.report.records import Record
-from mnist_lab.report.results import Results
+from mnist_lab.report.results import Results, listed
 from mnist_lab.runtimes.onnxruntime_web import find_runtime
 from mnist_lab.sources import DATASETS
 from mnist_lab.training import RecipeName, find_recipe
@@ -75,7 +75,11 @@ def find_commands(records: Sequence[Record]) -> list[str]:
     first, made = records[0], {record.row for record in records}
     names = {suite: {row.name for row in rows} for suite, rows in SUITES.items()}
     suites = [suite for suite in names if made & (names[suite] - names[USUAL])]
-    if not suites or made & names[USUAL] - set().union(*(names[suite] for suite in suites)):
+    others = made - set().union(*names.values())
+    usual = made & names[USUAL] - set().union(*(names[suite] for suite in suites))
+    if usual and len(usual) < len(others):  # a sweep's, of which some are usual by chance
+        others, usual = others | usual, set()
+    if usual or not (suites or others):
         suites.insert(0, USUAL)
     seeds = sorted({record.seed for record in records})
     measured = [measurement for record in records for measurement in record.measurements.items()]
@@ -87,7 +91,13 @@ def find_commands(records: Sequence[Record]) -> list[str]:
     options += [f"--seeds {len(seeds)}"] if len(seeds) > 1 else []
     options += [f"--threads {max(threads)}"] if threads else []
     options.append(f"--runtime {' '.join(runtimes)}{comment}")
-    return [" ".join(["python run_all_experiments.py --mode load", f"--suite {suite}", *options]) for suite in suites]
+    commands = [
+        " ".join(["python run_all_experiments.py --mode load", f"--suite {suite}", *options]) for suite in suites
+    ]
+    return [
+        *commands,
+        *([f"# by other options of the scripts, or a sweep: {listed(sorted(others))}"] if others else []),
+    ]
 
 
 def _describe_data(filed: str) -> tuple[str, str]:

@@ -98,7 +98,7 @@ def describe_input(
     if any(own not in {None, size} for own, size in zip(dims[1:], shape, strict=True)):
         raise ValueError(
             f"its images have the shape {format_shape(dims)}, and those of the data set are of "
-            f"{image_size[0]}x{image_size[1]} pixels: the sizes differ"
+            f"{image_size[0]}x{image_size[1]} pixels: the sizes differ (--image-size resizes data of one's own)"
         )
     dtype = TYPES[tensor.elem_type]
     scale = _find_scale(dtype, preparation)
