@@ -12,7 +12,7 @@ from mnist_lab.errors import UserError
 from mnist_lab.experiments.curve_rows import CURVE
 from mnist_lab.experiments.demo import find_routes, make_demo
 from mnist_lab.experiments.row import Row
-from mnist_lab.experiments.rows import COMPRESSION, MODELS, STUDENTS
+from mnist_lab.experiments.rows import COMPRESSION, STUDENTS, TABLE
 from mnist_lab.models import PresetName
 from mnist_lab.report.findings import load_findings
 from mnist_lab.report.page import Surroundings, write_page
@@ -25,7 +25,7 @@ from mnist_lab.sources import DATASETS
 from mnist_lab.training import RecipeName, find_recipe
 
 USUAL = "models"
-SUITES: dict[str, Sequence[Row]] = {USUAL: MODELS, "compression": COMPRESSION, "students": STUDENTS, "curve": CURVE}
+SUITES: dict[str, Sequence[Row]] = {USUAL: TABLE, "compression": COMPRESSION, "students": STUDENTS, "curve": CURVE}
 
 
 def write_report(folder: Path, results: Results, checkpoints: Path, load_test: Callable[[], Split]) -> Path:
@@ -94,10 +94,9 @@ def find_commands(records: Sequence[Record]) -> list[str]:
     commands = [
         " ".join(["python run_all_experiments.py --mode load", f"--suite {suite}", *options]) for suite in suites
     ]
-    return [
-        *commands,
-        *([f"# by other options of the scripts, or a sweep: {listed(sorted(others))}"] if others else []),
-    ]
+    if others:
+        commands.append(f"# by other options of the scripts, or a sweep: {listed(sorted(others))}")
+    return commands
 
 
 def _describe_data(filed: str) -> tuple[str, str]:
