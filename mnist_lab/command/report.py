@@ -1,6 +1,5 @@
 """The page of a results folder: what it shows beside the records, gathered as far as it is at hand."""
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -14,6 +13,7 @@ from mnist_lab.experiments.demo import find_routes, make_demo
 from mnist_lab.experiments.row import Row
 from mnist_lab.experiments.rows import COMPRESSION, STUDENTS, TABLE
 from mnist_lab.models import PresetName
+from mnist_lab.own_data import find_size
 from mnist_lab.report.findings import load_findings
 from mnist_lab.report.page import Surroundings, write_page
 from mnist_lab.report.page_demo import Demo
@@ -103,8 +103,8 @@ def _describe_data(filed: str) -> tuple[str, str]:
     """The options for data that are filed by that name, and what must be said of them."""
     if filed in DATASETS:
         return f"--dataset {filed}", ""
-    size = re.search(r"-(\d+)x(\d+)$", filed)
-    options = f"--dataset KIND:PATH{f' --image-size {size[1]} {size[2]}' if size else ''}"
+    size = find_size(filed)
+    options = f"--dataset KIND:PATH{f' --image-size {size[0]} {size[1]}' if size else ''}"
     return options, f"  # KIND:PATH: folder:, idx: or csv:, and where the data of {filed} lie"
 
 
